@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a quantized layer is, independent of frameworks: the vocabulary that formats and method classes share.
+
+A format turns its configuration file into one ``LayerSpec`` per layer; the dispatch table turns a layer kind and a
+``LayerSpec`` into an NPU method class; the layout tells which tensors on disk hold the layer's numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+__all__ = ["ActivationSpec", "Granularity", "LayerKind", "LayerSpec", "Layout", "NumberKind", "WeightSpec"]
+
+
+class LayerKind(str, Enum):
+    """The kinds of layers that vLLM asks a quantization method for."""
+
+    LINEAR = "linear"
+    FUSED_MOE = "fused_moe"
+    LM_HEAD = "lm_head"
+
+
+class NumberKind(str, Enum):
+    INT = "int"
+    FLOAT = "float"
+    #: Microscaling: blocks of 32 elements that share one power-of-two scale (OCP MX v1.0).
+    MX = "mx"
+
+
+class Granularity(str, Enum):
+    """The part of a tensor that shares one scale."""
+
+    TENSOR = "tensor"
+    CHANNEL = "channel"
+    GROUP = "group"
+    BLOCK = "block"
+    TOKEN = "token"
+
+
+class Layout(str, Enum):
+    """How a format stores a layer's integers, scales and zero points; ``layouts.tables`` lists the tensors of each."""
+
+    FLOAT = "float"
+    #: int8 [N, K] with weight_scale and weight_offset, one integer per byte.
+    MODELSLIM_INT = "modelslim_int"
+    #: int8 [N, K] with static activation scale and offset, quant_bias and deq_scale.
+    MODELSLIM_STATIC = "modelslim_static"
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """The weight of a layer.
+
+    Attributes:
+        bits: bits per element.
+        granularity: what shares a scale: TENSOR, CHANNEL (one output row), GROUP (``group_size`` inputs of a row), BLOCK.
+        group_size: elements along the input dimension per group; 0 unless the granularity is GROUP. -1 means that the
+            group size follows from the shape of the scale.
+        symmetric: whether every zero point is 0 (in two's complement).
+    """
+
+    bits: int
+    kind: NumberKind = NumberKind.INT
+    granularity: Granularity = Granularity.CHANNEL
+    group_size: int = 0
+    symmetric: bool = True
+
+
+@dataclass(frozen=True)
+class ActivationSpec:
+    """The input of a layer, where it is quantized.
+
+    Attributes:
+        bits: bits per element.
+        dynamic: whether scales are computed from the input at run time.
+        granularity: TENSOR or TOKEN.
+        symmetric: whether the zero point is 0.
+    """
+
+    bits: int
+    dynamic: bool
+    granularity: Granularity
+    kind: NumberKind = NumberKind.INT
+    symmetric: bool = True
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One layer's quantization.
+
+    Attributes:
+        scheme: the producer's name for it, for messages ("W8A8_DYNAMIC").
+        layout: how the numbers lie on disk.
+        weight: None where the layer is float (it then runs in the model's dtype).
+        activation: None where the input stays in the model's dtype.
+    """
+
+    scheme: str
+    layout: Layout
+    weight: WeightSpec | None = None
+    activation: ActivationSpec | None = None
+
+    @property
+    def is_float(self) -> bool:
+        return self.weight is None
+
+
+#: A layer that is not quantized.
+FLOAT = LayerSpec("FLOAT", Layout.FLOAT)
