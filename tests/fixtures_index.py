@@ -20,7 +20,9 @@ def fixture(name: str) -> Path:
     """The folder of one checkpoint of tests/fixtures; a KeyError that lists the names where there is none."""
     folder = FIXTURES / name
     if not folder.is_dir():
-        raise KeyError(f"no fixture {name!r} in tests/fixtures; there are: {', '.join(path.name for path in fixtures())}")
+        raise KeyError(
+            f"no fixture {name!r} in tests/fixtures; there are: {', '.join(path.name for path in fixtures())}"
+        )
     return folder
 
 

@@ -1,0 +1,393 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint on disk: the weight files that vLLM would load, their tensors, and what is wrong with them."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from vllm_npu_quant.checkpoint.json_files import (
+    CONFIG_MAX_BYTES,
+    DESCRIPTION_MAX_BYTES,
+    INDEX_MAX_BYTES,
+    read_json,
+)
+from vllm_npu_quant.checkpoint.safetensors_header import Header, TensorInfo, read_header
+from vllm_npu_quant.checkpoint.text import near_files, shown, shown_name
+from vllm_npu_quant.checkpoint.values import map_tensor, to_float32
+from vllm_npu_quant.errors import Finding, NpuQuantError, Severity, nearest_names
+
+__all__ = ["Checkpoint", "find_local"]
+
+#: The only index that vLLM reads: it loads the files that this one names, and no others.
+VLLM_INDEX = "model.safetensors.index.json"
+
+#: The same where the folder holds Mistral's consolidated*.safetensors, which vLLM prefers.
+CONSOLIDATED_INDEX = "consolidated.safetensors.index.json"
+
+#: Limit of the tensors of a checkpoint.
+MAX_TENSORS = 2_000_000
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+class Checkpoint:
+    """A local folder with safetensors weights. Opening it reads headers and indexes, never a weight.
+
+    Attributes:
+        folder: the folder.
+        files: names of the weight files that vLLM would load, sorted.
+        ignored: names of the other files with weights, and why vLLM would not load them.
+        indexes: names of the index files.
+        tensors: every tensor of ``files``, by name.
+        sizes: bytes of each of ``files``.
+        findings: everything that is wrong with the files and the indexes, and nothing about quantization.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: tuple[str, ...] = ()
+        self.ignored: Mapping[str, str] = {}
+        self.indexes: tuple[str, ...] = ()
+        self.tensors: Mapping[str, TensorInfo] = {}
+        self.sizes: Mapping[str, int] = {}
+        self.findings: tuple[Finding, ...] = ()
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Checkpoint:
+        """List the tensors of a local folder (for a hub id see ``find_local``).
+
+        Raises:
+            NpuQuantError: unreadable-file, where there is no such folder. Everything else goes to ``findings``.
+        """
+        folder = Path(folder)
+        try:
+            names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "the path is not valid"
+            finding = Finding(
+                "unreadable-file",
+                "the folder of the checkpoint cannot be read",
+                file=shown_name(str(folder), 1000),
+                found=reason,
+                fix="Check the path; for a model of a hub, download it first.",
+            )
+            raise NpuQuantError([finding]) from None
+        checkpoint = cls(folder)
+        checkpoint._scan(names)
+        return checkpoint
+
+    def __repr__(self) -> str:
+        errors = sum(finding.severity is Severity.ERROR for finding in self.findings)
+        return f"<Checkpoint {self.folder}: {len(self.tensors)} tensors in {len(self.files)} files, {errors} errors>"
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The object of one of the folder's JSON files, with the size limit of its kind; errors as in ``read_json``."""
+        limit = CONFIG_MAX_BYTES
+        if name.endswith(".index.json"):
+            limit = INDEX_MAX_BYTES
+        elif name.startswith("quant_model_description"):
+            limit = DESCRIPTION_MAX_BYTES
+        return read_json(self.folder / name, max_bytes=limit, file=name)
+
+    def read(self, name: str, *, float32: bool = False) -> np.ndarray:
+        """The values of one tensor.
+
+        Args:
+            name: a key of ``tensors``.
+            float32: convert to float32. Else the values come as they are stored, read-only and memory-mapped, in the
+                NumPy dtype of the same name. NumPy has no BF16, which comes as uint16, nor 8-bit floats, which come as
+                uint8; F4 and F6 come as packed bytes (see ``values.map_tensor`` for the shape).
+
+        Raises:
+            KeyError: there is no such tensor; the message has the nearest names.
+            NpuQuantError: the file has changed since the checkpoint was opened, or it has an error in ``findings``.
+            ValueError: with ``float32``, where the dtype is an integer, complex, or a 6-bit float.
+        """
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            near = nearest_names(name, self.tensors)
+            raise KeyError(f"no tensor {name!r} in {self.folder}" + (f"; nearest: {', '.join(near)}" if near else ""))
+        values = map_tensor(self.folder / tensor.file, tensor, self.sizes[tensor.file])
+        return to_float32(values, tensor) if float32 else values
+
+    # Everything below runs once, in open().
+
+    def _scan(self, names: list[str]) -> None:
+        findings: list[Finding] = []
+        weights = fnmatch.filter(names, "*.safetensors")
+        consolidated = fnmatch.filter(weights, "consolidated*.safetensors")
+        ignored: dict[str, str] = {}
+        vllm_index = VLLM_INDEX
+        candidates = weights
+        if consolidated:
+            vllm_index, candidates = CONSOLIDATED_INDEX, consolidated
+            others = [name for name in weights if name not in consolidated]
+            ignored |= dict.fromkeys(others, "vLLM loads consolidated*.safetensors where they exist")
+            if others:
+                findings.append(_two_copies(consolidated, others))
+        self.indexes = tuple(fnmatch.filter(names, "*.safetensors.index.json"))
+        indexes = {name: index for name in self.indexes if (index := self._read_index(name, findings)) is not None}
+        files = candidates
+        if vllm_index in indexes:
+            listed = set(indexes[vllm_index].values())
+            files = [name for name in candidates if name in listed]
+            left_out = [name for name in candidates if name not in listed]
+            ignored |= dict.fromkeys(left_out, f"{vllm_index} does not name it")
+        if weights:
+            pickles = [name for pattern in _PICKLES for name in fnmatch.filter(names, pattern)]
+            ignored |= dict.fromkeys(pickles, "vLLM loads safetensors where they exist")
+        elif not self.indexes or indexes:
+            findings.append(_no_weights(names))
+
+        headers = {name: read_header(self.folder / name) for name in files}
+        for header in headers.values():
+            findings.extend(header.findings)
+        self.files = tuple(files)
+        self.ignored = MappingProxyType(ignored)
+        self.sizes = MappingProxyType({name: header.size for name, header in headers.items()})
+        self.tensors = MappingProxyType(_merge(headers.values(), findings))
+        for name, index in indexes.items():
+            findings.extend(self._compare(name, index, headers, weights, indexes, vllm_index))
+        self.findings = tuple(findings)
+
+    def _read_index(self, name: str, findings: list[Finding]) -> dict[str, str] | None:
+        """The weight_map of an index: tensor name to file name. None where it cannot be used."""
+        try:
+            index = self.read_json(name)
+        except NpuQuantError as error:
+            findings.extend(error.findings)
+            return None
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict):
+            message = "the index has no weight_map"
+            if "weight_map" in index:
+                message = "weight_map is not an object"
+            found = ", ".join(shown_name(key, 40) for key in list(index)[:8]) or "an empty object"
+            findings.append(_mismatch(name, message, expected='"weight_map": {"tensor": "file", ...}', found=found))
+            return None
+        result: dict[str, str] = {}
+        wrong: dict[str, list[str]] = defaultdict(list)
+        for tensor, file in weight_map.items():
+            if type(file) is str and _is_plain(file):
+                result[tensor] = file
+            else:
+                wrong[shown(file)].append(tensor)
+        for text, tensors in list(wrong.items())[:20]:
+            findings.append(
+                _mismatch(
+                    name,
+                    f"weight_map names something else than a file of the folder for {_count(tensors)}",
+                    layer=tensors[0],
+                    expected="the plain name of a .safetensors file beside the index",
+                    found=text,
+                    fix="Do not load this checkpoint unless you trust where it comes from; else correct the index.",
+                )
+            )
+        return result
+
+    def _compare(
+        self,
+        name: str,
+        index: dict[str, str],
+        headers: Mapping[str, Header],
+        weights: list[str],
+        indexes: Mapping[str, dict[str, str]],
+        vllm_index: str,
+    ) -> Iterable[Finding]:
+        """Where an index and the files beside it disagree."""
+        by_file: dict[str, list[str]] = defaultdict(list)
+        for tensor, file in index.items():
+            by_file[file].append(tensor)
+        missing = [file for file in by_file if file not in weights]
+        if name != vllm_index and name == CONSOLIDATED_INDEX and len(missing) == len(by_file):
+            return  # it belongs to files that are not downloaded, since nobody needs them
+        complete = [other for other in indexes if other != name and set(indexes[other].values()) <= set(weights)]
+        for file in missing[:20]:
+            fix = "Finish the download, or copy the file from where the checkpoint was made."
+            if len(missing) == len(by_file) and complete:
+                fix = f"The weights here belong to {complete[0]}: delete {shown_name(name)}."
+            yield _mismatch(
+                name,
+                f"a weight file is missing: {shown_name(file)}",
+                expected=f"a file with {_count(by_file[file])}",
+                found=f"{len(missing)} of {len(by_file)} files of the index are missing" if len(missing) > 1 else "",
+                nearest=near_files(file, weights),
+                fix=fix,
+            )
+        for file, tensors in by_file.items():
+            header = headers.get(file)
+            if header is None:
+                if file in weights:
+                    message = f"vLLM will not load {file}, which this index names: {self.ignored.get(file, '')}"
+                    fix = f"Keep one of the two: delete {name} or {vllm_index}."
+                    yield _mismatch(name, message, expected=f"{_count(tensors)} in {file}", fix=fix)
+                continue
+            if header.findings:
+                continue  # the damaged header has been reported
+            absent = [tensor for tensor in tensors if tensor not in header.tensors]
+            if absent:
+                elsewhere = self.tensors.get(absent[0])
+                yield _mismatch(
+                    name,
+                    f"{_count(absent)} of the index not in the file that it names",
+                    layer=absent[0],
+                    expected=f"in {file}",
+                    found=f"in {elsewhere.file}" if elsewhere else "in no file",
+                    nearest=() if elsewhere else nearest_names(absent[0], header.tensors),
+                    fix="Download the index and this file again, from the same revision.",
+                )
+            unlisted = [tensor for tensor in header.tensors if tensor not in index]
+            if unlisted:
+                yield _mismatch(
+                    name,
+                    f"the index does not list {_count(unlisted)} of {file}; vLLM loads what is in the file",
+                    layer=unlisted[0],
+                    fix="Nothing, if the weights are right; else download the index and this file again.",
+                    severity=Severity.WARNING,
+                )
+        extra = [file for file in headers if file not in by_file]
+        if extra:
+            message = f"the index does not name {', '.join(map(shown_name, extra[:5]))}; vLLM loads it all the same"
+            fix = "Remove the file if it does not belong to the checkpoint."
+            yield _mismatch(name, message, found=f"{len(extra)} such files", fix=fix, severity=Severity.WARNING)
+
+
+def find_local(model: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None) -> Path | None:
+    """The folder of a model: the folder itself, or the snapshot of a hub id in the local cache.
+
+    Never goes to the network. The snapshot may be incomplete: ``Checkpoint.findings`` tells.
+
+    Args:
+        model: a folder or a hub id ("Qwen/Qwen3-8B").
+        revision: branch, tag or commit of a hub id; None is its main branch.
+        cache_dir: the cache, where it is not the one that huggingface_hub takes by default.
+
+    Returns:
+        None where there is neither such a folder nor a snapshot.
+    """
+    try:
+        if os.path.isdir(model):
+            return Path(model)
+    except ValueError:
+        return None
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(str(model), revision=revision, cache_dir=cache_dir, local_files_only=True)
+    except (OSError, ValueError):  # not in the cache; not the form of a hub id
+        return None
+    return Path(folder)
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name is that of a file beside the index: no path, nothing that leaves the folder."""
+    return name.endswith(".safetensors") and name.isprintable() and not any(char in name for char in "/\\:")
+
+
+def _merge(headers: Iterable[Header], findings: list[Finding]) -> dict[str, TensorInfo]:
+    """All tensors; those that stand in two files are reported once for every pair of files."""
+    tensors: dict[str, TensorInfo] = {}
+    twice: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for header in headers:
+        if tensors.keys().isdisjoint(header.tensors):
+            tensors.update(header.tensors)
+        else:
+            for name, tensor in header.tensors.items():
+                first = tensors.setdefault(name, tensor)
+                if first is not tensor:
+                    twice[first.file, tensor.file].append(name)
+        if len(tensors) > MAX_TENSORS:
+            message = "the files hold more tensors than any checkpoint needs"
+            findings.append(
+                Finding("bad-header", message, expected=f"at most {MAX_TENSORS:,}", fix="Check the folder.")
+            )
+            break
+    for (first_file, second_file), names in list(twice.items())[:100]:
+        findings.append(
+            Finding(
+                "duplicate-tensor",
+                f"two files hold {_count(names)}",
+                layer=shown_name(names[0]),
+                file=f"{shown_name(first_file)}, {shown_name(second_file)}",
+                expected="every tensor in one file",
+                fix="Remove the file that does not belong to the checkpoint.",
+            )
+        )
+    return tensors
+
+
+def _two_copies(consolidated: list[str], others: list[str]) -> Finding:
+    return Finding(
+        "duplicate-tensor",
+        "the folder holds two sets of weights, and vLLM loads Mistral's consolidated*.safetensors",
+        file=shown_name(consolidated[0]),
+        found=f"also {', '.join(map(shown_name, others[:3]))}" + (", ..." if len(others) > 3 else ""),
+        fix="Remove the set that you do not want to serve.",
+        severity=Severity.WARNING,
+    )
+
+
+def _no_weights(names: list[str]) -> Finding:
+    """The finding for a folder without safetensors files."""
+    for patterns, message, fix in (
+        (
+            _PICKLES,
+            "the weights are a PyTorch pickle, which is not read: loading one runs code that it holds",
+            "Convert them: load with transformers, then save_pretrained(folder, safe_serialization=True).",
+        ),
+        (("*.gguf",), "the weights are GGUF, which is not read", "Use a safetensors export of the model."),
+        (
+            ("*.npz", "*.h5", "*.msgpack", "*.onnx"),
+            "the weights are not safetensors",
+            "Use a safetensors export of the model.",
+        ),
+    ):
+        found = [name for pattern in patterns for name in fnmatch.filter(names, pattern)]
+        if found:
+            return Finding(
+                "unreadable-file",
+                message,
+                file=shown_name(found[0]),
+                expected="*.safetensors",
+                found=f"{len(found)} such files",
+                fix=fix,
+            )
+    return Finding(
+        "unreadable-file",
+        "the folder holds no weights",
+        expected="*.safetensors",
+        found=", ".join(map(shown_name, names[:8])) or "an empty folder",
+        fix="Check the path, or finish the download.",
+    )
+
+
+def _mismatch(
+    index: str,
+    message: str,
+    *,
+    layer: str = "",
+    expected: str = "",
+    found: str = "",
+    nearest: tuple[str, ...] = (),
+    fix: str = "Download the index and the weight files again.",
+    severity: Severity = Severity.ERROR,
+) -> Finding:
+    layer = layer and shown_name(layer)
+    return Finding("index-mismatch", message, layer, shown_name(index), expected, found, nearest, fix, severity)
+
+
+def _count(names: list[str]) -> str:
+    return "1 tensor" if len(names) == 1 else f"{len(names):,} tensors"

@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""JSON files of strangers: bounded in size, depth and number of values, with no duplicate keys and no NaN.
+
+A checkpoint's JSON decides how gigabytes of weights are read, so a file that two readers could understand differently
+is refused. Every refusal is an NpuQuantError that names the file and what to do.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import stat
+import sys
+from pathlib import Path
+from typing import Any, NoReturn, TypeAlias
+
+from vllm_npu_quant.checkpoint.text import looks_like, near_files, shown, shown_name
+from vllm_npu_quant.errors import Finding, NpuQuantError
+
+__all__ = [
+    "CONFIG_MAX_BYTES",
+    "DESCRIPTION_MAX_BYTES",
+    "INDEX_MAX_BYTES",
+    "MAX_DEPTH",
+    "MAX_ITEMS",
+    "load_pairs",
+    "parse_json",
+    "read_bytes",
+    "read_json",
+]
+
+#: Limit of config.json and the like, in bytes.
+CONFIG_MAX_BYTES = 16 * 2**20
+
+#: Limit of quant_model_description.json, in bytes. DeepSeek-R1's has about 10 MB.
+DESCRIPTION_MAX_BYTES = 256 * 2**20
+
+#: Limit of *.safetensors.index.json, in bytes.
+INDEX_MAX_BYTES = 256 * 2**20
+
+#: Objects and arrays inside each other, the outermost counted as 1.
+MAX_DEPTH = 100
+
+#: Upper bound on the values of one file. A Python object takes up to 100 bytes where the file takes two, so it is this
+#: limit, more than the size, that bounds the memory. The largest files in the wild hold fewer than a million values.
+MAX_ITEMS = 4_000_000
+
+_AGAIN = "Copy or download the file again."
+
+
+#: Where in a file a value stands: (where its parent stands, its key or index). Text is made of it for messages only.
+_Keys: TypeAlias = "tuple[_Keys, str | int] | None"
+
+
+class _NotJsonError(ValueError):
+    """Python's parser accepts it, JSON does not have it."""
+
+
+def read_json(
+    path: str | Path, *, max_bytes: int = CONFIG_MAX_BYTES, max_depth: int = MAX_DEPTH, file: str = ""
+) -> dict:
+    """The object that a JSON file holds.
+
+    Args:
+        path: the file.
+        max_bytes: limit of its size; CONFIG_MAX_BYTES, DESCRIPTION_MAX_BYTES or INDEX_MAX_BYTES.
+        max_depth: limit of objects and arrays inside each other, the outermost counted as 1.
+        file: the name of the file in messages, where it is not ``path``.
+
+    Raises:
+        NpuQuantError: ``unreadable-file`` where the file is missing, too large, nested too deeply, not UTF-8, not JSON
+            (NaN and Infinity are not) or not an object; ``bad-config`` where an object has a key twice.
+    """
+    path = Path(path)
+    file = shown_name(file or str(path), 1000)
+    return parse_json(
+        read_bytes(path, max_bytes=max_bytes, file=file), max_bytes=max_bytes, max_depth=max_depth, file=file
+    )
+
+
+def parse_json(content: bytes, *, file: str, max_bytes: int = CONFIG_MAX_BYTES, max_depth: int = MAX_DEPTH) -> dict:
+    """The object that ``content`` holds: read_json for a file that is already in memory, ``file`` being its name."""
+    if len(content) > max_bytes:
+        raise _too_large(file, max_bytes, len(content))
+    duplicates: list[tuple[_Keys, bool]] = []
+    try:
+        pairs = load_pairs(content, file=file)
+        if type(pairs) is not tuple:
+            kind = "an array" if type(pairs) is list else shown(pairs)
+            raise _unreadable(file, "the file does not hold a JSON object", expected='{"name": value, ...}', found=kind)
+        result = _object(pairs, None, max_depth, duplicates)
+    except RecursionError:
+        raise _unreadable(
+            file,
+            "objects and arrays are nested too deeply",
+            expected=f"at most {max_depth} levels",
+            fix="Check that this is the right file.",
+        ) from None
+    if duplicates:
+        keys, same = duplicates[0]
+        key = ".".join(_path(keys))
+        more = f" (and {len(duplicates) - 1} more keys)" if len(duplicates) > 1 else ""
+        raise NpuQuantError(
+            [
+                Finding(
+                    "bad-config",
+                    f"a key stands twice in one object: {shown_name(key)}{more}",
+                    file=file,
+                    expected="every key once, since readers differ in which value they take",
+                    found="the same value both times" if same else "two different values",
+                    fix="Remove one of the two, or export the checkpoint again.",
+                )
+            ]
+        )
+    return result
+
+
+def load_pairs(content: bytes, *, file: str) -> Any:
+    """Parse strict JSON; objects come as tuples of (key, value) pairs, so that duplicate keys are still to be seen.
+
+    A tuple is made by C code for every object, which costs a quarter of what a hook written in Python would.
+
+    Raises:
+        NpuQuantError: unreadable-file.
+        RecursionError: nested deeper than Python's parser goes.
+    """
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        what, fix = looks_like(content[:4096])
+        if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+            what, fix = "UTF-16 text", "Save the file as UTF-8."
+        found = what or f"byte 0x{content[error.start]:02x} at offset {error.start}"
+        raise _unreadable(file, "the file is not UTF-8 text", expected="JSON in UTF-8", found=found, fix=fix) from None
+    if text.startswith("\ufeff"):
+        raise _unreadable(
+            file,
+            "the file starts with a byte order mark",
+            expected="JSON in UTF-8 without a mark",
+            fix="Save the file as UTF-8 without a byte order mark.",
+        )
+    items = content.count(b",") + content.count(b"[") + content.count(b"{")
+    if items > MAX_ITEMS:
+        raise _unreadable(
+            file,
+            "the file holds more values than any checkpoint needs",
+            expected=f"at most {MAX_ITEMS:,}",
+            found=f"about {items:,}",
+            fix="Check that this is the right file.",
+        )
+    # Newer Pythons refuse integers of more than 4300 digits themselves; converting them takes quadratic time.
+    if not getattr(sys, "get_int_max_str_digits", int)() and re.search(rb"[0-9]{4301}", content):
+        raise _long_number(file)
+    try:
+        pairs = _DECODER.decode(text)
+        if "\\ud" in text or "\\uD" in text:  # half a surrogate pair can be neither printed nor written again
+            json.dumps(pairs, ensure_ascii=False).encode("utf-8")
+    except json.JSONDecodeError as error:
+        what, fix = looks_like(content[:4096])
+        around = text[max(0, error.pos - 20) : error.pos + 20]
+        found = what or (
+            shown(around) if around.strip() else "the end of the file" if text.strip() else "an empty file"
+        )
+        where = f"line {error.lineno}, column {error.colno}"
+        raise _unreadable(file, f"the file is not JSON: {error.msg} ({where})", found=found, fix=fix) from None
+    except UnicodeEncodeError:
+        raise _unreadable(file, "a string of the file is not valid Unicode", found="half of a surrogate pair") from None
+    except _NotJsonError as error:
+        raise _unreadable(file, f"the file is not JSON: {error}", expected="finite numbers") from None
+    except ValueError:  # Python's limit of digits
+        raise _long_number(file) from None
+    return pairs
+
+
+def read_bytes(path: Path, *, max_bytes: int, file: str) -> bytes:
+    """The content of a regular file of at most ``max_bytes`` bytes.
+
+    Raises:
+        NpuQuantError: unreadable-file, for a file that is missing, too large, not readable, or no file at all.
+    """
+    try:
+        info = os.stat(path)
+        if not stat.S_ISREG(info.st_mode):  # opening a pipe would wait forever
+            kind = "a folder" if stat.S_ISDIR(info.st_mode) else "a pipe, socket or device"
+            raise _unreadable(file, "this is not a file", found=kind, fix="Check the path.")
+        if info.st_size > max_bytes:
+            raise _too_large(file, max_bytes, info.st_size)
+        with open(path, "rb") as stream:
+            content = stream.read(max_bytes + 1)
+    except FileNotFoundError:
+        raise _missing(path, file) from None
+    except OSError as error:
+        raise _unreadable(
+            file,
+            "the file cannot be read",
+            found=error.strerror or type(error).__name__,
+            fix="Check the path and its permissions.",
+        ) from None
+    except ValueError:
+        raise _unreadable(file, "the file name is not valid", found="a NUL character", fix="Check the path.") from None
+    if len(content) > max_bytes:
+        raise _too_large(file, max_bytes, len(content))
+    return content
+
+
+def _object(pairs: tuple, keys: _Keys, depth: int, duplicates: list[tuple[_Keys, bool]]) -> dict[str, Any]:
+    """The dict of an object's pairs, the objects inside converted too; keys that stand twice go to ``duplicates``.
+
+    ``keys`` leads to the object. Raises RecursionError where it holds more than ``depth`` levels.
+    """
+    if depth < 1:
+        raise RecursionError
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in seen:
+                duplicates.append(((keys, key), seen[key] == value))
+            seen[key] = value
+    for key, value in result.items():
+        if type(value) is tuple:
+            result[key] = _object(value, (keys, key), depth - 1, duplicates)
+        elif type(value) is list:
+            result[key] = _array(value, (keys, key), depth - 1, duplicates)
+    return result
+
+
+def _array(values: list, keys: _Keys, depth: int, duplicates: list[tuple[_Keys, bool]]) -> list[Any]:
+    """The same for the objects inside an array."""
+    if depth < 1:
+        raise RecursionError
+    for index, value in enumerate(values):
+        if type(value) is tuple:
+            values[index] = _object(value, (keys, index), depth - 1, duplicates)
+        elif type(value) is list:
+            values[index] = _array(value, (keys, index), depth - 1, duplicates)
+    return values
+
+
+def _path(keys: _Keys) -> list[str]:
+    path = []
+    while keys is not None:
+        keys, key = keys
+        path.append(shown_name(str(key), 60))
+    return path[::-1]
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise _NotJsonError(f"{text} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise _NotJsonError(f"the number {shown(text)} is too large")
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=tuple, parse_constant=_no_constant, parse_float=_finite)
+
+
+def _unreadable(file: str, message: str, *, expected: str = "", found: str = "", fix: str = "") -> NpuQuantError:
+    return NpuQuantError(
+        [Finding("unreadable-file", message, file=file, expected=expected, found=found, fix=fix or _AGAIN)]
+    )
+
+
+def _long_number(file: str) -> NpuQuantError:
+    return _unreadable(file, "the file holds an absurd number", found="an integer of more than 4300 digits")
+
+
+def _too_large(file: str, max_bytes: int, size: int) -> NpuQuantError:
+    return _unreadable(
+        file,
+        "the file is larger than the limit for its kind",
+        expected=f"at most {max_bytes:,} bytes",
+        found=f"{size:,} bytes",
+        fix="Check that this is the right file.",
+    )
+
+
+def _missing(path: Path, file: str) -> NpuQuantError:
+    """The error for a file that is not there, with the names beside it that come near."""
+    finding = Finding(
+        "unreadable-file", "the file does not exist", file=file, fix="Check the path, or download the file."
+    )
+    try:
+        if path.is_symlink():  # what an interrupted download leaves in the cache of huggingface_hub
+            finding = Finding(
+                "unreadable-file",
+                "the file is a link to a file that does not exist",
+                file=file,
+                found=f"a link to {shown_name(os.readlink(path))}",
+                fix="Repeat the download.",
+            )
+        else:
+            near = near_files(path.name, sorted(os.listdir(path.parent)))
+            finding = Finding("unreadable-file", finding.message, file=file, nearest=near, fix=finding.fix)
+    except OSError:
+        pass
+    return NpuQuantError([finding])
