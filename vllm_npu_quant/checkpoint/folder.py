@@ -20,7 +20,7 @@ from vllm_npu_quant.checkpoint.json_files import (
     read_json,
 )
 from vllm_npu_quant.checkpoint.safetensors_header import Header, TensorInfo, read_header
-from vllm_npu_quant.checkpoint.text import near_files, shown, shown_name
+from vllm_npu_quant.checkpoint.text import near, shown, shown_name
 from vllm_npu_quant.checkpoint.values import map_tensor, to_float32
 from vllm_npu_quant.errors import Finding, NpuQuantError, Severity, nearest_names
 
@@ -36,6 +36,9 @@ CONSOLIDATED_INDEX = "consolidated.safetensors.index.json"
 MAX_TENSORS = 2_000_000
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+#: Pickles that hold no weights; vLLM leaves them out, too.
+_NO_WEIGHTS = frozenset(("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt"))
 
 
 class Checkpoint:
@@ -147,11 +150,13 @@ class Checkpoint:
             left_out = [name for name in candidates if name not in listed]
             ignored |= dict.fromkeys(left_out, f"{vllm_index} does not name it")
         if weights:
-            pickles = [name for pattern in _PICKLES for name in fnmatch.filter(names, pattern)]
-            ignored |= dict.fromkeys(pickles, "vLLM loads safetensors where they exist")
-        elif not self.indexes or indexes:
+            ignored |= dict.fromkeys(_matching(names, _PICKLES), "vLLM loads safetensors where they exist")
+        else:
             findings.append(_no_weights(names))
 
+        adapters = fnmatch.filter(files, "adapter_*.safetensors")
+        if adapters and len(files) > len(adapters):
+            findings.append(_adapter(adapters[0]))
         headers = {name: read_header(self.folder / name) for name in files}
         for header in headers.values():
             findings.extend(header.findings)
@@ -180,8 +185,9 @@ class Checkpoint:
             return None
         result: dict[str, str] = {}
         wrong: dict[str, list[str]] = defaultdict(list)
+        plain: dict[str, bool] = {}
         for tensor, file in weight_map.items():
-            if type(file) is str and _is_plain(file):
+            if type(file) is str and (plain.get(file) or plain.setdefault(file, _is_plain(file))):
                 result[tensor] = file
             else:
                 wrong[shown(file)].append(tensor)
@@ -224,7 +230,7 @@ class Checkpoint:
                 f"a weight file is missing: {shown_name(file)}",
                 expected=f"a file with {_count(by_file[file])}",
                 found=f"{len(missing)} of {len(by_file)} files of the index are missing" if len(missing) > 1 else "",
-                nearest=near_files(file, weights),
+                nearest=near(file, weights),
                 fix=fix,
             )
         for file, tensors in by_file.items():
@@ -329,6 +335,10 @@ def _merge(headers: Iterable[Header], findings: list[Finding]) -> dict[str, Tens
     return tensors
 
 
+def _matching(names: list[str], patterns: Iterable[str]) -> list[str]:
+    return [name for pattern in patterns for name in fnmatch.filter(names, pattern) if name not in _NO_WEIGHTS]
+
+
 def _two_copies(consolidated: list[str], others: list[str]) -> Finding:
     return Finding(
         "duplicate-tensor",
@@ -336,6 +346,16 @@ def _two_copies(consolidated: list[str], others: list[str]) -> Finding:
         file=shown_name(consolidated[0]),
         found=f"also {', '.join(map(shown_name, others[:3]))}" + (", ..." if len(others) > 3 else ""),
         fix="Remove the set that you do not want to serve.",
+        severity=Severity.WARNING,
+    )
+
+
+def _adapter(name: str) -> Finding:
+    return Finding(
+        "unexpected-tensor",
+        "a LoRA adapter lies beside the weights, and vLLM loads it as if it were a part of them",
+        file=shown_name(name),
+        fix="Move it to a folder of its own, and pass that as a LoRA module.",
         severity=Severity.WARNING,
     )
 
@@ -355,7 +375,7 @@ def _no_weights(names: list[str]) -> Finding:
             "Use a safetensors export of the model.",
         ),
     ):
-        found = [name for pattern in patterns for name in fnmatch.filter(names, pattern)]
+        found = _matching(names, patterns)
         if found:
             return Finding(
                 "unreadable-file",

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import stat
 import sys
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
-from vllm_npu_quant.checkpoint.text import looks_like, near_files, shown, shown_name
+from vllm_npu_quant.checkpoint.files import opened
+from vllm_npu_quant.checkpoint.text import looks_like, shown, shown_name
 from vllm_npu_quant.errors import Finding, NpuQuantError
 
 __all__ = [
@@ -27,7 +26,6 @@ __all__ = [
     "MAX_ITEMS",
     "load_pairs",
     "parse_json",
-    "read_bytes",
     "read_json",
 ]
 
@@ -73,11 +71,12 @@ def read_json(
         NpuQuantError: ``unreadable-file`` where the file is missing, too large, nested too deeply, not UTF-8, not JSON
             (NaN and Infinity are not) or not an object; ``bad-config`` where an object has a key twice.
     """
-    path = Path(path)
     file = shown_name(file or str(path), 1000)
-    return parse_json(
-        read_bytes(path, max_bytes=max_bytes, file=file), max_bytes=max_bytes, max_depth=max_depth, file=file
-    )
+    with opened(Path(path), file=file) as (stream, size):
+        if size > max_bytes:
+            raise _too_large(file, max_bytes, size)
+        content = b"".join(iter(lambda: stream.read(min(size + 1, max_bytes + 1)), b""))
+    return parse_json(content, max_bytes=max_bytes, max_depth=max_depth, file=file)
 
 
 def parse_json(content: bytes, *, file: str, max_bytes: int = CONFIG_MAX_BYTES, max_depth: int = MAX_DEPTH) -> dict:
@@ -154,7 +153,7 @@ def load_pairs(content: bytes, *, file: str) -> Any:
     if not getattr(sys, "get_int_max_str_digits", int)() and re.search(rb"[0-9]{4301}", content):
         raise _long_number(file)
     try:
-        pairs = _DECODER.decode(text)
+        pairs = (_DECODER_MINUS_ZERO if "-0" in text else _DECODER).decode(text)
         if "\\ud" in text or "\\uD" in text:  # half a surrogate pair can be neither printed nor written again
             json.dumps(pairs, ensure_ascii=False).encode("utf-8")
     except json.JSONDecodeError as error:
@@ -172,37 +171,6 @@ def load_pairs(content: bytes, *, file: str) -> Any:
     except ValueError:  # Python's limit of digits
         raise _long_number(file) from None
     return pairs
-
-
-def read_bytes(path: Path, *, max_bytes: int, file: str) -> bytes:
-    """The content of a regular file of at most ``max_bytes`` bytes.
-
-    Raises:
-        NpuQuantError: unreadable-file, for a file that is missing, too large, not readable, or no file at all.
-    """
-    try:
-        info = os.stat(path)
-        if not stat.S_ISREG(info.st_mode):  # opening a pipe would wait forever
-            kind = "a folder" if stat.S_ISDIR(info.st_mode) else "a pipe, socket or device"
-            raise _unreadable(file, "this is not a file", found=kind, fix="Check the path.")
-        if info.st_size > max_bytes:
-            raise _too_large(file, max_bytes, info.st_size)
-        with open(path, "rb") as stream:
-            content = stream.read(max_bytes + 1)
-    except FileNotFoundError:
-        raise _missing(path, file) from None
-    except OSError as error:
-        raise _unreadable(
-            file,
-            "the file cannot be read",
-            found=error.strerror or type(error).__name__,
-            fix="Check the path and its permissions.",
-        ) from None
-    except ValueError:
-        raise _unreadable(file, "the file name is not valid", found="a NUL character", fix="Check the path.") from None
-    if len(content) > max_bytes:
-        raise _too_large(file, max_bytes, len(content))
-    return content
 
 
 def _object(pairs: tuple, keys: _Keys, depth: int, duplicates: list[tuple[_Keys, bool]]) -> dict[str, Any]:
@@ -258,7 +226,16 @@ def _finite(text: str) -> float:
     return value
 
 
+def _integer(text: str) -> int | float:
+    return -0.0 if text == "-0" else int(text)
+
+
 _DECODER = json.JSONDecoder(object_pairs_hook=tuple, parse_constant=_no_constant, parse_float=_finite)
+
+#: For files with "-0", which only Python takes for an integer. Slower: it calls Python code for every integer.
+_DECODER_MINUS_ZERO = json.JSONDecoder(
+    object_pairs_hook=tuple, parse_constant=_no_constant, parse_float=_finite, parse_int=_integer
+)
 
 
 def _unreadable(file: str, message: str, *, expected: str = "", found: str = "", fix: str = "") -> NpuQuantError:
@@ -279,25 +256,3 @@ def _too_large(file: str, max_bytes: int, size: int) -> NpuQuantError:
         found=f"{size:,} bytes",
         fix="Check that this is the right file.",
     )
-
-
-def _missing(path: Path, file: str) -> NpuQuantError:
-    """The error for a file that is not there, with the names beside it that come near."""
-    finding = Finding(
-        "unreadable-file", "the file does not exist", file=file, fix="Check the path, or download the file."
-    )
-    try:
-        if path.is_symlink():  # what an interrupted download leaves in the cache of huggingface_hub
-            finding = Finding(
-                "unreadable-file",
-                "the file is a link to a file that does not exist",
-                file=file,
-                found=f"a link to {shown_name(os.readlink(path))}",
-                fix="Repeat the download.",
-            )
-        else:
-            near = near_files(path.name, sorted(os.listdir(path.parent)))
-            finding = Finding("unreadable-file", finding.message, file=file, nearest=near, fix=finding.fix)
-    except OSError:
-        pass
-    return NpuQuantError([finding])

@@ -12,17 +12,16 @@ fields that the format does not know, and more tensors or dimensions than a chec
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from vllm_npu_quant.checkpoint.files import opened
 from vllm_npu_quant.checkpoint.json_files import load_pairs
-from vllm_npu_quant.checkpoint.text import looks_like, shown, shown_name
-from vllm_npu_quant.errors import Finding, NpuQuantError, nearest_names
+from vllm_npu_quant.checkpoint.text import looks_like, near, shown, shown_name
+from vllm_npu_quant.errors import Finding, NpuQuantError
 
 __all__ = [
     "DTYPE_BITS",
@@ -79,9 +78,12 @@ _MAX_COUNT = 2**64 - 1
 #: Findings listed per file; more of them are counted.
 MAX_FINDINGS = 100
 
+#: Bytes of the first read of a file, enough for the headers of most.
+_FIRST_READ = 256 * 1024
+
 _AGAIN = "Download the file again."
 _DTYPES = {name: name for name in DTYPE_BITS}
-_FIELDS = frozenset(("dtype", "shape", "data_offsets"))
+_FIELDS = ("dtype", "shape", "data_offsets")
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,8 +227,8 @@ def parse_header(content: bytes, *, file: str, file_size: int) -> Header:
         message = "the file holds more tensors than any checkpoint needs"
         report.say(message, expected=f"at most {MAX_TENSORS:,}", found=f"{len(entries):,}")
         return Header(file, {}, metadata, report.done(), file_size)
-    tensors, ranges = _tensors(entries, file, length + 8, report)
-    _check_coverage(ranges, length + 8, file_size, report)
+    tensors, ranges, all_ranges = _tensors(entries, file, length + 8, report)
+    _check_coverage(ranges, all_ranges, length + 8, file_size, report)
     return Header(file, tensors, metadata, report.done(), file_size)
 
 
@@ -238,37 +240,20 @@ def read_header(path: str | Path, *, file: str = "") -> Header:
     """
     path = Path(path)
     file = file or path.name
+    size = 0
     try:
-        info = os.stat(path)
-        if not stat.S_ISREG(info.st_mode):  # opening a pipe would wait forever
-            raise IsADirectoryError(0, "not a file")
-        with open(path, "rb", buffering=0) as stream:
-            size = os.fstat(stream.fileno()).st_size
-            # The first read is large enough for the header of most files, since every read costs a trip to the disk.
+        with opened(path, file=file) as (stream, size):
             content = stream.read(_FIRST_READ)
             length = header_length(content, file=file, file_size=size)
             while len(content) < length + 8:
                 more = stream.read(length + 8 - len(content))
-                if not more:
+                if not more:  # the file has become shorter since
                     size = len(content)
                     break
                 content += more
-        return parse_header(content, file=file, file_size=size)
     except NpuQuantError as error:
-        return Header(file, {}, {}, error.findings, 0)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "the file name is not valid"
-        fix = "Check the path and its permissions."
-        message = "the file cannot be read"
-        if path.is_symlink() and not path.exists():
-            message, fix = "the file is a link to a file that does not exist", "Repeat the download."
-            reason = f"a link to {shown_name(os.readlink(path))}"
-        finding = Finding("unreadable-file", message, file=shown_name(file, 1000), found=reason, fix=fix)
-        return Header(file, {}, {}, (finding,), 0)
-
-
-#: Bytes of the first read of a file.
-_FIRST_READ = 256 * 1024
+        return Header(file, {}, {}, error.findings, size)
+    return parse_header(content, file=file, file_size=size)
 
 
 def _load(content: bytes, file: str) -> tuple[tuple[str, Any], ...]:
@@ -313,119 +298,115 @@ def _metadata(value: Any, report: _Report) -> dict[str, str]:
 
 def _tensors(
     entries: dict[str, Any], file: str, data_begin: int, report: _Report
-) -> tuple[dict[str, TensorInfo], list[tuple[int, int, str]]]:
-    """The tensors, and the byte ranges (begin, end, name) of the data that entries claim, faulty ones included."""
+) -> tuple[dict[str, TensorInfo], list[tuple[int, int, str]], bool]:
+    """The faultless tensors; the byte ranges (begin, end, name) of the data; whether these are the ranges of all."""
     tensors: dict[str, TensorInfo] = {}
     ranges: list[tuple[int, int, str]] = []
+    all_ranges = True
     shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
     for name, pairs in entries.items():
-        if type(pairs) is not tuple:
-            report.say("the entry of this tensor is not an object", layer=name, found=shown(pairs))
+        fields = dict(pairs) if type(pairs) is tuple else {}
+        claimed = _range(fields.get("data_offsets"))
+        if claimed is None:
+            all_ranges = False
+            _explain(name, pairs, fields, claimed, report)
             continue
-        fields = dict(pairs)
-        if len(pairs) != 3 or fields.keys() != _FIELDS:
-            _report_fields(name, pairs, fields, report)
-        dtype = _DTYPES.get(value) if type(value := fields.get("dtype")) is str else None
-        if dtype is None and "dtype" in fields:
-            near = nearest_names(value, DTYPE_BITS) if type(value) is str and len(value) < 32 else ()
-            expected = "one of " + ", ".join(DTYPE_BITS)
-            report.say("unknown dtype", layer=name, expected=expected, found=shown(value), nearest=near)
-        bits = _bits(name, dtype, fields["shape"], report) if "shape" in fields else None
-        offsets = fields.get("data_offsets")
-        if type(offsets) is not list or len(offsets) != 2 or not all(type(x) is int and x >= 0 for x in offsets):
-            if "data_offsets" in fields:
-                expected = "[begin, end], two integers of 0 or more"
-                report.say("data_offsets are not a range", layer=name, expected=expected, found=shown(offsets))
-            continue
-        begin, end = offsets
-        if end < begin or end > _MAX_COUNT:
-            report.say("data_offsets are not a range", layer=name, expected="begin <= end < 2^64", found=shown(offsets))
-            continue
+        begin, end = claimed
         ranges.append((begin, end, name))
-        if bits is None or dtype is None:
+        dtype: Any = fields.get("dtype")
+        bits = DTYPE_BITS.get(dtype, 0) if type(dtype) is str else 0
+        count = _count(fields.get("shape"))
+        if len(pairs) != 3 or len(fields) != 3 or not bits or count is None or count * bits != (end - begin) * 8:
+            _explain(name, pairs, fields, claimed, report)
             continue
-        if (end - begin) * 8 != bits:
-            expected = f"{bits // 8:,} bytes for {dtype} {fields['shape']}"
-            if bits % 8:
-                expected = f"a whole number of bytes; {dtype} {fields['shape']} takes {bits} bits"
-            message = "data_offsets do not fit the shape and dtype"
-            report.say(message, layer=name, expected=expected, found=f"{end - begin:,} bytes")
-            continue
-        if len(pairs) == 3:
-            shape = tuple(fields["shape"])
-            shape = shapes.setdefault(shape, shape)
-            tensors[name] = TensorInfo(name, dtype, shape, file, begin + data_begin, end + data_begin)
-    return tensors, ranges
+        shape = tuple(fields["shape"])
+        shape = shapes.setdefault(shape, shape)
+        tensors[name] = TensorInfo(name, _DTYPES[dtype], shape, file, begin + data_begin, end + data_begin)
+    return tensors, ranges, all_ranges
 
 
-def _report_fields(name: str, pairs: tuple, fields: dict[str, Any], report: _Report) -> None:
-    expected = "dtype, shape and data_offsets"
-    if len(fields) != len(pairs):
-        report.say("the entry of this tensor has a field twice", layer=name, expected=expected)
-    missing = sorted(_FIELDS - fields.keys())
-    if missing:
-        message = f"the entry of this tensor has no {' and no '.join(missing)}"
-        report.say(
-            message, layer=name, expected=expected, found=", ".join(shown_name(key, 40) for key in list(fields)[:8])
-        )
-    unknown = sorted(fields.keys() - _FIELDS)
-    if unknown:
-        found = ", ".join(shown_name(key, 40) for key in unknown[:8])
-        fix = "The file was written for another reader: export the checkpoint again."
-        report.say(
-            "the entry of this tensor has a field that the format does not know",
-            layer=name,
-            expected=expected,
-            found=found,
-            fix=fix,
-        )
+def _range(offsets: Any) -> tuple[int, int] | None:
+    """The two numbers of data_offsets; None where they are not a range."""
+    if type(offsets) is not list or len(offsets) != 2:
+        return None
+    begin, end = offsets
+    if type(begin) is not int or type(end) is not int or not 0 <= begin <= end <= _MAX_COUNT:
+        return None
+    return begin, end
 
 
-def _bits(name: str, dtype: str | None, shape: Any, report: _Report) -> int | None:
-    """Bits of a tensor's data; None where that cannot be said, and then it has been reported."""
+def _count(shape: Any) -> int | None:
+    """The elements of a shape; None where it is not a shape or has more than the library can count."""
     if type(shape) is not list or len(shape) > MAX_DIMS:
-        report.say("shape is not a list of sizes", layer=name, expected=f"at most {MAX_DIMS} sizes", found=shown(shape))
         return None
     count = 1
     for size in shape:
         if type(size) is not int or not 0 <= size <= _MAX_COUNT:
-            report.say("shape is not a list of sizes", layer=name, expected="integers of 0 or more", found=shown(shape))
             return None
         count *= size
-        if count > _MAX_COUNT:  # before a later 0, as in the library
-            report.say("the shape has more elements than can be counted", layer=name, found=shown(shape))
+        if count > _MAX_COUNT:  # the library stops here, too, even before a size of 0
             return None
-    if dtype is None:
-        return None
-    bits = count * DTYPE_BITS[dtype]
-    if bits > _MAX_COUNT:
-        report.say("the shape has more elements than can be counted", layer=name, found=shown(shape))
-        return None
-    return bits
+    return count
 
 
-def _check_coverage(ranges: list[tuple[int, int, str]], data_begin: int, file_size: int, report: _Report) -> None:
-    """Report holes, overlaps, and a file that is longer or shorter than its tensors."""
+def _explain(name: str, pairs: Any, fields: dict[str, Any], claimed: tuple[int, int] | None, report: _Report) -> None:
+    """Report everything that is wrong with the entry of one tensor."""
+    if type(pairs) is not tuple:
+        expected = '{"dtype": ..., "shape": [...], "data_offsets": [begin, end]}'
+        report.say("the entry of this tensor is not an object", layer=name, expected=expected, found=shown(pairs))
+        return
+    names = "dtype, shape, data_offsets"
+    listed = ", ".join(shown_name(key, 40) for key, _ in pairs[:8])
+    if len(fields) != len(pairs):
+        report.say("the entry of this tensor has a field twice", layer=name, expected=names, found=listed)
+    if missing := [key for key in _FIELDS if key not in fields]:
+        message = f"the entry of this tensor has no {' and no '.join(missing)}"
+        report.say(message, layer=name, expected=names, found=listed)
+    if fields.keys() - _FIELDS:
+        message = "the entry of this tensor has a field that the format does not know"
+        fix = "The file was written for another reader: export the checkpoint again."
+        report.say(message, layer=name, expected=names, found=listed, fix=fix)
+
+    dtype, shape = fields.get("dtype"), fields.get("shape")
+    bits = DTYPE_BITS.get(dtype, 0) if type(dtype) is str else 0
+    if "dtype" in fields and not bits:
+        close = near(dtype, DTYPE_BITS) if type(dtype) is str else ()
+        report.say("unknown dtype", layer=name, expected=", ".join(DTYPE_BITS), found=shown(dtype), nearest=close)
+    count = _count(shape)
+    if "shape" in fields and count is None:
+        expected = f"at most {MAX_DIMS} integers of 0 or more, with a product below 2^64"
+        report.say("shape is not a list of sizes", layer=name, expected=expected, found=shown(shape))
+    if "data_offsets" in fields and claimed is None:
+        expected = "[begin, end] with 0 <= begin <= end < 2^64"
+        report.say("data_offsets are not a range", layer=name, expected=expected, found=shown(fields["data_offsets"]))
+    if claimed and bits and count is not None and count * bits != (claimed[1] - claimed[0]) * 8:
+        expected = f"{dtype} {shown(shape)} takes {count * bits / 8:,.10g} bytes"
+        if count * bits % 8:
+            expected += ", which have to be whole ones"
+        found = f"{claimed[1] - claimed[0]:,} bytes"
+        report.say("data_offsets do not fit the dtype and shape", layer=name, expected=expected, found=found)
+
+
+def _check_coverage(
+    ranges: list[tuple[int, int, str]], all_ranges: bool, data_begin: int, file_size: int, report: _Report
+) -> None:
+    """Report overlaps, holes and a file of the wrong size; ``all_ranges`` says whether every tensor has a range."""
     ranges.sort()
     at = 0
-    beyond = 0
     before = ""
-    data_size = file_size - data_begin
     for begin, end, name in ranges:
-        if begin > at:
-            found = f"nothing is said of bytes {at:,} to {begin:,} of the data"
-            report.say("there is a hole before this tensor", layer=name, found=found)
+        if begin > at and all_ranges:
+            found = f"no tensor has the bytes {at:,} to {begin:,} of the data"
+            report.say("there is a hole before this tensor", layer=name, expected=f"begin {at:,}", found=found)
         elif begin < at:
-            found = f"bytes {begin:,} to {end:,}, where {shown_name(before)} reaches to {at:,}" if before else ""
-            report.say("this tensor overlaps another", layer=name, found=found)
-        beyond += end > data_size
+            found = f"it begins at byte {begin:,} of the data, and {shown_name(before)} ends at {at:,}"
+            report.say("this tensor overlaps another one", layer=name, expected=f"begin {at:,}", found=found)
         if end >= at:
             at, before = end, name
-    if at > data_size:
-        counted = f"; {beyond:,} of {len(ranges):,} tensors are cut off"
-        report.say(
-            "the file is truncated", expected=f"{data_begin + at:,} bytes", found=f"{file_size:,} bytes" + counted
-        )
-    elif at < data_size:
-        message = "the file is longer than its tensors"
-        report.say(message, expected=f"{data_begin + at:,} bytes", found=f"{file_size:,} bytes")
+    expected, found = f"{data_begin + at:,} bytes", f"{file_size:,} bytes"
+    if data_begin + at > file_size:
+        cut = sum(data_begin + end > file_size for _, end, _ in ranges)
+        found += f", which cuts off {cut:,} of {len(ranges):,} tensors"
+        report.say("the file is truncated", expected=expected, found=found)
+    elif data_begin + at < file_size and all_ranges:
+        report.say("the file is longer than its tensors", expected=expected, found=found)

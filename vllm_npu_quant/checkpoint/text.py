@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Iterable
 from itertools import islice
 
-__all__ = ["looks_like", "near_files", "shown", "shown_name"]
+__all__ = ["looks_like", "near", "shown", "shown_name"]
 
 
 def shown(value: object, limit: int = 80) -> str:
@@ -54,7 +54,7 @@ def looks_like(prefix: bytes) -> tuple[str, str]:
     return "", ""
 
 
-def near_files(name: str, names: Iterable[str]) -> tuple[str, ...]:
-    """The file names most like ``name``, best first, made fit for a message."""
+def near(name: str, names: Iterable[str]) -> tuple[str, ...]:
+    """The names most like ``name``, best first, made fit for a message."""
     close = difflib.get_close_matches(name[:255], list(islice(names, 2000)), n=3, cutoff=0.6)
     return tuple(shown_name(other) for other in close)

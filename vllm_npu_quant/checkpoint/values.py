@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
+from vllm_npu_quant.checkpoint.files import opened
 from vllm_npu_quant.checkpoint.safetensors_header import DTYPE_BITS, TensorInfo
+from vllm_npu_quant.checkpoint.text import shown_name
 from vllm_npu_quant.errors import Finding, NpuQuantError
 
 __all__ = ["NUMPY_DTYPES", "map_tensor", "to_float32"]
@@ -57,7 +58,7 @@ def map_tensor(path: Path, tensor: TensorInfo, file_size: int) -> np.ndarray:
         dimension being shorter accordingly; where it does not fill whole bytes, as a vector of all bytes.
 
     Raises:
-        NpuQuantError: unreadable-file, where the file is gone or its size has changed.
+        NpuQuantError: unreadable-file, where the file is gone, has changed its size, or ends too early.
     """
     dtype = NUMPY_DTYPES[tensor.dtype]
     shape = tensor.shape
@@ -65,18 +66,19 @@ def map_tensor(path: Path, tensor: TensorInfo, file_size: int) -> np.ndarray:
     if bits < 8:
         whole = shape and shape[-1] * bits % 8 == 0
         shape = (*shape[:-1], shape[-1] * bits // 8) if whole else (tensor.nbytes,)
-    try:
-        with open(path, "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            if size != file_size:
-                raise _changed(tensor, f"{file_size:,} bytes", f"{size:,} bytes")
-            if tensor.nbytes == 0:
-                values = np.empty(shape, dtype)
-                values.flags.writeable = False
-                return values
-            mapped = np.memmap(stream, np.uint8, "r", tensor.begin, (tensor.nbytes,))
-    except OSError as error:
-        raise _changed(tensor, "the file", error.strerror or type(error).__name__) from None
+    with opened(path, file=tensor.file) as (stream, size):
+        if size != file_size:
+            message = "the weight file has changed since the checkpoint was opened"
+            fix = "Wait until the download or export has finished, and start again."
+            raise _error(tensor, message, f"{file_size:,} bytes", f"{size:,} bytes", fix)
+        if tensor.end > size:
+            message, fix = "the weight file ends before the end of this tensor", "Download the file again."
+            raise _error(tensor, message, f"at least {tensor.end:,} bytes", f"{size:,} bytes", fix)
+        if tensor.nbytes == 0:  # nothing cannot be mapped
+            values = np.empty(shape, dtype)
+            values.flags.writeable = False
+            return values
+        mapped = np.memmap(stream, np.uint8, "r", tensor.begin, (tensor.nbytes,))
     return np.asarray(mapped).view(dtype).reshape(shape)
 
 
@@ -125,17 +127,6 @@ def _table(dtype: str) -> np.ndarray:
     return values.astype(np.float32)
 
 
-def _changed(tensor: TensorInfo, expected: str, found: str) -> NpuQuantError:
-    return NpuQuantError(
-        [
-            Finding(
-                "unreadable-file",
-                "the weight file has changed since the checkpoint was opened",
-                layer=tensor.name,
-                file=tensor.file,
-                expected=expected,
-                found=found,
-                fix="Wait until the download or export has finished, and start again.",
-            )
-        ]
-    )
+def _error(tensor: TensorInfo, message: str, expected: str, found: str, fix: str) -> NpuQuantError:
+    layer, file = shown_name(tensor.name), shown_name(tensor.file)
+    return NpuQuantError([Finding("unreadable-file", message, layer, file, expected, found, fix=fix)])
