@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opening files that strangers made: only regular files, and every failure is one NpuQuantError."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from vllm_npu_quant.checkpoint.text import near, shown_name
+from vllm_npu_quant.errors import Finding, NpuQuantError
+
+__all__ = ["opened"]
+
+
+@contextmanager
+def opened(path: Path, *, file: str) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a regular file for reading, unbuffered, as ``(stream, size in bytes)``; ``file`` is its name in messages.
+
+    Links are followed: the cache of huggingface_hub is made of them.
+
+    Raises:
+        NpuQuantError: unreadable-file, for a file that is missing, not readable, or no regular file, also where
+            reading it fails within the context.
+    """
+    try:
+        with open(path, "rb", buffering=0, opener=_open) as stream:
+            info = os.fstat(stream.fileno())
+            if not stat.S_ISREG(info.st_mode):
+                raise _unreadable(file, "this is not a file", "a pipe or device", fix="Check the path.")
+            yield stream, info.st_size  # type: ignore[misc]  # FileIO is a BinaryIO to everybody but typeshed
+    except FileNotFoundError:
+        raise _missing(path, file) from None
+    except IsADirectoryError:
+        raise _unreadable(file, "this is not a file", "a folder", fix="Check the path.") from None
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise _unreadable(file, "the file cannot be read", reason, fix="Check the path and its permissions.") from None
+
+
+def _open(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # else opening a pipe waits forever
+
+
+def _missing(path: Path, file: str) -> NpuQuantError:
+    """The error for a file that is not there, with the names beside it that come near."""
+    try:
+        if path.is_symlink():  # what an interrupted download leaves in the cache of huggingface_hub
+            target = f"a link to {shown_name(os.readlink(path))}"
+            return _unreadable(
+                file, "the file is a link to a file that does not exist", target, fix="Download it again."
+            )
+        close = near(path.name, sorted(os.listdir(path.parent)))
+    except OSError:
+        close = ()
+    return _unreadable(file, "the file does not exist", nearest=close, fix="Check the path, or download the file.")
+
+
+def _unreadable(file: str, message: str, found: str = "", *, nearest: tuple[str, ...] = (), fix: str) -> NpuQuantError:
+    return NpuQuantError(
+        [Finding("unreadable-file", message, file=shown_name(file, 1000), found=found, nearest=nearest, fix=fix)]
+    )
