@@ -135,7 +135,7 @@ def _print_platform(console: Console) -> None:
 def _print_layers(console: Console, llm: LLM) -> None:
     from vllm_npu_quant.engine import layer_summary
 
-    rows = [("layers", "kind", "scheme", "method class", "operators")]
+    rows: list[tuple[str, ...]] = [("layers", "kind", "scheme", "method class", "operators")]
     for group in layer_summary(llm):
         cells = (group.count, group.kind, group.scheme, group.method, ", ".join(group.operators))
         rows.append(tuple(str(getattr(cell, "value", cell)) for cell in cells))

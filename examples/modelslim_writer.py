@@ -170,9 +170,9 @@ def _write(
         "optional": {},
     }
     (target / "quant_model_description.json").write_text(json.dumps(description, indent=4))
-    for file in sorted(source.iterdir()):
-        if file.is_file() and not any(fnmatchcase(file.name, pattern) for pattern in _WEIGHT_FILES):
-            shutil.copyfile(file, target / file.name)
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not any(fnmatchcase(path.name, pattern) for pattern in _WEIGHT_FILES):
+            shutil.copyfile(path, target / path.name)
 
 
 def _quantize_into(stream: SafetensorsStream, tensor: _Source, weight: torch.Tensor, dtype: torch.dtype) -> None:

