@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["ActivationSpec", "Granularity", "LayerKind", "LayerSpec", "Layout", "NumberKind", "WeightSpec"]
+__all__ = ["FLOAT", "ActivationSpec", "Granularity", "LayerKind", "LayerSpec", "Layout", "NumberKind", "WeightSpec"]
 
 
 class LayerKind(str, Enum):
@@ -54,9 +54,8 @@ class WeightSpec:
 
     Attributes:
         bits: bits per element.
-        granularity: what shares a scale: TENSOR, CHANNEL (one output row), GROUP (``group_size`` inputs of a row), BLOCK.
-        group_size: elements along the input dimension per group; 0 unless the granularity is GROUP. -1 means that the
-            group size follows from the shape of the scale.
+        granularity: what shares a scale: TENSOR, CHANNEL (an output row), GROUP (``group_size`` inputs of a row), BLOCK.
+        group_size: elements along the input dimension per group; 0 unless the granularity is GROUP.
         symmetric: whether every zero point is 0 (in two's complement).
     """
 

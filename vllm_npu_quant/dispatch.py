@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""(layer kind, LayerSpec) -> NPU method class: one table, as data.
+
+Rows name classes as "module:qualname" and operators as text, so that the table can be read where torch is absent. The
+first row that matches is taken; a spec that no row matches is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from vllm_npu_quant.errors import Finding, NpuQuantError
+from vllm_npu_quant.spec import ActivationSpec, Granularity, LayerKind, LayerSpec, NumberKind, WeightSpec
+
+__all__ = ["ROWS", "Row", "find_row", "select"]
+
+_LINEAR = frozenset({LayerKind.LINEAR, LayerKind.LM_HEAD})
+_CHANNEL = frozenset({Granularity.CHANNEL, Granularity.TENSOR})
+_CHANNEL_GROUP = _CHANNEL | {Granularity.GROUP}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the dispatch table.
+
+    Attributes:
+        name: the scheme in the field's short form.
+        kinds: layer kinds it serves.
+        weight_bits, weight_kind, weight_granularity, weight_symmetric: what the weight must be; None stands for any.
+        act: bits of the activation; None where it is not quantized.
+        act_dynamic: whether activation scales are computed at run time.
+        method: "module:qualname" of the method class.
+        operators: the torch_npu operators that it calls per forward, in order.
+    """
+
+    name: str
+    kinds: frozenset[LayerKind]
+    weight_bits: frozenset[int]
+    weight_granularity: frozenset[Granularity]
+    act: int | None
+    act_dynamic: bool | None
+    method: str
+    operators: tuple[str, ...]
+    weight_kind: NumberKind = NumberKind.INT
+    weight_symmetric: bool | None = None
+
+    def matches(self, kind: LayerKind, spec: LayerSpec) -> bool:
+        return (
+            kind in self.kinds and spec.weight is not None and self._weight(spec.weight) and self._act(spec.activation)
+        )
+
+    def _weight(self, weight: WeightSpec) -> bool:
+        return (
+            weight.bits in self.weight_bits
+            and weight.kind is self.weight_kind
+            and weight.granularity in self.weight_granularity
+            and self.weight_symmetric in (None, weight.symmetric)
+        )
+
+    def _act(self, activation: ActivationSpec | None) -> bool:
+        if activation is None or self.act is None:
+            return activation is None and self.act is None
+        return (
+            activation.bits == self.act and activation.dynamic == self.act_dynamic and activation.kind is NumberKind.INT
+        )
+
+    @property
+    def method_name(self) -> str:
+        return self.method.rpartition(":")[2]
+
+
+ROWS: tuple[Row, ...] = (
+    Row(
+        "W8A8 dynamic",
+        _LINEAR,
+        weight_bits=frozenset({8}),
+        weight_granularity=_CHANNEL,
+        weight_symmetric=True,
+        act=8,
+        act_dynamic=True,
+        method="vllm_npu_quant.methods.w8a8:W8A8DynamicLinear",
+        operators=("npu_dynamic_quant", "npu_quant_matmul"),
+    ),
+    Row(
+        "W8A8 static",
+        _LINEAR,
+        weight_bits=frozenset({8}),
+        weight_granularity=_CHANNEL,
+        weight_symmetric=True,
+        act=8,
+        act_dynamic=False,
+        method="vllm_npu_quant.methods.w8a8:W8A8StaticLinear",
+        operators=("npu_quantize", "npu_quant_matmul"),
+    ),
+    Row(
+        "W8A16",
+        _LINEAR,
+        weight_bits=frozenset({8}),
+        weight_granularity=_CHANNEL_GROUP,
+        act=None,
+        act_dynamic=None,
+        method="vllm_npu_quant.methods.weight_only:WeightOnlyLinear",
+        operators=("npu_weight_quant_batchmatmul",),
+    ),
+)
+
+
+def find_row(kind: LayerKind, spec: LayerSpec) -> Row | None:
+    """The row that serves a layer, or None."""
+    return next((row for row in ROWS if row.matches(kind, spec)), None)
+
+
+def select(kind: LayerKind, spec: LayerSpec, *, layer: str = "", file: str = "") -> Row:
+    """The row that serves a layer.
+
+    Raises:
+        NpuQuantError: unsupported-scheme where no row does; the finding lists the schemes that the kind has.
+    """
+    row = find_row(kind, spec)
+    if row is None:
+        raise NpuQuantError([unsupported(kind, spec, layer=layer, file=file)])
+    return row
+
+
+def unsupported(kind: LayerKind, spec: LayerSpec, *, layer: str = "", file: str = "") -> Finding:
+    """The finding for a spec that no row serves."""
+    served = _names(row for row in ROWS if kind in row.kinds)
+    return Finding(
+        "unsupported-scheme",
+        f"no NPU method class serves {spec.scheme} for {kind.value} layers",
+        layer=layer,
+        file=file,
+        expected=f"one of {served}" if served else f"a float layer: no scheme is served for {kind.value} layers yet",
+        found=describe(spec),
+        fix="export these layers with a scheme that is served, or as float",
+    )
+
+
+def describe(spec: LayerSpec) -> str:
+    """A spec in one line, for messages and tables."""
+    if spec.weight is None:
+        return f"{spec.scheme}: float"
+    weight = spec.weight
+    group = f" of {weight.group_size}" if weight.granularity is Granularity.GROUP else ""
+    text = f"{spec.scheme}: {weight.bits}-bit {weight.kind.value} weight per {weight.granularity.value}{group}"
+    text += "" if weight.symmetric else ", asymmetric"
+    act = spec.activation
+    if act is None:
+        return text + ", activation not quantized"
+    mode = "dynamic" if act.dynamic else "static"
+    return text + f", {act.bits}-bit {act.kind.value} {mode} activation per {act.granularity.value}"
+
+
+def _names(rows: Iterable[Row]) -> str:
+    return ", ".join(dict.fromkeys(row.name for row in rows))

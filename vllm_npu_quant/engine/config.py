@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's view of a checkpoint's quantization: one QuantizationConfig class per format.
+
+The objects are pickled into spawned processes before plugins run there, so the classes are top-level, and what they carry
+is the compact per-layer index, not the description.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+from vllm.config import get_current_vllm_config_or_none
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+from vllm_npu_quant import settings
+from vllm_npu_quant.checkpoint import DESCRIPTION_MAX_BYTES, Checkpoint, find_local, read_json
+from vllm_npu_quant.engine import platforms
+from vllm_npu_quant.engine.linear import CHECKPOINT_BIAS, NpuQuantLinearMethod
+from vllm_npu_quant.errors import Finding, NpuQuantError, Severity, raise_findings
+from vllm_npu_quant.formats.base import QuantFormat
+from vllm_npu_quant.formats.check import check_checkpoint
+from vllm_npu_quant.formats.detect import description_name, embedded_description
+from vllm_npu_quant.formats.modelslim import ModelSlimFormat, as_static
+from vllm_npu_quant.formats.resolve import LayerResolver
+from vllm_npu_quant.spec import LayerKind
+
+if TYPE_CHECKING:
+    from vllm.model_executor.models.utils import WeightsMapper
+
+__all__ = ["ModelSlimConfig", "NpuQuantConfig"]
+
+logger = init_logger("vllm.npu_quant.config")
+
+
+class NameSet:
+    """A set of tensor names in the place of a regular expression, for vLLM's WeightsMapper.
+
+    The mapper asks every rule about every tensor; one rule per layer would make that quadratic in the model's depth.
+    """
+
+    def __init__(self, names: frozenset[str], suffix: str, replacement: str) -> None:
+        self.names = names
+        self.suffix = suffix
+        self.replacement = replacement
+
+    def search(self, name: str) -> bool:
+        return name.endswith(self.suffix) and name.removesuffix(self.suffix) in self.names
+
+    def sub(self, replacement: str, name: str) -> str:
+        return name.removesuffix(self.suffix) + self.replacement
+
+
+class NpuQuantConfig(QuantizationConfig):
+    """What the formats share. Subclasses parse their config into ``format``."""
+
+    #: The name registered with vLLM.
+    method_name: ClassVar[str] = ""
+    #: config.json's quant_method values that this class serves.
+    claims: ClassVar[frozenset[str]] = frozenset()
+    #: Names that a user may give in ``quantization=`` for them, besides ``method_name`` and ``claims``.
+    aliases: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, config: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.raw: dict[str, Any] = dict(config or {})
+        self.format: QuantFormat | None = None
+        self.resolver: LayerResolver | None = None
+        self.tied_embeddings = False
+        self.hidden_layers: int | None = None
+        # vllm-ascend reads this attribute without a guard; it wants the keys of norm biases.
+        self.quant_description: dict[str, Any] = {}
+        self.enable_fa_quant = False
+        self.enable_c8_quant = False
+        self.kvcache_quant_layers: list[str] = []
+        self.c8_quant_layers: list[str] = []
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.format.source if self.format else 'no checkpoint yet'})"
+
+    def get_name(self) -> str:
+        return self.method_name
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """What the NPU's quantized operators take. float32 checkpoints run as bfloat16 unless a dtype is asked for."""
+        return [torch.bfloat16, torch.float16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []  # read in maybe_update_config, where a missing file can be explained
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> NpuQuantConfig:
+        return cls(config)
+
+    @classmethod
+    def serves(cls, quantization_config: Mapping[str, Any]) -> bool:
+        """Whether a config.json's quantization_config is this class's to serve."""
+        return str(quantization_config.get("quant_method") or "").lower() in cls.claims
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """vLLM asks every method whether it takes a checkpoint; ours answer before the built-in ones."""
+        if not settings.plugin_enabled() or not isinstance(hf_quant_cfg, Mapping):
+            return None
+        asked = user_quant is None or user_quant in {cls.method_name, *cls.claims, *cls.aliases}
+        return cls.method_name if asked and cls.serves(hf_quant_cfg) else None
+
+    def parse(self, folder: Path | None, checkpoint: Checkpoint | None) -> QuantFormat:
+        """The format object of this checkpoint; findings are inside it.
+
+        Args:
+            folder: the local folder, or None where the files are only on the hub.
+            checkpoint: the headers of its weight files, where they can be read.
+        """
+        raise NotImplementedError
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Read the checkpoint's quantization, and check its files against it before any weight is read.
+
+        Raises:
+            NpuQuantError: with every problem that was found.
+        """
+        folder = find_local(model_name, revision=revision)
+        checkpoint = Checkpoint.open(folder) if folder is not None else None
+        if checkpoint is not None and not os.path.isdir(model_name) and _incomplete(checkpoint):
+            checkpoint = None
+        self.format = self.parse(folder, checkpoint)
+        findings = list(self.format.findings)
+        if checkpoint is not None:
+            findings += check_checkpoint(self.format, checkpoint)
+        else:
+            logger.info("The weight files of %s are not on this host yet: they are checked while they load", model_name)
+        for finding in findings:
+            if finding.severity is not Severity.ERROR:
+                logger.info("%s", finding.render())
+        raise_findings(findings)
+        self.resolver = LayerResolver(self.format, self.packed_modules_mapping)
+        self.quant_description = {f"{name}.bias": "FLOAT" for name in self.format.norm_biases}
+        text_config = getattr(hf_config, "text_config", None) or hf_config
+        self.tied_embeddings = bool(getattr(text_config, "tie_word_embeddings", False))
+        self.hidden_layers = getattr(text_config, "num_hidden_layers", None)
+        self.raw = {}
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        if self.resolver is not None:
+            self.resolver.add_mapper(hf_to_vllm_mapper._map_name)
+
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]
+        """Names under which the checkpoint's tensors find their parameters."""
+        from vllm.model_executor.models.utils import WeightsMapper
+
+        if self.format is None:
+            return WeightsMapper()
+        rules: dict[Any, str | None] = {}
+        biased = self.format.biased_layers()
+        if biased:
+            rules[NameSet(biased, ".bias", f".{CHECKPOINT_BIAS}")] = ""
+        return WeightsMapper(
+            orig_to_new_regex=rules,
+            orig_to_new_suffix={f".{name}": None for name in self.format.dropped_tensors()},
+        )
+
+    def get_quant_method(self, layer: nn.Module, prefix: str, tid2eid: Any = None) -> QuantizeMethodBase | None:
+        """The method that serves a layer. ``tid2eid`` is vllm-ascend's, for MoE layers.
+
+        Raises:
+            NpuQuantError: for a layer that the config does not describe, or that no method class serves.
+        """
+        if isinstance(layer, LinearBase):
+            return self._linear(layer, prefix, LayerKind.LINEAR)
+        if isinstance(layer, ParallelLMHead):
+            return self._lm_head(layer, prefix)
+        if isinstance(layer, VocabParallelEmbedding):
+            self._check_embedding(prefix)
+            return None
+        if platforms.is_moe(layer):
+            return self._experts(layer, prefix, tid2eid)
+        return None
+
+    def _linear(self, layer: nn.Module, prefix: str, kind: LayerKind) -> QuantizeMethodBase | None:
+        resolver = self._resolver(prefix)
+        resolver.packed = self.packed_modules_mapping
+        resolved = resolver.resolve(prefix)
+        if resolved.spec.is_float:
+            return platforms.unquantized_linear() if kind is LayerKind.LINEAR else None
+        spec = as_static(resolved.spec) if _is_kv_consumer() else resolved.spec
+        return NpuQuantLinearMethod(resolved, spec, kind, resolver.format.source)
+
+    def _lm_head(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if not self._resolver(prefix).describes(prefix) and self.tied_embeddings:
+            return None
+        return self._linear(layer, prefix, LayerKind.LM_HEAD)
+
+    def _check_embedding(self, prefix: str) -> None:
+        resolver = self._resolver(prefix)
+        if not resolver.describes(prefix):
+            return
+        resolved = resolver.resolve(prefix)
+        if not resolved.spec.is_float:
+            raise NpuQuantError(
+                [
+                    Finding(
+                        "unsupported-scheme",
+                        "quantized embedding tables are not served",
+                        layer=prefix,
+                        file=resolver.format.source,
+                        expected="a float embedding",
+                        found=resolved.spec.scheme,
+                        fix="export the embedding as float",
+                    )
+                ]
+            )
+
+    def _experts(self, layer: nn.Module, prefix: str, tid2eid: Any) -> QuantizeMethodBase | None:
+        resolver = self._resolver(prefix)
+        resolved = resolver.resolve_experts(prefix)
+        specs = [resolved.w13.spec, resolved.w2.spec]
+        if all(spec.is_float for spec in specs):
+            return platforms.unquantized_moe(layer, tid2eid)
+        from vllm_npu_quant import dispatch
+
+        raise NpuQuantError(
+            [
+                dispatch.unsupported(LayerKind.FUSED_MOE, spec, layer=prefix, file=resolver.format.source)
+                for spec in dict.fromkeys(specs)
+                if not spec.is_float
+            ]
+        )
+
+    def _resolver(self, prefix: str) -> LayerResolver:
+        if self.resolver is None:
+            raise NpuQuantError(
+                [
+                    Finding(
+                        "unreadable-file",
+                        "vLLM builds a layer before the checkpoint's quantization was read",
+                        layer=prefix,
+                        fix="this vLLM version does not call maybe_update_config; use one of the versions in README",
+                    )
+                ]
+            )
+        return self.resolver
+
+
+def _incomplete(checkpoint: Checkpoint) -> bool:
+    """Whether a snapshot of the hub lacks weight files that vLLM is going to download."""
+    return not checkpoint.files or "index-mismatch" in {finding.code for finding in checkpoint.findings}
+
+
+def _is_kv_consumer() -> bool:
+    """Whether this process decodes for a prefill node of a disaggregated deployment."""
+    config = get_current_vllm_config_or_none()
+    transfer = getattr(config, "kv_transfer_config", None) if config is not None else None
+    return bool(getattr(transfer, "is_kv_consumer", False)) and not bool(getattr(transfer, "is_kv_producer", False))
+
+
+class ModelSlimConfig(NpuQuantConfig):
+    """msModelSlim checkpoints."""
+
+    method_name = "modelslim"
+    aliases = frozenset({"ascend"})
+
+    @classmethod
+    def serves(cls, quantization_config: Mapping[str, Any]) -> bool:
+        return embedded_description(quantization_config)
+
+    def parse(self, folder: Path | None, checkpoint: Checkpoint | None) -> QuantFormat:
+        description, source = self.raw, "config.json"
+        if not any(str(key).endswith(".weight") for key in description):
+            name = description_name(os.listdir(folder)) if folder is not None else None
+            if folder is None or name is None:
+                raise NpuQuantError([_no_description(folder)])
+            description, source = read_json(os.path.join(folder, name), max_bytes=DESCRIPTION_MAX_BYTES), name
+        return ModelSlimFormat.from_description(description, source, checkpoint.tensors if checkpoint else None)
+
+
+def _no_description(folder: Path | None) -> Finding:
+    names = sorted(os.listdir(folder))[:12] if folder is not None else []
+    return Finding(
+        "unreadable-file",
+        "quantization=modelslim needs msModelSlim's description of the weights",
+        file=str(folder or ""),
+        expected="quant_model_description.json beside config.json",
+        found=", ".join(names) or "no local copy of the checkpoint",
+        fix="copy the description that msModelSlim wrote into the folder, or name the format with quantization=",
+    )
+
+
+#: Every config class, in the order in which vLLM asks them.
+CONFIGS: tuple[type[NpuQuantConfig], ...] = (ModelSlimConfig,)

@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantized Linear layers and lm_head in vLLM.
+
+The adapter registers the checkpoint's own tensors as parameters, so that vLLM's loaders shard them; after loading it turns
+them into canonical numbers, and those into what the NPU method class wants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
+from math import gcd
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
+from vllm.model_executor.parameter import (
+    BasevLLMParameter,
+    ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
+    ModelWeightParameter,
+    PackedColumnParameter,
+    PackedvLLMParameter,
+    PerTensorScaleParameter,
+    RowvLLMParameter,
+)
+
+from vllm_npu_quant import dispatch
+from vllm_npu_quant.engine.coverage import Coverage, WriteWitness
+from vllm_npu_quant.errors import Finding, NpuQuantError, raise_findings
+from vllm_npu_quant.formats.resolve import ResolvedLayer
+from vllm_npu_quant.layouts.canonical import CanonicalLinear
+from vllm_npu_quant.layouts.modelslim import decode_int64_scale
+from vllm_npu_quant.layouts.tables import LAYOUTS, Axis, LayerSizes, TensorSpec, group_size_of, tensors_of
+from vllm_npu_quant.methods.base import NpuLinearMethod, PrepareContext
+from vllm_npu_quant.spec import LayerKind, LayerSpec
+
+__all__ = ["CHECKPOINT_BIAS", "NpuQuantLinearMethod"]
+
+#: Name under which a quantized layer's own bias is loaded. The checkpoint's name, "bias", belongs to vLLM, which creates
+#: that parameter only for model classes that have a bias.
+CHECKPOINT_BIAS = "checkpoint_bias"
+
+#: safetensors name -> torch dtype, for the dtypes that parameters and checkpoints use.
+TORCH_DTYPES = {
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+#: Load formats that fill parameters without their weight loaders.
+_UNWITNESSED_LOADS = frozenset({"dummy", "sharded_state"})
+
+
+def load_object(path: str) -> Any:
+    """The object behind "module:qualname"."""
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
+
+
+@register_weight_loader_v2_supported_method
+class NpuQuantLinearMethod(LinearMethodBase):
+    """One quantized layer: ``resolved`` says where its numbers come from, ``row`` which NPU method computes with them."""
+
+    def __init__(self, resolved: ResolvedLayer, spec: LayerSpec, kind: LayerKind, source: str) -> None:
+        self.resolved = resolved
+        self.spec = spec
+        self.kind = kind
+        self.source = source
+        self.row = dispatch.select(kind, spec, layer=resolved.prefix, file=source)
+        self.method: NpuLinearMethod = load_object(self.row.method)()
+        self.tensors = tensors_of(spec, resolved.listed_tensors())
+        self.coverage: dict[str, Coverage] = {}
+        # vllm-ascend looks here for its own scheme object.
+        self.quant_method = None
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register the checkpoint's tensors of this rank's part of the layer.
+
+        Raises:
+            NpuQuantError: cannot-shard where a packed dimension or a group would be cut.
+        """
+        weight_loader = extra_weight_attrs.pop("weight_loader")
+        self._fit_groups(input_size, input_size_per_partition)
+        sizes = LayerSizes(
+            outputs=sum(output_partition_sizes),
+            inputs=input_size_per_partition,
+            group_size=group_size_of(self.spec),
+            shards=len(output_partition_sizes),
+        )
+        raise_findings(self._shard_findings(output_partition_sizes, input_size_per_partition))
+        self.context = PrepareContext(
+            act_dtype=params_dtype,
+            adds_constants=input_size_per_partition == input_size or getattr(layer, "tp_rank", 0) == 0,
+        )
+        self.partitions = list(output_partition_sizes)
+        for tensor in self.tensors:
+            name = CHECKPOINT_BIAS if tensor.name == "bias" else tensor.name
+            param = _parameter(tensor, sizes, self._loader(tensor, name, weight_loader))
+            self.coverage[name] = Coverage(param.shape)
+            layer.register_parameter(name, param)
+
+    def _fit_groups(self, inputs: int, part: int) -> None:
+        """Where ranks cut a group of inputs, take a smaller group that they do not cut, and repeat its scale: exact."""
+        group = group_size_of(self.spec)
+        self.group_repeats = 1
+        if not group or part == inputs or part % group == 0:
+            return
+        assert self.spec.weight is not None
+        smaller = gcd(part, group)
+        self.group_repeats = group // smaller
+        self.spec = replace(self.spec, weight=replace(self.spec.weight, group_size=smaller))
+
+    def _shard_findings(self, outputs: list[int], part: int) -> list[Finding]:
+        """Whether this rank's part holds whole packed elements."""
+        findings = []
+        for tensor in self.tensors:
+            for dim in tensor.dims:
+                lengths = outputs if dim.axis is Axis.OUT else [part] if dim.axis is Axis.IN else []
+                if dim.pack > 1 and any(length % dim.pack for length in lengths):
+                    findings.append(
+                        Finding(
+                            "cannot-shard",
+                            f"{tensor.name} packs {dim.pack} numbers along {dim.axis.value}, and a rank would get a part",
+                            layer=self.resolved.prefix,
+                            file=self.source,
+                            expected=f"sizes per rank divisible by {dim.pack}",
+                            found=", ".join(map(str, lengths)),
+                            fix="use a smaller tensor-parallel size",
+                        )
+                    )
+        return findings
+
+    def _loader(self, tensor: TensorSpec, name: str, load: Callable[..., Any]) -> Callable[..., Any]:
+        """vLLM's loader, with the dtype checked before it and the writes observed."""
+
+        def weight_loader(param: torch.Tensor, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            loaded_weight = self._adapted(tensor, loaded_weight)
+            try:
+                with WriteWitness(param, self.coverage[name]):
+                    return load(param, loaded_weight, *args, **kwargs)
+            except (AssertionError, RuntimeError, IndexError) as error:
+                raise NpuQuantError(
+                    [
+                        Finding(
+                            "wrong-shape",
+                            f"{tensor.name} does not fit the layer",
+                            layer=self.resolved.prefix,
+                            file=self.source,
+                            expected=f"{tensor.shape_text()} that fills {list(param.shape)} on this rank",
+                            found=f"{list(loaded_weight.shape)}" + (f" for shard {args[0]}" if args else ""),
+                            fix="check that config.json and the weights are of the same model",
+                        )
+                    ]
+                ) from error
+
+        return weight_loader
+
+    def _adapted(self, tensor: TensorSpec, loaded: torch.Tensor) -> torch.Tensor:
+        """The loaded tensor in a dtype that the parameter holds exactly, and with this rank's groups."""
+        found = _NAMES.get(loaded.dtype, str(loaded.dtype))
+        if found not in tensor.dtypes:
+            raise NpuQuantError(
+                [
+                    Finding(
+                        "wrong-dtype",
+                        f"{tensor.name} has a dtype that {self.spec.scheme} does not allow",
+                        layer=self.resolved.prefix,
+                        file=self.source,
+                        expected=" or ".join(tensor.dtypes),
+                        found=found,
+                        fix="re-export the checkpoint",
+                    )
+                ]
+            )
+        adapted = loaded
+        if loaded.dtype == torch.int64 and tensor.load_dtype == "float32":
+            adapted = decode_int64_scale(loaded)
+        groups = tensor.axis_of(Axis.GROUP)
+        if groups is not None and self.group_repeats > 1:
+            adapted = adapted.repeat_interleave(self.group_repeats, dim=groups)
+        # A tensor may carry the id of its fused shard, which a conversion loses.
+        if adapted is not loaded and hasattr(loaded, "shard_id"):
+            adapted.shard_id = loaded.shard_id  # type: ignore[attr-defined]
+        return adapted
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Check that everything arrived, and replace the checkpoint's tensors by the operators' ones.
+
+        vLLM and vllm-ascend may call this again; a layer that is prepared already is left alone.
+
+        Raises:
+            NpuQuantError: not-filled, or what the scheme's values do not allow.
+        """
+        if not self.coverage:
+            return
+        if _load_format() not in _UNWITNESSED_LOADS:
+            raise_findings(self._not_filled())
+        canonical = self._canonical(layer)
+        try:
+            prepared = self.method.prepare(canonical, self.context)
+        except NpuQuantError as error:
+            raise self._located(error) from error
+        for name in self.coverage:
+            delattr(layer, name)
+        for name, value in prepared.items():
+            layer.register_parameter(name, nn.Parameter(value, requires_grad=False))
+        self._finish_bias(layer, canonical.bias)
+        self.coverage = {}
+
+    def _finish_bias(self, layer: nn.Module, stored: torch.Tensor | None) -> None:
+        """Leave ``layer.bias`` as the method wants it: in the operator's dtype, or None where it is folded already."""
+        bias = stored if stored is not None else getattr(layer, "bias", None)
+        if bias is None:
+            return
+        if self.method.folds_bias:
+            layer.bias = None
+            return
+        skipped = getattr(layer, "skip_bias_add", False)
+        dtype = self.context.act_dtype if skipped else self.method.bias_dtype(self.context.act_dtype)
+        layer.bias = nn.Parameter(bias.data.to(dtype), requires_grad=False)
+
+    def _canonical(self, layer: nn.Module) -> CanonicalLinear:
+        tensors = {tensor.name: getattr(layer, tensor.name).data for tensor in self.tensors if tensor.name != "bias"}
+        if CHECKPOINT_BIAS in self.coverage:
+            tensors["bias"] = getattr(layer, CHECKPOINT_BIAS).data
+        try:
+            return load_object(LAYOUTS[self.spec.layout].to_canonical)(tensors, self.spec)
+        except NpuQuantError as error:
+            raise self._located(error) from error
+
+    def _located(self, error: NpuQuantError) -> NpuQuantError:
+        """The error with this layer's name in findings that have none."""
+        return NpuQuantError(
+            replace(finding, layer=finding.layer or self.resolved.prefix, file=finding.file or self.source)
+            for finding in error.findings
+        )
+
+    def _not_filled(self) -> list[Finding]:
+        findings = []
+        for name, coverage in self.coverage.items():
+            tensor = "bias" if name == CHECKPOINT_BIAS else name
+            for box in coverage.missing():
+                shards = [
+                    f"{self.resolved.shards[i]}.{tensor}"
+                    for i in self._shards_in(coverage, box)
+                    if tensor != "bias" or "bias" in self.resolved.entries[i].tensors
+                ]
+                if not shards:
+                    continue  # the bias of a fused layer whose other shards have none: it stays 0
+                findings.append(
+                    Finding(
+                        "not-filled",
+                        "a parameter received no data for a part of it",
+                        layer=self.resolved.prefix,
+                        file=self.source,
+                        expected=", ".join(shards),
+                        found=f"nothing for {name}[{', '.join(f'{start}:{stop}' for start, stop in box)}]",
+                        fix="check that the weight files are complete",
+                    )
+                )
+        return findings
+
+    def _shards_in(self, coverage: Coverage, box: Any) -> list[int]:
+        """The fused shards whose rows a box touches."""
+        if len(self.resolved.shards) == 1 or len(self.partitions) != len(self.resolved.shards):
+            return list(range(len(self.resolved.shards)))
+        rows = coverage.shape[0]
+        total = sum(self.partitions)
+        found, start = [], 0
+        for i, size in enumerate(self.partitions):
+            stop = start + size
+            # Rows of the parameter that belong to shard i; packing and per-shard scalars scale them.
+            first, last = start * rows // total, max(stop * rows // total, start * rows // total + 1)
+            if rows == len(self.partitions):
+                first, last = i, i + 1
+            if first < box[0][1] and box[0][0] < last:
+                found.append(i)
+            start = stop
+        return found
+
+    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return self.method.apply(layer, x, bias)
+
+
+def _parameter(tensor: TensorSpec, sizes: LayerSizes, weight_loader: Callable[..., Any]) -> BasevLLMParameter:
+    """vLLM's parameter class that shards this tensor the way its dimensions say."""
+    # A bias is 0 where a shard of a fused layer has none; everything else is overwritten in full.
+    make = torch.zeros if tensor.name == "bias" else torch.empty
+    data = make(tensor.shape(sizes), dtype=getattr(torch, tensor.load_dtype))
+    out, inputs, groups = (tensor.axis_of(axis) for axis in (Axis.OUT, Axis.IN, Axis.GROUP))
+    common: dict[str, Any] = {"data": data, "weight_loader": weight_loader}
+    packed = next((i for i, dim in enumerate(tensor.dims) if dim.pack > 1), None)
+    if tensor.axis_of(Axis.SHARD) is not None:
+        return PerTensorScaleParameter(**common)
+    along_inputs = inputs if inputs is not None else (groups if sizes.group_size else None)
+    if packed is not None:
+        common |= {"packed_dim": packed, "packed_factor": tensor.dims[packed].pack, "output_dim": out}
+        if along_inputs is None:
+            return PackedColumnParameter(**common)
+        return PackedvLLMParameter(input_dim=along_inputs, **common)
+    if out is None:
+        return (
+            RowvLLMParameter(input_dim=along_inputs, **common)
+            if along_inputs is not None
+            else BasevLLMParameter(**common)
+        )
+    if along_inputs is None:
+        return ChannelQuantScaleParameter(output_dim=out, **common)
+    kind = ModelWeightParameter if inputs is not None else GroupQuantScaleParameter
+    return kind(input_dim=along_inputs, output_dim=out, **common)
+
+
+def _load_format() -> str:
+    config = get_current_vllm_config_or_none()
+    return str(getattr(config.load_config, "load_format", "auto")) if config is not None else "auto"

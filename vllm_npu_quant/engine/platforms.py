@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What differs between hosts and vLLM versions, asked for by feature."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.platforms import current_platform
+
+__all__ = ["is_moe", "on_npu", "unquantized_linear", "unquantized_moe"]
+
+
+def on_npu() -> bool:
+    return current_platform.device_type == "npu"
+
+
+def is_moe(layer: nn.Module) -> bool:
+    """Whether a layer holds a MoE's routed experts (``FusedMoE`` before vLLM 0.27, ``RoutedExperts`` since)."""
+    return isinstance(layer, RoutedExperts)
+
+
+def unquantized_linear() -> QuantizeMethodBase:
+    """The method for a float Linear: never None, which vllm-ascend does not accept."""
+    if on_npu():
+        from vllm_npu_quant.ascend import unquantized
+
+        return unquantized.linear()
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+    return UnquantizedLinearMethod()
+
+
+def unquantized_moe(layer: Any, tid2eid: Any) -> QuantizeMethodBase:
+    """The method for float experts."""
+    if on_npu():
+        from vllm_npu_quant.ascend import unquantized
+
+        return unquantized.moe(layer, tid2eid)
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    return UnquantizedFusedMoEMethod(layer.moe_config)

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Do the weight files hold what the quantization config promises? From headers alone: no weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from vllm_npu_quant.errors import Finding, nearest_names
+from vllm_npu_quant.formats.base import LayerEntry, QuantFormat
+from vllm_npu_quant.layouts.tables import Axis, LayerSizes, TensorSpec, group_size_of, tensors_of
+from vllm_npu_quant.spec import LayerSpec
+
+__all__ = ["FindingLimit", "check_checkpoint", "check_layer"]
+
+
+class StoredTensor(Protocol):
+    """What a check needs to know of a stored tensor; ``checkpoint.TensorInfo`` has it."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def file(self) -> str: ...
+
+
+class StoredCheckpoint(Protocol):
+    """What a check needs to know of a checkpoint; ``checkpoint.Checkpoint`` has it."""
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]: ...
+    @property
+    def findings(self) -> tuple[Finding, ...]: ...
+
+
+class FindingLimit:
+    """Collects findings; of one code, only the first ``limit`` are kept in full, and the rest is counted."""
+
+    def __init__(self, limit: int = 20) -> None:
+        self.limit = limit
+        self.findings: list[Finding] = []
+        self.counts: dict[str, int] = {}
+
+    def add(self, finding: Finding) -> None:
+        count = self.counts[finding.code] = self.counts.get(finding.code, 0) + 1
+        if count <= self.limit:
+            self.findings.append(finding)
+
+    def close(self) -> list[Finding]:
+        """All findings, with one more for each code of which some were left out."""
+        for code, count in self.counts.items():
+            if count > self.limit:
+                message = f"{count - self.limit} more findings of this kind were left out"
+                severity = next(finding.severity for finding in self.findings if finding.code == code)
+                self.findings.append(Finding(code, message, severity=severity))
+        self.counts = {}
+        return self.findings
+
+
+def check_checkpoint(quant_format: QuantFormat, checkpoint: StoredCheckpoint) -> list[Finding]:
+    """Everything that is wrong with the files, and between the files and the config.
+
+    Linear in the number of layers.
+    """
+    found = FindingLimit()
+    for layer, entry in quant_format.stored_layers(checkpoint.tensors):
+        if not entry.spec.is_float:
+            for finding in check_layer(layer, entry, checkpoint.tensors, quant_format.source):
+                found.add(finding)
+    return [*checkpoint.findings, *found.close()]
+
+
+def check_layer(layer: str, entry: LayerEntry, tensors: Mapping[str, StoredTensor], source: str) -> list[Finding]:
+    """Compare one layer's stored tensors with its layout: which there are, their dtypes and shapes."""
+    wanted = tensors_of(entry.spec, entry.tensors)
+    weight = tensors.get(f"{layer}.{wanted[0].name}")
+    findings = [
+        Finding(
+            "missing-tensor",
+            f"no weight file holds {tensor.name}, which {entry.spec.scheme} needs",
+            layer=layer,
+            file=source,
+            expected=f"{layer}.{tensor.name} {' or '.join(tensor.dtypes)} {tensor.shape_text()}",
+            found="no such tensor",
+            nearest=nearest_names(f"{layer}.{tensor.name}", tensors),
+            fix="download the checkpoint again, or re-export it",
+        )
+        for tensor in wanted
+        if f"{layer}.{tensor.name}" not in tensors
+    ]
+    if weight is None:
+        return findings
+    sizes = _sizes(entry.spec, wanted[0], weight)
+    if sizes is None:
+        return [*findings, _wrong_shape(layer, wanted[0], weight, f"{wanted[0].shape_text()} with 2 dimensions")]
+    for tensor in wanted:
+        stored = tensors.get(f"{layer}.{tensor.name}")
+        if stored is None:
+            continue
+        if stored.dtype not in tensor.dtypes:
+            findings.append(
+                Finding(
+                    "wrong-dtype",
+                    f"{tensor.name} has a dtype that {entry.spec.scheme} does not allow",
+                    layer=layer,
+                    file=stored.file,
+                    expected=" or ".join(tensor.dtypes),
+                    found=stored.dtype,
+                    fix="re-export the checkpoint",
+                )
+            )
+        shape = tensor.shape(sizes)
+        scalar = tensor.axis_of(Axis.SHARD) is not None and stored.shape == ()
+        if stored.shape != shape and not scalar:
+            findings.append(_wrong_shape(layer, tensor, stored, f"{tensor.shape_text()} = {list(shape)}"))
+    return findings
+
+
+def _sizes(spec: LayerSpec, tensor: TensorSpec, weight: StoredTensor) -> LayerSizes | None:
+    """The layer's sizes as its weight tells them; None where the weight has not the layout's dimensions."""
+    if len(weight.shape) != len(tensor.dims) or 0 in weight.shape:
+        return None
+    lengths = {dim.axis: length * dim.pack for dim, length in zip(tensor.dims, weight.shape, strict=True)}
+    return LayerSizes(lengths[Axis.OUT], lengths[Axis.IN], group_size_of(spec))
+
+
+def _wrong_shape(layer: str, tensor: TensorSpec, stored: StoredTensor, expected: str) -> Finding:
+    return Finding(
+        "wrong-shape",
+        f"{tensor.name} has a shape that does not fit the layer and its scheme",
+        layer=layer,
+        file=stored.file,
+        expected=expected,
+        found=str(list(stored.shape)),
+        fix="check that the config and the weights belong together, or re-export the checkpoint",
+    )

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the name of a layer in vLLM's model to the layers of the checkpoint that it holds.
+
+vLLM fuses checkpoint layers (q/k/v into qkv_proj) and renames them. The model says how: ``packed_modules_mapping`` and
+``hf_to_vllm_mapper``. One generic table of fused families serves where no model is at hand, and where a model class
+forgets to say. There is no table per model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_npu_quant.errors import Finding, NpuQuantError, nearest_names
+from vllm_npu_quant.formats.base import ExpertsEntry, LayerEntry, QuantFormat
+from vllm_npu_quant.spec import LayerSpec
+
+__all__ = ["FUSED_FAMILIES", "LayerResolver", "ResolvedExperts", "ResolvedLayer"]
+
+#: Fused layers of vLLM's models and their shards, in the order of the fused weight's rows.
+FUSED_FAMILIES: dict[str, tuple[str, ...]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
+    "in_proj_ba": ("in_proj_b", "in_proj_a"),
+    "w13": ("w1", "w3"),
+}
+
+#: Spellings of one layer that exports and vLLM's models use side by side: a multimodal wrapper around the language model,
+#: and vLLM's name for the decoder block of a multi-token-prediction layer.
+_VARIANTS: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"^language_model\.model\."), "model.language_model."),
+    (re.compile(r"^language_model\.model\."), "model."),
+    (re.compile(r"^language_model\."), ""),
+    (re.compile(r"^model\.language_model\."), "model."),
+    (re.compile(r"^model\.language_model\."), "language_model.model."),
+    (re.compile(r"^model\."), "language_model.model."),
+    (re.compile(r"^model\."), "model.language_model."),
+    (re.compile(r"^lm_head$"), "language_model.lm_head"),
+    (re.compile(r"\.mtp_block\."), "."),
+)
+
+
+@dataclass(frozen=True)
+class ResolvedLayer:
+    """One layer of vLLM's model.
+
+    Attributes:
+        prefix: its name in vLLM's model.
+        spec: the quantization that all its shards share.
+        shards: the names of the checkpoint layers it holds, in row order.
+        entries: their entries.
+    """
+
+    prefix: str
+    spec: LayerSpec
+    shards: tuple[str, ...]
+    entries: tuple[LayerEntry, ...]
+
+    def listed_tensors(self) -> frozenset[str]:
+        """Optional tensors that at least one shard has."""
+        return frozenset().union(*(entry.tensors for entry in self.entries))
+
+
+@dataclass(frozen=True)
+class ResolvedExperts:
+    """The routed experts of one MoE layer: w13 (gate and up, fused) and w2 (down) are two independent specs."""
+
+    prefix: str
+    layer: str
+    entry: ExpertsEntry
+
+    @property
+    def w13(self) -> LayerEntry:
+        return self.entry.gate
+
+    @property
+    def w2(self) -> LayerEntry:
+        return self.entry.down
+
+
+@dataclass
+class LayerResolver:
+    """Finds the checkpoint layers behind a vLLM layer name.
+
+    Attributes:
+        format: the checkpoint's quantization.
+        packed: the model's ``packed_modules_mapping``; overrides the generic families.
+        aliases: vLLM layer name -> checkpoint layer name, from the model's name mapper.
+    """
+
+    format: QuantFormat
+    packed: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+
+    def add_mapper(self, rename: Callable[[str], str | None]) -> None:
+        """Note the vLLM names that ``rename`` gives to the checkpoint's tensors. Idempotent.
+
+        Args:
+            rename: maps a checkpoint tensor name to vLLM's, None for one that is not loaded.
+        """
+        for layer in self.format.layer_names():
+            renamed = rename(layer + ".weight")
+            if renamed is not None and renamed.endswith(".weight") and renamed != layer + ".weight":
+                self.aliases[renamed.removesuffix(".weight")] = layer
+
+    def shard_names(self, prefix: str) -> tuple[str, ...]:
+        """The names of a fused layer's shards under its own parent; the layer itself where it is not a fused family."""
+        parent, dot, last = prefix.rpartition(".")
+        shards = self.packed.get(last) or FUSED_FAMILIES.get(last)
+        if not shards or list(shards) == [last]:
+            return (prefix,)
+        return tuple(parent + dot + shard for shard in shards)
+
+    def resolve(self, prefix: str) -> ResolvedLayer:
+        """The checkpoint layers behind ``prefix`` and their common spec.
+
+        Raises:
+            NpuQuantError: undescribed-layer where the config describes none of the names that were tried, or not all
+                shards; fused-shards-disagree where shards have different specs.
+        """
+        own = self._find(prefix, self.format.find)
+        if own is not None:
+            name, entry = own
+            return ResolvedLayer(prefix, entry.spec, (name,), (entry,))
+        wanted = self.shard_names(prefix)
+        found = [self._find(name, self.format.find) for name in wanted] if wanted != (prefix,) else [None]
+        missing = [name for name, hit in zip(wanted, found, strict=True) if hit is None]
+        if missing:
+            raise NpuQuantError([self._undescribed(prefix, missing, partly=len(missing) < len(wanted))])
+        hits = [hit for hit in found if hit is not None]
+        specs = list(dict.fromkeys(entry.spec for _, entry in hits))
+        if len(specs) > 1:
+            raise NpuQuantError([self._disagree(prefix, [(name, entry.spec.scheme) for name, entry in hits])])
+        return ResolvedLayer(prefix, specs[0], tuple(name for name, _ in hits), tuple(entry for _, entry in hits))
+
+    def describes(self, prefix: str) -> bool:
+        """Whether the config has an entry for the layer, or for any of its shards."""
+        names = dict.fromkeys((prefix, *self.shard_names(prefix)))
+        return any(self._find(name, self.format.find) is not None for name in names)
+
+    def resolve_experts(self, prefix: str) -> ResolvedExperts:
+        """The routed experts behind ``prefix`` ("model.layers.3.mlp.experts").
+
+        Raises:
+            NpuQuantError: undescribed-layer, or fused-shards-disagree where gate and up differ.
+        """
+        hit = self._find(prefix, self.format.find_experts)
+        if hit is None:
+            raise NpuQuantError([self._undescribed(prefix, [prefix + ".0.gate_proj", prefix + ".0.w1"], partly=False)])
+        name, entry = hit
+        if entry.gate.spec != entry.up.spec:
+            schemes = [
+                (f"{name}.*.{part}", part_entry.spec.scheme)
+                for part, part_entry in ((entry.names[0], entry.gate), (entry.names[1], entry.up))
+            ]
+            raise NpuQuantError([self._disagree(prefix, schemes)])
+        return ResolvedExperts(prefix, name, entry)
+
+    def spellings(self, name: str) -> Iterable[str]:
+        """The names under which the checkpoint may know a layer, the likeliest first."""
+        yield self.aliases.get(name, name)
+        yield name
+        for pattern, replacement in _VARIANTS:
+            if pattern.search(name):
+                yield pattern.sub(replacement, name, count=1)
+
+    def _find(self, name: str, find: Callable[[str], Any]) -> tuple[str, Any] | None:
+        for spelling in self.spellings(name):
+            entry = find(spelling)
+            if entry is not None:
+                return spelling, entry
+        return None
+
+    def _undescribed(self, prefix: str, missing: Sequence[str], *, partly: bool) -> Finding:
+        tried = list(dict.fromkeys(spelling for name in missing for spelling in self.spellings(name)))
+        what = "only some shards of the fused layer are described" if partly else "the layer is not described"
+        return Finding(
+            "undescribed-layer",
+            what,
+            layer=prefix,
+            file=self.format.source,
+            expected="an entry for " + ", ".join(tried),
+            found="none",
+            nearest=nearest_names(missing[0], self.format.layer_names()),
+            fix="check that the config and the weights are of the same model; a layer that is not quantized must be "
+            "listed as float",
+        )
+
+    def _disagree(self, prefix: str, schemes: Sequence[tuple[str, str]]) -> Finding:
+        return Finding(
+            "fused-shards-disagree",
+            "vLLM runs these layers as one, and the checkpoint quantizes them differently",
+            layer=prefix,
+            file=self.format.source,
+            expected="one scheme",
+            found=", ".join(f"{name}: {scheme}" for name, scheme in schemes),
+            fix="re-export the checkpoint with one scheme for these layers",
+        )

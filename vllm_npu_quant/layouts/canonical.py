@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one form that all layouts become, and that all method classes start from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["CanonicalLinear", "CanonicalWeight", "StaticActivation"]
+
+
+@dataclass
+class CanonicalWeight:
+    """An integer weight: ``w[n, k] = (q[n, k] - zero[n, g]) * scale[n, g]`` with ``g = k // group_size``.
+
+    The integers come in blocks of rows, so that a packed weight is never unpacked as a whole.
+
+    Attributes:
+        outputs, inputs: N and K.
+        rows: gives rows [start, stop) as int8 [stop - start, K], integers in [-2^(bits-1), 2^(bits-1) - 1].
+        scale: float32 [N, G]; empty where the checkpoint stores only the product with a static activation scale.
+        zero: float32 [N, G], or None where all are 0.
+        group_size: inputs per group; 0 where G is 1.
+        bits: bits per integer.
+    """
+
+    outputs: int
+    inputs: int
+    rows: Callable[[int, int], torch.Tensor]
+    scale: torch.Tensor
+    zero: torch.Tensor | None = None
+    group_size: int = 0
+    bits: int = 8
+
+    @classmethod
+    def of(
+        cls,
+        values: torch.Tensor,
+        scale: torch.Tensor,
+        zero: torch.Tensor | None = None,
+        group_size: int = 0,
+        bits: int = 8,
+    ) -> CanonicalWeight:
+        """The weight whose integers are stored one per byte, int8 [N, K]."""
+        outputs, inputs = values.shape
+        return cls(outputs, inputs, lambda start, stop: values[start:stop], scale, zero, group_size, bits)
+
+    @property
+    def values(self) -> torch.Tensor:
+        """All integers, int8 [N, K]: twice the memory of a packed 4-bit weight."""
+        return self.rows(0, self.outputs)
+
+    def dequantize(self) -> torch.Tensor:
+        """The weight as float32 [N, K]."""
+        scale, zero = self.scale, self.zero
+        if self.group_size:
+            scale = scale.repeat_interleave(self.group_size, dim=1)[:, : self.inputs]
+            zero = None if zero is None else zero.repeat_interleave(self.group_size, dim=1)[:, : self.inputs]
+        values = self.values.to(torch.float32)
+        return (values if zero is None else values - zero) * scale
+
+
+@dataclass
+class StaticActivation:
+    """A static activation quantization: ``x_q = clamp(round(x / scale) + offset, -128, 127)``, and what undoes it.
+
+    ``y = (x_q @ values.T + quant_bias) * deq_scale`` where ``deq_scale = scale * weight_scale`` and ``quant_bias`` holds
+    the layer's bias and the zero-point correction: ``round(bias / deq_scale) - offset * sum_k values``.
+
+    Attributes:
+        scale, offset: float32 scalars [1].
+        deq_scale: float32 [N].
+        quant_bias: int32 [N].
+    """
+
+    scale: torch.Tensor
+    offset: torch.Tensor
+    deq_scale: torch.Tensor
+    quant_bias: torch.Tensor
+
+
+@dataclass
+class CanonicalLinear:
+    """A quantized Linear on one rank.
+
+    Attributes:
+        weight: its integers and scales. ``scale`` is empty where only the static product ``deq_scale`` is stored.
+        static: the static activation quantization, where the checkpoint holds one.
+        bias: float32 [N], the layer's bias as the checkpoint stores it, or None.
+    """
+
+    weight: CanonicalWeight
+    static: StaticActivation | None = None
+    bias: torch.Tensor | None = None

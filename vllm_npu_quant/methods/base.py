@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every NPU method class offers: prepare once at load, apply at every forward."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from vllm_npu_quant.errors import Finding
+from vllm_npu_quant.layouts.canonical import CanonicalLinear
+
+__all__ = ["FRACTAL_NZ", "MAX_OUTPUTS", "NpuLinearMethod", "PrepareContext", "split_outputs", "to_nz"]
+
+#: aclFormat number of the tiled weight layout of the cube unit.
+FRACTAL_NZ = 29
+#: npu_quant_matmul takes at most 65535 elements in the last dimension of either operand.
+MAX_OUTPUTS = 65535
+MAX_INPUTS = 65535
+
+
+@dataclass(frozen=True)
+class PrepareContext:
+    """What a method needs to know about the layer besides its numbers.
+
+    Attributes:
+        act_dtype: dtype of the layer's input and output, bfloat16 or float16.
+        adds_constants: whether this rank adds the terms that do not depend on the input. False on all ranks but one of a
+            row-parallel layer, whose partial results are summed.
+    """
+
+    act_dtype: torch.dtype
+    adds_constants: bool = True
+
+
+class NpuLinearMethod(ABC):
+    """A Linear layer's arithmetic on an NPU.
+
+    A method never reads a config file. One instance serves one layer; it holds no tensors: what ``prepare`` returns is
+    registered on the layer, and ``apply`` reads it from there.
+    """
+
+    #: Whether the layer's own bias is already inside the prepared tensors, so that apply must not add it.
+    folds_bias: ClassVar[bool] = False
+
+    @abstractmethod
+    def prepare(self, linear: CanonicalLinear, context: PrepareContext) -> dict[str, torch.Tensor]:
+        """The tensors that ``apply`` needs, in the operators' layout.
+
+        Raises:
+            NpuQuantError: for values that the scheme does not allow.
+        """
+
+    def bias_dtype(self, act_dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which the operator takes the layer's bias; it is converted once, after loading."""
+        return act_dtype
+
+    @abstractmethod
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """The layer's output.
+
+        Args:
+            layer: an object that has the prepared tensors as attributes.
+            x: [..., K] in the model's dtype.
+            bias: [N] in ``bias_dtype``, or None.
+
+        Returns:
+            [..., N] in x's dtype.
+        """
+
+
+def to_nz(weight: torch.Tensor) -> torch.Tensor:
+    """Cast a weight [..., K, N] to FRACTAL_NZ, where its sizes allow it; values and shape stay the same.
+
+    NZ tiles are 16 rows by 32 bytes; a matrix that does not fill them stays in its plain layout.
+    """
+    rows, columns = weight.shape[-2:]
+    if rows % 16 or (columns * weight.element_size()) % 32:
+        return weight
+    return torch.ops.npu.npu_format_cast(weight, FRACTAL_NZ)
+
+
+def split_outputs(outputs: int, limit: int = MAX_OUTPUTS, multiple: int = 64) -> list[tuple[int, int]]:
+    """Cut ``outputs`` columns into [start, stop) pieces that an operator takes, all but the last a multiple of 64 wide."""
+    if outputs <= limit:
+        return [(0, outputs)]
+    pieces = -(-outputs // limit)
+    width = -(-outputs // pieces)
+    width = -(-width // multiple) * multiple
+    if width > limit:
+        width -= multiple
+    return [(start, min(start + width, outputs)) for start in range(0, outputs, width)]
+
+
+def bad_zero_points(what: str) -> Finding:
+    """The finding for zero points in a scheme whose operator has none."""
+    return Finding(
+        "bad-value",
+        f"{what} takes symmetric weights only, and this layer has zero points that are not 0",
+        expected="weight_offset 0 everywhere",
+        found="nonzero zero points",
+        fix="re-export the checkpoint with symmetric weights for this scheme",
+    )

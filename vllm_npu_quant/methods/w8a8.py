@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""int8 weights, int8 activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vllm_npu_quant.errors import Finding, NpuQuantError
+from vllm_npu_quant.layouts.canonical import CanonicalLinear
+from vllm_npu_quant.methods.base import (
+    MAX_INPUTS,
+    NpuLinearMethod,
+    PrepareContext,
+    bad_zero_points,
+    split_outputs,
+    to_nz,
+)
+
+__all__ = ["W8A8DynamicLinear", "W8A8StaticLinear"]
+
+
+class _Int8Linear(NpuLinearMethod):
+    """What the int8 methods share: the weight as [K, N] int8 in pieces of at most 65535 outputs."""
+
+    def __init__(self) -> None:
+        self.pieces: list[tuple[int, int]] = []
+
+    def prepare_weight(self, linear: CanonicalLinear, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+        weight = linear.weight
+        if linear.weight.zero is not None:
+            raise NpuQuantError([bad_zero_points("npu_quant_matmul")])
+        if weight.inputs > MAX_INPUTS:
+            raise NpuQuantError(
+                [
+                    Finding(
+                        "operator-limit",
+                        "npu_quant_matmul takes at most 65535 inputs",
+                        expected=f"K <= {MAX_INPUTS}",
+                        found=f"K = {weight.inputs}",
+                        fix="use a larger tensor-parallel size, or export the layer as float",
+                    )
+                ]
+            )
+        self.pieces = split_outputs(weight.outputs)
+        tensors = {}
+        for number, (start, stop) in enumerate(self.pieces):
+            end = "" if number == 0 else f"_{number}"
+            tensors["weight" + end] = to_nz(weight.rows(start, stop).t().contiguous())
+            tensors["weight_scale" + end] = scale[start:stop].contiguous()
+        return tensors
+
+    def matmul(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None, **options: Any) -> torch.Tensor:
+        """npu_quant_matmul over the pieces; x int8 [M, K] -> [M, N]."""
+        parts = []
+        for number, (start, stop) in enumerate(self.pieces):
+            end = "" if number == 0 else f"_{number}"
+            part_bias = bias if bias is None or len(self.pieces) == 1 else bias[start:stop]
+            parts.append(
+                torch.ops.npu.npu_quant_matmul(
+                    x, getattr(layer, "weight" + end), getattr(layer, "weight_scale" + end), bias=part_bias, **options
+                )
+            )
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+class W8A8DynamicLinear(_Int8Linear):
+    """int8 weight per output channel, int8 activation per token with a scale from the token itself.
+
+    ``y[m, n] = (x_q[m] . w_q[n]) * weight_scale[n] * x_scale[m] + bias[n]`` with ``x_scale[m] = max|x[m]| / 127``
+    (npu_dynamic_quant, npu_quant_matmul).
+    """
+
+    def prepare(self, linear: CanonicalLinear, context: PrepareContext) -> dict[str, torch.Tensor]:
+        outputs = linear.weight.outputs
+        return self.prepare_weight(linear, linear.weight.scale.reshape(-1).expand(outputs).to(torch.float32))
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
+        quantized, token_scale = torch.ops.npu.npu_dynamic_quant(tokens)
+        y = self.matmul(layer, quantized, bias, pertoken_scale=token_scale, output_dtype=x.dtype)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+class W8A8StaticLinear(_Int8Linear):
+    """int8 weight per output channel, int8 activation with one scale and offset from calibration.
+
+    ``y = (clamp(round(x / input_scale + input_offset), -128, 127) @ w_q + quant_bias) * deq_scale`` (npu_quantize,
+    npu_quant_matmul). ``quant_bias`` holds the layer's bias and the zero-point correction of the whole input, so one rank
+    of a row-parallel layer adds it. For float16 outputs the operator keeps 19 bits of ``deq_scale``; it is converted here
+    once.
+    """
+
+    folds_bias = True
+
+    def prepare(self, linear: CanonicalLinear, context: PrepareContext) -> dict[str, torch.Tensor]:
+        static = linear.static
+        if static is None:
+            raise NpuQuantError(
+                [
+                    Finding(
+                        "missing-tensor", "a static activation scheme needs input_scale and deq_scale", fix="re-export"
+                    )
+                ]
+            )
+        inputs = linear.weight.inputs
+        # npu_quantize multiplies by one scale per input channel, in the input's own dtype. Rounding the reciprocal to that
+        # dtype changes the step between integers a little; the output scale takes the step that is really used.
+        reciprocal = (1.0 / static.scale).to(context.act_dtype)
+        used_step = 1.0 / reciprocal.to(torch.float32)
+        scale = static.deq_scale.to(torch.float32) * (used_step / static.scale)
+        if context.act_dtype == torch.float16:
+            scale = torch.ops.npu.npu_trans_quant_param(scale)
+        tensors = self.prepare_weight(linear, scale)
+        tensors["input_scale_reciprocal"] = reciprocal.expand(inputs).contiguous()
+        tensors["input_offset"] = static.offset.to(context.act_dtype).expand(inputs).contiguous()
+        if context.adds_constants:
+            tensors["quant_bias"] = static.quant_bias
+        return tensors
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
+        quantized = torch.ops.npu.npu_quantize(
+            tokens, layer.input_scale_reciprocal, layer.input_offset, torch.qint8, -1, False
+        )
+        y = self.matmul(layer, quantized, getattr(layer, "quant_bias", None), output_dtype=x.dtype)
+        return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two entry points that vLLM calls. Importing this module imports neither torch nor vllm."""
+
+from __future__ import annotations
+
+import logging
+
+from vllm_npu_quant import settings
+
+__all__ = ["platform", "register"]
+
+logger = logging.getLogger("vllm.npu_quant")
+
+_PLATFORM = "vllm_npu_quant.platform.NpuEmulationPlatform"
+
+
+def platform() -> str | None:
+    """The platform class for hosts without an NPU, or None where another platform owns the host.
+
+    vLLM refuses to start where two out-of-tree platforms answer, and an out-of-tree platform beats every built-in one. So
+    this answers only where vLLM is a CPU build and vllm-ascend is not installed. It may import nothing of vLLM: it is
+    called while vLLM is still resolving its platform.
+    """
+    try:
+        wanted = settings.plugin_mode() != "0"
+    except ValueError:
+        return None  # register() reports it
+    return _PLATFORM if wanted and settings.cpu_build() and not settings.ascend_host() else None
+
+
+def register() -> None:
+    """Register the quantization methods with vLLM. Called in every vLLM process, any number of times.
+
+    An exception here would stop vLLM for everybody, so none leaves: it is logged, and the plugin stays off.
+    """
+    try:
+        if not settings.plugin_enabled():
+            return
+        from vllm_npu_quant.engine.registration import register_all
+
+        register_all()
+    except Exception:
+        logger.exception(
+            "vllm-npu-quant could not be registered and stays off: quantized checkpoints that need it will be refused"
+        )
