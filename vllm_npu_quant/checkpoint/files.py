@@ -27,6 +27,14 @@ def opened(path: Path, *, file: str) -> Iterator[tuple[BinaryIO, int]]:
             reading it fails within the context.
     """
     try:
+        os.fsencode(path)
+        if "\0" in str(path):
+            raise ValueError
+    except ValueError:
+        raise _unreadable(
+            file, "the file cannot be read", "a name that no file can have", fix="Check the path."
+        ) from None
+    try:
         with open(path, "rb", buffering=0, opener=_open) as stream:
             info = os.fstat(stream.fileno())
             if not stat.S_ISREG(info.st_mode):

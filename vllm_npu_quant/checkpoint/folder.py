@@ -198,7 +198,7 @@ class Checkpoint:
                     f"weight_map names something else than a file of the folder for {_count(tensors)}",
                     layer=tensors[0],
                     expected="the plain name of a .safetensors file beside the index",
-                    found=text,
+                    found=text + (f" and {len(wrong) - 1:,} other values" if len(wrong) > 1 else ""),
                     fix="Do not load this checkpoint unless you trust where it comes from; else correct the index.",
                 )
             )
@@ -217,10 +217,11 @@ class Checkpoint:
         by_file: dict[str, list[str]] = defaultdict(list)
         for tensor, file in index.items():
             by_file[file].append(tensor)
-        missing = [file for file in by_file if file not in weights]
+        present = set(weights)
+        missing = [file for file in by_file if file not in present]
         if name != vllm_index and name == CONSOLIDATED_INDEX and len(missing) == len(by_file):
             return  # it belongs to files that are not downloaded, since nobody needs them
-        complete = [other for other in indexes if other != name and set(indexes[other].values()) <= set(weights)]
+        complete = [other for other in indexes if other != name and set(indexes[other].values()) <= present]
         for file in missing[:20]:
             fix = "Finish the download, or copy the file from where the checkpoint was made."
             if len(missing) == len(by_file) and complete:
@@ -236,7 +237,7 @@ class Checkpoint:
         for file, tensors in by_file.items():
             header = headers.get(file)
             if header is None:
-                if file in weights:
+                if file in present:
                     message = f"vLLM will not load {file}, which this index names: {self.ignored.get(file, '')}"
                     fix = f"Keep one of the two: delete {name} or {vllm_index}."
                     yield _mismatch(name, message, expected=f"{_count(tensors)} in {file}", fix=fix)
@@ -300,7 +301,12 @@ def find_local(model: str | Path, *, revision: str | None = None, cache_dir: str
 
 def _is_plain(name: str) -> bool:
     """Whether a name is that of a file beside the index: no path, nothing that leaves the folder."""
-    return name.endswith(".safetensors") and name.isprintable() and not any(char in name for char in "/\\:")
+    return (
+        len(name) < 256
+        and name.endswith(".safetensors")
+        and name.isprintable()
+        and not any(char in name for char in "/\\:")
+    )
 
 
 def _merge(headers: Iterable[Header], findings: list[Finding]) -> dict[str, TensorInfo]:

@@ -66,8 +66,8 @@ DTYPE_BITS: Mapping[str, int] = MappingProxyType(
 #: Limit of the header's JSON, in bytes: the one of the safetensors library.
 HEADER_MAX_BYTES = 100_000_000
 
-#: Limit of the tensors in one file. All 163 files of DeepSeek-R1 together hold 136,000 when quantized.
-MAX_TENSORS = 1_000_000
+#: Limit of the tensors in one file. All 163 files of a quantized DeepSeek-R1 together hold 136,000.
+MAX_TENSORS = 500_000
 
 #: Limit of a tensor's dimensions, the one of NumPy 1.
 MAX_DIMS = 32
@@ -182,13 +182,11 @@ def header_length(prefix: bytes, *, file: str, file_size: int) -> int:
         raise NpuQuantError(report)
     length = int.from_bytes(prefix[:8], "little")
     what, fix = looks_like(prefix)
-    if length > HEADER_MAX_BYTES:
-        report.say(
-            "this is not a safetensors file" if what else "the header is longer than the limit",
-            expected=f"a header of at most {HEADER_MAX_BYTES:,} bytes",
-            found=what or f"{length:,} bytes",
-            fix=fix or _AGAIN,
-        )
+    if what and length > min(HEADER_MAX_BYTES, file_size - 8):
+        report.say("this is not a safetensors file", expected="the length of a header", found=what, fix=fix)
+    elif length > HEADER_MAX_BYTES:
+        expected = f"a header of at most {HEADER_MAX_BYTES:,} bytes"
+        report.say("the header is longer than the limit", expected=expected, found=f"{length:,} bytes")
     elif length > file_size - 8:
         message = "the file ends inside its header"
         report.say(message, expected=f"{length + 8:,} bytes and more", found=f"{file_size:,} bytes")

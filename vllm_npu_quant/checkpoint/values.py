@@ -31,7 +31,7 @@ NUMPY_DTYPES: dict[str, np.dtype] = {
     "C64": np.dtype("<c8"),
     "I64": np.dtype("<i8"),
     "U64": np.dtype("<u8"),
-} | {name: np.dtype("<u1") for name in DTYPE_BITS if name.startswith(("F4", "F6", "F8"))}
+} | {name: np.dtype("<u1") for name in DTYPE_BITS if name == "F4" or name.startswith(("F6_", "F8_"))}
 
 #: 8-bit and 4-bit floats: exponent bits, mantissa bits, exponent bias, and which bit patterns are no finite numbers.
 #: E4M3 and E5M2: Micikevicius et al. 2022 (arXiv:2209.05433); FNUZ: Noune et al. 2022 (arXiv:2206.02915);
@@ -97,7 +97,7 @@ def to_float32(values: np.ndarray, tensor: TensorInfo) -> np.ndarray:
         flat = np.ascontiguousarray(values).reshape(-1)
         both = np.stack([flat & 15, flat >> 4], axis=-1).reshape(-1)
         return _table(dtype)[both].reshape(tensor.shape)
-    if dtype.startswith("F8"):
+    if dtype.startswith("F8_"):
         return _table(dtype)[values]
     raise ValueError(f"{tensor.name} is {dtype}, which is not converted to float32")
 
