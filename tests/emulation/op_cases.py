@@ -1,0 +1,581 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The calls that the tests make: one table for all operators, odd shapes first.
+
+``tests/emulation`` runs every case against its oracle, ``tests/conformance`` runs the same cases under the schemas and Meta
+kernels of the real torch_npu. Nothing but torch is imported, so that the table can be used in a process of its own.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+I8, U8, I32, I64 = torch.int8, torch.uint8, torch.int32, torch.int64
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call.
+
+    Attributes:
+        operator: the key in the table of operators, such as ``npu_grouped_matmul.List``.
+        meta_refuses: part of the message with which the real Meta kernel refuses a call that the device's documents allow.
+        functional: False if the operator writes into an argument that its schema does not mark.
+    """
+
+    operator: str
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    meta_refuses: str = ""
+    functional: bool = True
+
+    @property
+    def id(self) -> str:
+        return f"{self.operator}-{self.name}"
+
+
+CASES: list[Case] = []
+
+
+class Maker:
+    """Random tensors from the case's name, so that adding a case does not change another."""
+
+    def __init__(self, seed: str) -> None:
+        self.generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
+
+    def floats(self, *shape: int, dtype: torch.dtype = F32, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(shape, generator=self.generator) * scale).to(dtype)
+
+    def positive(self, *shape: int, dtype: torch.dtype = F32, low: float = 0.5, high: float = 1.5) -> torch.Tensor:
+        return (torch.rand(shape, generator=self.generator) * (high - low) + low).to(dtype)
+
+    def integers(self, *shape: int, low: int = -128, high: int = 127, dtype: torch.dtype = I8) -> torch.Tensor:
+        return torch.randint(low, high + 1, shape, generator=self.generator).to(dtype)
+
+    def int4(self, *shape: int) -> torch.Tensor:
+        """Random int32: eight random nibbles each."""
+        return self.integers(*shape, low=-(2**31), high=2**31 - 1, dtype=I32)
+
+
+def add(
+    operator: str, name: str, build: Callable[[Maker], tuple[tuple[Any, ...], dict[str, Any]]], **options: Any
+) -> None:
+    args, kwargs = build(Maker(f"{operator}/{name}"))
+    CASES.append(Case(operator, name, args, kwargs, **options))
+
+
+def call(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, kwargs
+
+
+def halves(low: int, high: int, dtype: torch.dtype) -> torch.Tensor:
+    """low, low + 1/2, ..., high: every second value is a tie."""
+    return (torch.arange(2 * low, 2 * high + 1) / 2).to(dtype)
+
+
+# --------------------------------------------------------------------------------------------------------- npu_quantize
+
+for dtype in (BF16, F16, F32):
+    add(
+        "npu_quantize",
+        f"times_ties_{dtype}",
+        lambda m, dtype=dtype: call(
+            halves(-140, 140, dtype)[None, 100:], torch.ones(1, dtype=dtype), None, torch.qint8, -1, False
+        ),
+    )
+    add(
+        "npu_quantize",
+        f"times_per_tensor_{dtype}",
+        lambda m, dtype=dtype: call(
+            m.floats(3, 33, dtype=dtype, scale=2),
+            torch.tensor([37.0], dtype=dtype),
+            torch.tensor([-5.0], dtype=dtype),
+            torch.qint8,
+            -1,
+            False,
+        ),
+    )
+add(
+    "npu_quantize",
+    "times_per_channel_repeated_scale",
+    lambda m: call(
+        m.floats(2, 1, 17, dtype=BF16),
+        m.positive(17, dtype=BF16) * 50,
+        m.floats(17, dtype=BF16, scale=9),
+        I8,
+        -1,
+        False,
+    ),
+)
+# Without div_mode the axis argument means the last dimension, whatever it is, unless it is -2.
+add(
+    "npu_quantize",
+    "times_axis_0_is_last",
+    lambda m: call(m.floats(5, 5, dtype=F16), m.positive(5, dtype=F16) * 50, None, torch.qint8, 0, False),
+)
+add(
+    "npu_quantize",
+    "times_rows",
+    lambda m: call(
+        m.floats(5, 5, dtype=F16), m.positive(5, 1, dtype=F16) * 50, m.floats(5, 1, dtype=F16), torch.qint8, -2, False
+    ),
+)
+add(
+    "npu_quantize",
+    "times_rows_1d_scales",
+    lambda m: call(m.floats(2, 5, 5), m.positive(5) * 50, None, torch.qint8, -2, False),
+)
+add(
+    "npu_quantize",
+    "times_scales_of_all_dims",
+    lambda m: call(m.floats(2, 3, 7), m.positive(1, 1, 7) * 50, None, torch.qint8, -1, False),
+)
+add(
+    "npu_quantize",
+    "times_int4",
+    lambda m: call(halves(-12, 12, F32)[:48].repeat(3, 1), torch.ones(1), None, torch.quint4x2, -1, False),
+)
+add(
+    "npu_quantize",
+    "times_int4_offset",
+    lambda m: call(
+        m.floats(1, 3, 8, dtype=BF16), m.positive(8, dtype=BF16) * 4, m.floats(8, dtype=BF16), torch.quint4x2, -1, False
+    ),
+)
+for name, dtype, zero_points in (
+    ("int8", torch.qint8, torch.tensor([3], dtype=I8)),
+    ("uint8", torch.quint8, torch.tensor([131], dtype=U8)),
+    ("int32", torch.int32, torch.tensor([-1000], dtype=I32)),
+):
+    add(
+        "npu_quantize",
+        f"divides_per_tensor_{name}",
+        lambda m, dtype=dtype, zero_points=zero_points: call(
+            m.floats(3, 33, scale=2), torch.tensor([0.021]), zero_points, dtype
+        ),
+    )
+add(
+    "npu_quantize",
+    "divides_int32_saturates",
+    lambda m: call(
+        torch.tensor([[3e9, -3e9, float("inf"), 16777217.0, float("nan")]]), torch.ones(1), None, torch.qint32
+    ),
+)
+add(
+    "npu_quantize",
+    "divides_default_axis_1",
+    lambda m: call(
+        m.floats(3, 3, 3, scale=2),
+        m.positive(3, low=0.01, high=0.1),
+        m.integers(3, low=-9, high=9, dtype=I32),
+        torch.qint8,
+    ),
+)
+add(
+    "npu_quantize",
+    "divides_axis_-3",
+    lambda m: call(
+        m.floats(3, 3, 3, dtype=BF16),
+        m.positive(3, low=0.01, high=0.1, dtype=BF16),
+        m.floats(3, dtype=BF16),
+        torch.qint8,
+        -3,
+    ),
+)
+
+# ---------------------------------------------------------------------------------------------------- npu_dynamic_quant
+
+for dtype in (BF16, F16):
+    for shape in ((1, 33), (3, 63), (2, 1, 17), (1, 2, 3, 8)):
+        add(
+            "npu_dynamic_quant",
+            f"{'x'.join(map(str, shape))}_{dtype}",
+            lambda m, shape=shape, dtype=dtype: call(m.floats(*shape, dtype=dtype, scale=3)),
+        )
+    # A row whose largest value is 127 has the scale 1: every half is a tie.
+    add(
+        "npu_dynamic_quant",
+        f"ties_{dtype}",
+        lambda m, dtype=dtype: call(halves(-127, 127, dtype)[None, 99:], dst_type=I8),
+    )
+    add(
+        "npu_dynamic_quant",
+        f"smooth_{dtype}",
+        lambda m, dtype=dtype: call(m.floats(3, 33, dtype=dtype), smooth_scales=m.positive(33, dtype=dtype)),
+    )
+add(
+    "npu_dynamic_quant",
+    "zero_and_tiny_rows",
+    lambda m: call(torch.tensor([[0.0] * 8, [1e-30] * 8, [-0.0] * 8, [6e4, 1, -2, 3, -4, 5, -6e4, 0]], dtype=BF16)),
+)
+add("npu_dynamic_quant", "nan_row", lambda m: call(torch.tensor([[float("nan"), 1.0], [2.0, 1.0]], dtype=F16)))
+add("npu_dynamic_quant", "int4", lambda m: call(m.floats(3, 64, dtype=BF16), dst_type=torch.quint4x2))
+add(
+    "npu_dynamic_quant",
+    "int4_ties_3d",
+    lambda m: call(halves(-7, 7, F16)[5:].repeat(2)[:32].view(2, 2, 8), dst_type=torch.quint4x2),
+)
+add(
+    "npu_dynamic_quant",
+    "smooth_groups",
+    lambda m: call(
+        m.floats(2, 4, 33, dtype=BF16),
+        smooth_scales=m.positive(4, 33, dtype=BF16),
+        group_index=torch.tensor([3, 3, 5, 8], dtype=I32),
+    ),
+)
+add(
+    "npu_dynamic_quant",
+    "smooth_groups_int4",
+    lambda m: call(
+        m.floats(5, 16, dtype=F16),
+        smooth_scales=m.positive(2, 16, dtype=F16),
+        group_index=torch.tensor([1, 5], dtype=I32),
+        dst_type=torch.quint4x2,
+    ),
+)
+
+# ------------------------------------------------------------------------------------------------ npu_trans_quant_param
+
+_AWKWARD_SCALES = torch.tensor(
+    [1.0, -1.0, 0.1, 1 + 2**-11, 1 + 3 * 2**-11, 1 + 2**-11 + 2**-20, 3.3e38, 1e-40, -1e-40, 0.0, 0.021, float("inf")]
+)
+for round_mode in (0, 1):
+    add(
+        "npu_trans_quant_param",
+        f"mode_{round_mode}",
+        lambda m, round_mode=round_mode: call(_AWKWARD_SCALES.clone(), None, round_mode),
+    )
+    add(
+        "npu_trans_quant_param",
+        f"offset_mode_{round_mode}",
+        lambda m, round_mode=round_mode: call(
+            _AWKWARD_SCALES[:8].clone(), torch.tensor([0.5, 1.5, -0.5, -2.5, 300.0, -300.0, 255.0, -256.0]), round_mode
+        ),
+    )
+add("npu_trans_quant_param", "one_scale", lambda m: call(torch.tensor([0.3]), m.floats(17, scale=30)))
+add("npu_trans_quant_param", "one_offset", lambda m: call(m.positive(17), torch.tensor([-7.0])))
+add("npu_trans_quant_param", "2d", lambda m: call(m.positive(1, 17), m.floats(1, 17, scale=30)))
+
+# ----------------------------------------------------------------------------------------------------- npu_quant_matmul
+
+_SHAPES = ((1, 33, 17), (3, 63, 1), (33, 64, 40))
+
+
+def int8_pair(m: Maker, rows: int, depth: int, width: int, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    x2 = m.integers(width, depth).t() if transposed else m.integers(depth, width)
+    return m.integers(rows, depth), x2
+
+
+def packed_params(scale: torch.Tensor, offset: torch.Tensor | None = None) -> torch.Tensor:
+    """int64 fix-pipe parameters, low bits of the scale included: the device has to ignore them."""
+    packed = (scale.view(I32).to(I64) & 0xFFFFFFFF) | (1 << 46)
+    return packed if offset is None else packed | ((offset.to(I64) & 0x1FF) << 37)
+
+
+for rows, depth, width in _SHAPES:
+    for transposed in (False, True):
+        tag = f"{rows}x{depth}x{width}{'_transposed' if transposed else ''}"
+
+        def case(
+            name: str,
+            build: Callable[[Maker], dict[str, Any]],
+            scale: Callable[[Maker], torch.Tensor],
+            shape: tuple[int, int, int] = (rows, depth, width),
+            transposed: bool = transposed,
+            tag: str = tag,
+        ) -> None:
+            add(
+                "npu_quant_matmul",
+                f"{name}_{tag}",
+                lambda m: (lambda x: call(*x, scale(m), **build(m)))(int8_pair(m, *shape, transposed)),
+            )
+
+        def channel(m: Maker, width: int = width) -> torch.Tensor:
+            return m.positive(width, low=1e-4, high=1e-3)
+
+        case("static_fp16", lambda m: {"output_dtype": F16}, channel)
+        case("static_bf16", lambda m: {"output_dtype": BF16}, channel)
+        case("static_int8", lambda m: {}, channel)
+        case(
+            "per_token_bf16",
+            lambda m, rows=rows: {"pertoken_scale": m.positive(rows), "output_dtype": BF16},
+            lambda m, channel=channel: channel(m).to(BF16),
+        )
+        case(
+            "per_token_fp16",
+            lambda m, rows=rows: {"pertoken_scale": m.positive(rows), "output_dtype": F16},
+            channel,
+        )
+        case(
+            "int32",
+            lambda m, width=width: {"output_dtype": I32, "bias": m.integers(width, low=-999, high=999, dtype=I32)},
+            channel,
+        )
+
+
+def int8_case(name: str, scale: Any, rows: int = 5, **kwargs: Any) -> None:
+    """A 5 x 37 x 19 product; callables among the arguments are called with the case's Maker."""
+
+    def build(m: Maker) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        x1, x2 = int8_pair(m, rows, 37, 19, transposed=True)
+        made = {key: value(m) if callable(value) else value for key, value in kwargs.items()}
+        return call(x1, x2, scale(m), **made)
+
+    add("npu_quant_matmul", name, build)
+
+
+def small(m: Maker) -> torch.Tensor:
+    return m.positive(19, low=1e-3, high=5e-3)
+
+
+def int_bias(m: Maker) -> torch.Tensor:
+    return m.integers(19, low=-20000, high=20000, dtype=I32)
+
+
+def per_token(m: Maker) -> torch.Tensor:
+    return m.positive(5)
+
+
+int8_case("static_fp16_int_bias", small, bias=int_bias, output_dtype=F16)
+int8_case("static_fp16_one_scale", lambda m: torch.tensor([0.0031]), output_dtype=F16)
+int8_case("static_fp16_int64_scale", lambda m: packed_params(small(m)), bias=int_bias, output_dtype=F16)
+int8_case("static_int8_offset", small, offset=lambda m: m.floats(19, scale=60), bias=int_bias)
+int8_case("static_int8_one_offset", small, offset=lambda m: torch.tensor([-2.5]), output_dtype=I8)
+int8_case(
+    "static_int8_int64_scale_with_offset",
+    lambda m: packed_params(small(m), m.integers(19, low=-256, high=255, dtype=I64)),
+)
+# 9 bits before the offset, 8 bits after it: a product of -300 with an offset of 200 gives -56, not -100.
+int8_case("static_int8_saturates_at_9_bits", lambda m: small(m) * 30, offset=lambda m: m.floats(19, scale=200))
+int8_case("static_bf16_int_bias", small, bias=int_bias, output_dtype=BF16)
+int8_case("static_bf16_bf16_bias", small, bias=lambda m: m.floats(19, dtype=BF16, scale=50), output_dtype=BF16)
+int8_case("static_bf16_fp32_bias", small, bias=lambda m: m.floats(19, scale=50), output_dtype=BF16)
+int8_case("static_bf16_bf16_scale", lambda m: small(m).to(BF16), output_dtype=BF16)
+int8_case("per_token_bf16_int_bias", small, pertoken_scale=per_token, bias=int_bias, output_dtype=BF16)
+int8_case(
+    "per_token_bf16_bf16_bias",
+    small,
+    pertoken_scale=per_token,
+    bias=lambda m: m.floats(19, dtype=BF16, scale=50),
+    output_dtype=BF16,
+)
+int8_case(
+    "per_token_bf16_fp32_bias",
+    small,
+    pertoken_scale=per_token,
+    bias=lambda m: m.floats(19, scale=50),
+    output_dtype=BF16,
+)
+int8_case("per_token_fp16_int_bias", small, pertoken_scale=per_token, bias=int_bias, output_dtype=F16)
+int8_case(
+    "per_token_fp16_fp16_bias",
+    small,
+    pertoken_scale=per_token,
+    bias=lambda m: m.floats(19, dtype=F16, scale=50),
+    output_dtype=F16,
+)
+int8_case(
+    "per_token_fp16_fp32_bias", small, pertoken_scale=per_token, bias=lambda m: m.floats(19, scale=50), output_dtype=F16
+)
+int8_case("per_token_one_scale", lambda m: torch.tensor([0.0031]), pertoken_scale=per_token, output_dtype=BF16)
+int8_case("int32_bf16_scale", lambda m: small(m).to(BF16), output_dtype=I32)
+add(
+    "npu_quant_matmul",
+    "extreme_values",
+    lambda m: call(
+        torch.full((3, 257), -128, dtype=I8), torch.full((257, 33), -128, dtype=I8), torch.ones(33), output_dtype=I32
+    ),
+)
+add(
+    "npu_quant_matmul",
+    "batch_of_x1",
+    lambda m: call(
+        m.integers(2, 3, 33), m.integers(33, 17), m.positive(17), pertoken_scale=m.positive(3), output_dtype=BF16
+    ),
+)
+add(
+    "npu_quant_matmul",
+    "batches_broadcast_3d_bias",
+    lambda m: call(
+        m.integers(1, 3, 33),
+        m.integers(4, 33, 17),
+        m.positive(17, low=1e-4, high=1e-3),
+        bias=m.integers(4, 1, 17, low=-999, high=999, dtype=I32),
+        output_dtype=F16,
+    ),
+)
+add(
+    "npu_quant_matmul",
+    "x1_transposed",
+    lambda m: call(m.integers(33, 5).t(), m.integers(33, 17), m.positive(17), output_dtype=I32),
+)
+for along_n in (True, False):
+    tag = "along_n" if along_n else "along_k"
+
+    def int4_pair(m: Maker, along_n: bool = along_n) -> tuple[torch.Tensor, torch.Tensor]:
+        return m.int4(3, 5), (m.int4(40, 3) if along_n else m.int4(24, 5).t())
+
+    add(
+        "npu_quant_matmul",
+        f"int4_static_fp16_{tag}",
+        lambda m, int4_pair=int4_pair: call(
+            *int4_pair(m), m.positive(24), bias=m.integers(24, low=-99, high=99, dtype=I32), output_dtype=F16
+        ),
+    )
+    add(
+        "npu_quant_matmul",
+        f"int4_per_token_bf16_{tag}",
+        lambda m, int4_pair=int4_pair: call(
+            *int4_pair(m),
+            m.positive(24, dtype=BF16),
+            pertoken_scale=m.positive(3),
+            bias=m.floats(24, dtype=BF16, scale=9),
+            output_dtype=BF16,
+        ),
+    )
+add(
+    "npu_quant_matmul",
+    "int4_static_int64_scale",
+    lambda m: call(m.int4(3, 5), m.int4(40, 3), packed_params(m.positive(24)), output_dtype=F16),
+)
+for dtype in (BF16, F16):
+    # The documents allow it; the Meta kernel wants a pertoken_scale per group, float32 offsets, groups of 32 or 128.
+    add(
+        "npu_quant_matmul",
+        f"int4_groups_{dtype}",
+        lambda m, dtype=dtype: call(
+            m.int4(3, 128),
+            m.int4(256, 128).t(),
+            m.positive(4, 256, low=0.01, high=0.1),
+            offset=m.integers(4, 256, low=-8, high=7, dtype=F16),
+            pertoken_scale=m.positive(3, 1),
+            output_dtype=dtype,
+            group_sizes=[1, 1, 256],
+        ),
+        meta_refuses="k dimension of scale and pertoken_scale",
+    )
+
+
+def int8_int4(m: Maker, rows: int, depth: int, width: int, dtype: torch.dtype, **kwargs: Any) -> Any:
+    x1, weight = m.integers(rows, depth), m.integers(depth, width, low=-8, high=7, dtype=I32)
+    groups = depth // 256
+    scale = m.positive(groups, width, low=0.001, high=0.003)
+    shifts = 4 * torch.arange(8)
+    packed = ((weight.to(I64) & 0xF).view(depth, width // 8, 8) << shifts).sum(-1).to(I32)
+    offset = 8 * (weight.view(groups, 256, width) * scale[:, None]).sum((0, 1))
+    return call(
+        x1,
+        packed,
+        scale.view(I32).to(I64) & 0xFFFFFFFF,
+        offset=offset,
+        pertoken_scale=m.positive(rows, 1),
+        output_dtype=dtype,
+        **kwargs,
+    )
+
+
+add("npu_quant_matmul", "int8_int4_bf16", lambda m: int8_int4(m, 3, 512, 24, BF16))
+add("npu_quant_matmul", "int8_int4_fp16", lambda m: int8_int4(m, 1, 256, 8, F16, group_sizes=[0, 0, 256]))
+
+# ----------------------------------------------------------------------------------------- npu_weight_quant_batchmatmul
+
+
+def weight_only(
+    name: str,
+    dtype: torch.dtype,
+    *,
+    shape: tuple[int, int, int] = (3, 80, 24),
+    bits: int = 8,
+    transposed: bool = False,
+    group_size: int = 0,
+    scale_shape: tuple[int, ...] | None = None,
+    offset: bool = False,
+    bias: bool = False,
+    **kwargs: Any,
+) -> None:
+    rows, depth, width = shape
+
+    def build(m: Maker) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if bits == 8:
+            weight = m.integers(width, depth).t() if transposed else m.integers(depth, width)
+        else:
+            weight = m.int4(width, depth // 8).t() if transposed else m.int4(depth, width // 8)
+        wanted = scale_shape or ((-(-depth // group_size), width) if group_size else (width,))
+        scale = m.positive(*wanted, low=0.002, high=0.02, dtype=dtype)
+        made: dict[str, Any] = {key: value(m) if callable(value) else value for key, value in kwargs.items()}
+        if offset:
+            made["antiquant_offset"] = m.floats(*wanted, dtype=dtype, scale=5)
+        if bias:
+            made["bias"] = m.floats(width, dtype=F16 if dtype == F16 else F32)
+        if group_size:
+            made["antiquant_group_size"] = group_size
+        return call(m.floats(rows, depth, dtype=dtype), weight, scale, **made)
+
+    add("npu_weight_quant_batchmatmul", f"{name}_{dtype}", build)
+
+
+for dtype in (BF16, F16):
+    weight_only("1x33x17", dtype, shape=(1, 33, 17))
+    weight_only("3x63x1_transposed", dtype, shape=(3, 63, 1), transposed=True, offset=True)
+    weight_only("channel", dtype, offset=True, bias=True)
+    weight_only("channel_transposed", dtype, transposed=True, offset=True, bias=True)
+    weight_only("channel_2d_scale", dtype, scale_shape=(1, 24), offset=True)
+    weight_only("tensor", dtype, scale_shape=(1,), offset=True)
+    weight_only("group", dtype, group_size=32, shape=(3, 96, 17), offset=True)
+    weight_only("group_short_last", dtype, group_size=64, shape=(2, 97, 17), offset=True, bias=True)
+    weight_only("int4_channel", dtype, bits=4, offset=True)
+    weight_only("int4_channel_transposed", dtype, bits=4, transposed=True, offset=True)
+    weight_only("int4_group", dtype, bits=4, group_size=32, offset=True, bias=True)
+    weight_only("int4_group_transposed", dtype, bits=4, transposed=True, group_size=32, shape=(1, 96, 17), offset=True)
+    weight_only("int4_group_no_offset", dtype, bits=4, group_size=64, shape=(5, 136, 8), inner_precise=1)
+    weight_only(
+        "int8_out", dtype, quant_scale=lambda m: m.positive(24) * 3, quant_offset=lambda m: m.floats(24, scale=40)
+    )
+weight_only(
+    "int8_out_int64_scale", F16, quant_scale=lambda m: packed_params(m.positive(24), m.integers(24, low=-99, dtype=I64))
+)
+add(
+    "npu_weight_quant_batchmatmul",
+    "x_transposed",
+    lambda m: call(m.floats(33, 5, dtype=BF16).t(), m.integers(33, 17), m.positive(17, dtype=BF16)),
+)
+
+# --------------------------------------------------------------------------------------- formats, norms and activations
+
+add("npu_format_cast", "int8", lambda m: call(m.integers(33, 17), 29))
+add("npu_format_cast", "packed_int4_3d", lambda m: call(m.int4(2, 32, 8), 29))
+add("npu_format_cast", "bf16_back_to_nd", lambda m: call(m.floats(16, 16, dtype=BF16), 29))
+
+for dtype in (BF16, F16, F32):
+    for shape in ((1, 33), (3, 1, 17)):
+        tag = f"{'x'.join(map(str, shape))}_{dtype}"
+        add(
+            "npu_rms_norm",
+            tag,
+            lambda m, shape=shape, dtype=dtype: call(
+                m.floats(*shape, dtype=dtype), m.floats(shape[-1], dtype=dtype), 1e-5
+            ),
+        )
+        add(
+            "npu_add_rms_norm",
+            tag,
+            lambda m, shape=shape, dtype=dtype: call(
+                m.floats(*shape, dtype=dtype, scale=4), m.floats(*shape, dtype=dtype), m.floats(shape[-1], dtype=dtype)
+            ),
+        )
+    add("npu_swiglu", f"last_{dtype}", lambda m, dtype=dtype: call(m.floats(3, 1, 34, dtype=dtype, scale=4)))
+    add("npu_swiglu", f"first_{dtype}", lambda m, dtype=dtype: call(m.floats(6, 5, dtype=dtype, scale=4), 0))
+add("npu_rms_norm", "gamma_2d", lambda m: call(m.floats(5, 3, 7), m.floats(3, 7)))
+add("npu_rms_norm", "fp32_gamma", lambda m: call(m.floats(3, 33, dtype=BF16), m.floats(33)))
+add(
+    "npu_add_rms_norm",
+    "gamma_2d",
+    lambda m: call(*(m.floats(5, 3, 7, dtype=F16) for _ in "ab"), m.floats(3, 7, dtype=F16)),
+)

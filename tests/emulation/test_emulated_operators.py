@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every case of the table: against its oracle, against the other implementation, and against its fake kernel."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from op_cases import CASES, Case
+from oracles import ORACLES, Array, mismatch
+
+from vllm_npu_quant import emulation
+
+emulation.register()
+
+
+def overload(name: str) -> torch._ops.OpOverload:
+    packet, _, overload_name = name.partition(".")
+    return getattr(getattr(torch.ops.npu, packet), overload_name or "default")
+
+
+def as_array(value: Any) -> Any:
+    """Tensors to Array, dtypes to the codes that kernels receive."""
+    if isinstance(value, torch.Tensor):
+        name = str(value.dtype).removeprefix("torch.")
+        if value.dtype.itemsize == 1 and value.dtype.is_floating_point:
+            return Array(value.view(torch.uint8).numpy().astype(np.int64), name)
+        exact = torch.float64 if value.dtype.is_floating_point else torch.int64
+        return Array(value.to(exact).numpy(), name)
+    if isinstance(value, torch.dtype):
+        return CODES[value]
+    if isinstance(value, (list, tuple)):
+        return [as_array(item) for item in value]
+    return value
+
+
+CODES = {
+    torch.int8: 1,
+    torch.int32: 3,
+    torch.float16: 5,
+    torch.float32: 6,
+    torch.qint8: 12,
+    torch.quint8: 13,
+    torch.qint32: 14,
+    torch.bfloat16: 15,
+    torch.quint4x2: 16,
+    torch.float8_e5m2: 23,
+    torch.float8_e4m3fn: 24,
+}
+
+
+def outputs(result: Any) -> list[torch.Tensor]:
+    return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+def run(function: Any, case: Case) -> list[torch.Tensor]:
+    args, kwargs = copy.deepcopy((case.args, case.kwargs))
+    return outputs(function(*args, **kwargs))
+
+
+def codes(case: Case) -> Case:
+    """The case as a kernel sees it: dtypes as numbers."""
+
+    def convert(value: Any) -> Any:
+        return CODES[value] if isinstance(value, torch.dtype) else value
+
+    args = tuple(convert(value) for value in case.args)
+    kwargs = {key: convert(value) for key, value in case.kwargs.items()}
+    return Case(case.operator, case.name, args, kwargs)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_operator_agrees_with_oracle(case: Case) -> None:
+    actual = run(overload(case.operator), case)
+    kwargs = {key: as_array(value) for key, value in case.kwargs.items()}
+    expected = ORACLES[case.operator](*(as_array(value) for value in case.args), **kwargs)
+    assert len(actual) == len(expected)
+    for index, (got, wanted) in enumerate(zip(actual, expected, strict=True)):
+        problem = mismatch(as_array(got), wanted)
+        assert problem is None, f"output {index}: {problem}"
+        assert got.is_contiguous()
+
+
+FAST_CASES = [case for case in CASES if emulation.OPERATORS[case.operator].fast is not None]
+
+
+@pytest.mark.parametrize("case", FAST_CASES, ids=lambda case: case.id)
+def test_fast_is_bit_identical_to_reference(case: Case) -> None:
+    operator = emulation.OPERATORS[case.operator]
+    case = codes(case)
+    for fast, reference in zip(run(operator.fast, case), run(operator.reference, case), strict=True):
+        torch.testing.assert_close(fast, reference, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_fake_kernel_and_schema_agree_with_the_cpu_kernel(case: Case) -> None:
+    utils = ("test_schema", "test_faketensor") if case.functional else ("test_faketensor",)
+    args, kwargs = copy.deepcopy((case.args, case.kwargs))
+    torch.library.opcheck(overload(case.operator), args, kwargs, test_utils=utils)
+
+
+def test_every_operator_has_cases() -> None:
+    covered = {case.operator for case in CASES}
+    assert covered | {"get_npu_format"} >= set(emulation.OPERATORS)
+    assert len({case.id for case in CASES}) == len(CASES)

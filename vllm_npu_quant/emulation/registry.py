@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of emulated operators, and their registration in the namespace ``npu``."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_npu_quant.emulation import activation, matmul, norm, quantize
+from vllm_npu_quant.emulation.schemas import SCHEMAS
+
+__all__ = ["MODE_VARIABLE", "NAMESPACE", "OPERATORS", "Operator", "install_kernels", "is_emulated", "mode", "register"]
+
+NAMESPACE = "npu"
+#: ``reference``: plain torch, obviously right. ``fast``, the default: the same numbers by the CPU's own instructions.
+MODE_VARIABLE = "VLLM_NPU_QUANT_EMULATION"
+MODES = ("fast", "reference")
+
+Kernel = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator of torch_npu.
+
+    Attributes:
+        schema: the text that torch_npu registers.
+        reference: the CPU kernel in plain torch.
+        fake: shapes and dtypes only, with the same argument rules.
+        fast: a CPU kernel with the same results, where one pays; else the reference serves.
+    """
+
+    schema: str
+    reference: Kernel
+    fake: Kernel
+    fast: Kernel | None = None
+
+    def kernel(self, mode: str) -> Kernel:
+        return self.fast if mode == "fast" and self.fast is not None else self.reference
+
+
+def _table(kernels: dict[str, tuple[Kernel, ...]]) -> dict[str, Operator]:
+    return {name: Operator(SCHEMAS[name], *functions) for name, functions in kernels.items()}
+
+
+#: Name (with the overload after a dot) -> operator.
+OPERATORS: dict[str, Operator] = _table(
+    {
+        "npu_quantize": (quantize.npu_quantize, quantize.npu_quantize_fake),
+        "npu_dynamic_quant": (quantize.npu_dynamic_quant, quantize.npu_dynamic_quant_fake),
+        "npu_trans_quant_param": (quantize.npu_trans_quant_param, quantize.npu_trans_quant_param_fake),
+        "npu_quant_matmul": (matmul.npu_quant_matmul, matmul.npu_quant_matmul_fake, matmul.npu_quant_matmul_fast),
+        "npu_weight_quant_batchmatmul": (
+            matmul.npu_weight_quant_batchmatmul,
+            matmul.npu_weight_quant_batchmatmul_fake,
+        ),
+        "npu_format_cast": (matmul.npu_format_cast, matmul.npu_format_cast_fake),
+        "get_npu_format": (matmul.get_npu_format, matmul.get_npu_format_fake),
+        "npu_rms_norm": (norm.npu_rms_norm, norm.npu_rms_norm_fake),
+        "npu_add_rms_norm": (norm.npu_add_rms_norm, norm.npu_add_rms_norm_fake),
+        "npu_swiglu": (activation.npu_swiglu, activation.npu_swiglu_fake),
+    }
+)
+
+#: Registrations live as long as their Library objects.
+_libraries: list[torch.library.Library] = []
+_emulated = False
+
+
+def mode() -> str:
+    """``reference`` or ``fast``, from the environment variable VLLM_NPU_QUANT_EMULATION (default: fast)."""
+    value = os.environ.get(MODE_VARIABLE, "fast")
+    if value not in MODES:
+        raise ValueError(f"{MODE_VARIABLE}={value!r}: expected 'reference' or 'fast'")
+    return value
+
+
+def register() -> bool:
+    """Define the operators in the namespace ``npu``, unless torch_npu is installed or somebody defined them before.
+
+    Idempotent; the mode is read once, at the first call.
+
+    Returns:
+        Whether the operators of this process are emulated.
+
+    Raises:
+        ValueError: the environment variable VLLM_NPU_QUANT_EMULATION holds an unknown value.
+    """
+    global _emulated
+    chosen = mode()
+    if _emulated:
+        return True
+    if _torch_npu_is_installed() or any(_is_defined(name) for name in OPERATORS):
+        return False
+    library = torch.library.Library(NAMESPACE, "FRAGMENT")
+    _libraries.append(library)
+    for name, operator in OPERATORS.items():
+        library.define(operator.schema.removeprefix(f"{NAMESPACE}::"))
+        library.impl(name, operator.kernel(chosen), "CPU")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", operator.fake, lib=library)
+    _emulated = True
+    return True
+
+
+def is_emulated() -> bool:
+    """Whether ``register`` put the emulation in force in this process."""
+    return _emulated
+
+
+def install_kernels(names: Iterable[str] | None = None) -> tuple[str, ...]:
+    """Put the CPU kernels under operators that exist already: the real schemas of torch_npu.
+
+    Operators without a Meta kernel of their own get the fake kernel too. For the conformance test.
+
+    Args:
+        names: keys of OPERATORS; None means all of them.
+
+    Returns:
+        The names whose fake kernel was installed because the operator had none.
+    """
+    library = torch.library.Library(NAMESPACE, "IMPL")
+    _libraries.append(library)
+    faked = []
+    for name in OPERATORS if names is None else names:
+        operator = OPERATORS[name]
+        library.impl(name, operator.kernel(mode()), "CPU")
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "Meta"):
+            library.impl(name, operator.fake, "Meta")
+            faked.append(name)
+    return tuple(faked)
+
+
+def _torch_npu_is_installed() -> bool:
+    return "torch_npu" in sys.modules or importlib.util.find_spec("torch_npu") is not None
+
+
+def _is_defined(name: str) -> bool:
+    return torch._C._dispatch_has_kernel(f"{NAMESPACE}::{name}")
