@@ -103,6 +103,17 @@ ROWS: tuple[Row, ...] = (
         method="vllm_npu_quant.methods.weight_only:WeightOnlyLinear",
         operators=("npu_weight_quant_batchmatmul",),
     ),
+    # Integers of 2 and 3 bits are 4-bit integers.
+    Row(
+        "W4A16",
+        _LINEAR,
+        weight_bits=frozenset({2, 3, 4}),
+        weight_granularity=_CHANNEL_GROUP,
+        act=None,
+        act_dynamic=None,
+        method="vllm_npu_quant.methods.weight_only:WeightOnlyLinear",
+        operators=("npu_weight_quant_batchmatmul",),
+    ),
 )
 
 

@@ -89,8 +89,11 @@ class CanonicalLinear:
         weight: its integers and scales. ``scale`` is empty where only the static product ``deq_scale`` is stored.
         static: the static activation quantization, where the checkpoint holds one.
         bias: float32 [N], the layer's bias as the checkpoint stores it, or None.
+        input_permutation: int64 [K], or None: input k of the weight is multiplied by ``x[..., input_permutation[k]]``. It
+            sorts the inputs of a checkpoint whose groups are not runs of neighbours (GPTQ's g_idx).
     """
 
     weight: CanonicalWeight
     static: StaticActivation | None = None
     bias: torch.Tensor | None = None
+    input_permutation: torch.Tensor | None = None

@@ -12,7 +12,20 @@ import torch
 from vllm_npu_quant.errors import Finding
 from vllm_npu_quant.layouts.canonical import CanonicalLinear
 
-__all__ = ["FRACTAL_NZ", "MAX_OUTPUTS", "NpuLinearMethod", "PrepareContext", "split_outputs", "to_nz"]
+__all__ = [
+    "FRACTAL_NZ",
+    "MAX_INPUTS",
+    "MAX_OUTPUTS",
+    "NpuLinearMethod",
+    "PrepareContext",
+    "bad_zero_points",
+    "numbered",
+    "permuted_inputs",
+    "split_outputs",
+    "to_nz",
+    "tokens_of",
+    "too_many_inputs",
+]
 
 #: aclFormat number of the tiled weight layout of the cube unit.
 FRACTAL_NZ = 29
@@ -82,6 +95,11 @@ def to_nz(weight: torch.Tensor) -> torch.Tensor:
     return torch.ops.npu.npu_format_cast(weight, FRACTAL_NZ)
 
 
+def tokens_of(x: torch.Tensor) -> torch.Tensor:
+    """[..., K] as [M, K] in contiguous memory, which the operators ask for; almost always a view."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
 def split_outputs(outputs: int, limit: int = MAX_OUTPUTS, multiple: int = 64) -> list[tuple[int, int]]:
     """Cut ``outputs`` columns into [start, stop) pieces that an operator takes, all but the last a multiple of 64 wide."""
     if outputs <= limit:
@@ -94,6 +112,22 @@ def split_outputs(outputs: int, limit: int = MAX_OUTPUTS, multiple: int = 64) ->
     return [(start, min(start + width, outputs)) for start in range(0, outputs, width)]
 
 
+def numbered(name: str, number: int) -> str:
+    """The attribute of a layer that holds a tensor of the piece with this number; the first keeps the plain name."""
+    return f"{name}_{number}" if number else name
+
+
+def too_many_inputs(operator: str, inputs: int) -> Finding:
+    """The finding for a layer with more inputs than an operator takes."""
+    return Finding(
+        "operator-limit",
+        f"{operator} takes at most {MAX_INPUTS} inputs",
+        expected=f"K <= {MAX_INPUTS}",
+        found=f"K = {inputs}",
+        fix="use a larger tensor-parallel size, or export the layer as float",
+    )
+
+
 def bad_zero_points(what: str) -> Finding:
     """The finding for zero points in a scheme whose operator has none."""
     return Finding(
@@ -102,4 +136,15 @@ def bad_zero_points(what: str) -> Finding:
         expected="weight_offset 0 everywhere",
         found="nonzero zero points",
         fix="re-export the checkpoint with symmetric weights for this scheme",
+    )
+
+
+def permuted_inputs(operator: str) -> Finding:
+    """The finding for a layer whose inputs are permuted, in a scheme that quantizes them."""
+    return Finding(
+        "unsupported-scheme",
+        f"permuted inputs (act-order with groups) are served for weight-only schemes, not with {operator}",
+        expected="inputs in the order of the model",
+        found="an input permutation",
+        fix="re-export the checkpoint without act-order (desc_act=False)",
     )

@@ -9,13 +9,18 @@ import torch
 
 from vllm_npu_quant.errors import Finding, NpuQuantError
 from vllm_npu_quant.layouts.canonical import CanonicalLinear
+from vllm_npu_quant.layouts.int4 import transposed_int8
 from vllm_npu_quant.methods.base import (
     MAX_INPUTS,
     NpuLinearMethod,
     PrepareContext,
     bad_zero_points,
+    numbered,
+    permuted_inputs,
     split_outputs,
     to_nz,
+    tokens_of,
+    too_many_inputs,
 )
 
 __all__ = ["W8A8DynamicLinear", "W8A8StaticLinear"]
@@ -32,34 +37,28 @@ class _Int8Linear(NpuLinearMethod):
         if linear.weight.zero is not None:
             raise NpuQuantError([bad_zero_points("npu_quant_matmul")])
         if weight.inputs > MAX_INPUTS:
-            raise NpuQuantError(
-                [
-                    Finding(
-                        "operator-limit",
-                        "npu_quant_matmul takes at most 65535 inputs",
-                        expected=f"K <= {MAX_INPUTS}",
-                        found=f"K = {weight.inputs}",
-                        fix="use a larger tensor-parallel size, or export the layer as float",
-                    )
-                ]
-            )
+            raise NpuQuantError([too_many_inputs("npu_quant_matmul", weight.inputs)])
+        if linear.input_permutation is not None:
+            raise NpuQuantError([permuted_inputs("npu_quant_matmul")])
         self.pieces = split_outputs(weight.outputs)
         tensors = {}
         for number, (start, stop) in enumerate(self.pieces):
-            end = "" if number == 0 else f"_{number}"
-            tensors["weight" + end] = to_nz(weight.rows(start, stop).t().contiguous())
-            tensors["weight_scale" + end] = scale[start:stop].contiguous()
+            tensors[numbered("weight", number)] = to_nz(transposed_int8(weight.rows, start, stop, weight.inputs))
+            tensors[numbered("weight_scale", number)] = scale[start:stop].contiguous()
         return tensors
 
     def matmul(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None, **options: Any) -> torch.Tensor:
         """npu_quant_matmul over the pieces; x int8 [M, K] -> [M, N]."""
         parts = []
         for number, (start, stop) in enumerate(self.pieces):
-            end = "" if number == 0 else f"_{number}"
             part_bias = bias if bias is None or len(self.pieces) == 1 else bias[start:stop]
             parts.append(
                 torch.ops.npu.npu_quant_matmul(
-                    x, getattr(layer, "weight" + end), getattr(layer, "weight_scale" + end), bias=part_bias, **options
+                    x,
+                    getattr(layer, numbered("weight", number)),
+                    getattr(layer, numbered("weight_scale", number)),
+                    bias=part_bias,
+                    **options,
                 )
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
@@ -77,7 +76,7 @@ class W8A8DynamicLinear(_Int8Linear):
         return self.prepare_weight(linear, linear.weight.scale.reshape(-1).expand(outputs).to(torch.float32))
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        tokens = x.reshape(-1, x.shape[-1])
+        tokens = tokens_of(x)
         quantized, token_scale = torch.ops.npu.npu_dynamic_quant(tokens)
         y = self.matmul(layer, quantized, bias, pertoken_scale=token_scale, output_dtype=x.dtype)
         return y.reshape(*x.shape[:-1], y.shape[-1])
@@ -120,7 +119,7 @@ class W8A8StaticLinear(_Int8Linear):
         return tensors
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        tokens = x.reshape(-1, x.shape[-1])
+        tokens = tokens_of(x)
         quantized = torch.ops.npu.npu_quantize(
             tokens, layer.input_scale_reciprocal, layer.input_offset, torch.qint8, -1, False
         )

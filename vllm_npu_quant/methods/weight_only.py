@@ -3,49 +3,235 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import reduce
+from math import gcd
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
-from vllm_npu_quant.layouts.canonical import CanonicalLinear
-from vllm_npu_quant.methods.base import NpuLinearMethod, PrepareContext, to_nz
+from vllm_npu_quant.errors import Finding, NpuQuantError
+from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight
+from vllm_npu_quant.layouts.int4 import INT4_PER_INT32, transposed_int4, transposed_int8
+from vllm_npu_quant.methods.base import (
+    MAX_INPUTS,
+    NpuLinearMethod,
+    PrepareContext,
+    numbered,
+    split_outputs,
+    to_nz,
+    tokens_of,
+    too_many_inputs,
+)
 
-__all__ = ["WeightOnlyLinear"]
+__all__ = ["Grouping", "WeightOnlyLinear", "fit_groups"]
+
+#: antiquant_group_size is a multiple of this, and smaller than K.
+GROUP_MULTIPLE = 32
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """How a weight's groups of inputs become groups that the operator takes.
+
+    Attributes:
+        size: inputs per group for the operator; 0 for one scale per channel.
+        depth: inputs of the rearranged weight.
+        columns: for every group of the operator, the group of the checkpoint that it takes its scale from.
+        positions: int64 [K], the place of each input among ``depth``; None where nothing moves. Places that no input
+            takes hold zeros.
+    """
+
+    size: int
+    depth: int
+    columns: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+
+
+def fit_groups(weight: CanonicalWeight) -> Grouping | None:
+    """Arrange a weight's groups so that each is a multiple of 32 inputs, without changing a number; None if it costs
+    more than twice the weight's memory.
+
+    - One group that covers all inputs is a channel.
+    - A rank of a tensor-parallel layer may begin and end inside a group; its scales are then repeated for a common
+      divisor of group and part. Such runs are joined again, with zeros in front of the first.
+    - Otherwise every group is filled up with zeros to the next multiple of 32.
+    """
+    group, inputs = weight.group_size, weight.inputs
+    groups = weight.scale.shape[1]
+    if groups <= 1:
+        return Grouping(0, inputs)
+    if group % GROUP_MULTIPLE == 0 and group < inputs:
+        return Grouping(group, inputs)
+    device = weight.scale.device
+    changes = _changes(weight)
+    if not changes:
+        return Grouping(0, inputs, torch.zeros(1, dtype=torch.int64, device=device))
+    whole = group * GROUP_MULTIPLE // gcd(group, GROUP_MULTIPLE)
+    if all((change - changes[0]) % whole == 0 for change in changes):
+        size = reduce(gcd, (change - changes[0] for change in changes[1:]), 0) or whole
+        front = -changes[0] % size
+        depth = front + inputs
+        if size < depth <= 2 * inputs:
+            first = torch.arange(-(-depth // size), device=device) * size - front
+            positions = torch.arange(front, depth, device=device) if front else None
+            return Grouping(size, depth, first.clamp(min=0) // group, positions)
+    size = -(-group // GROUP_MULTIPLE) * GROUP_MULTIPLE
+    depth = groups * size
+    if size > 2 * group:
+        return None
+    place = torch.arange(inputs, device=device)
+    return Grouping(size, depth, None, place // group * size + place % group)
+
+
+def _changes(weight: CanonicalWeight) -> list[int]:
+    """The inputs at which scale or zero point changes."""
+    differ = (weight.scale[:, 1:] != weight.scale[:, :-1]).any(dim=0)
+    if weight.zero is not None:
+        differ = differ | (weight.zero[:, 1:] != weight.zero[:, :-1]).any(dim=0)
+    return [(int(i) + 1) * weight.group_size for i in differ.nonzero().flatten()]
 
 
 class WeightOnlyLinear(NpuLinearMethod):
     """``y = x @ ((w_q + antiquant_offset) * antiquant_scale).T + bias`` (npu_weight_quant_batchmatmul).
 
     The operator adds its offset, so it is minus the zero point; scale and offset have the activation's dtype.
+
+    int8 weights are [K, N], in FRACTAL_NZ where they fit. Weights of 4 bits and less are int32 [K, N/8] and stay in the
+    plain layout: with FRACTAL_NZ the operator takes packed weights only for groups of 64 or 128, and only in graphs. N is
+    rounded up to a multiple of 8 with outputs that are cut off again.
     """
 
     def __init__(self) -> None:
         self.group_size = 0
+        self.outputs = 0
+        self.pieces: list[tuple[int, int]] = []
+        self.filled = False
 
     def prepare(self, linear: CanonicalLinear, context: PrepareContext) -> dict[str, torch.Tensor]:
+        """See the base class.
+
+        Raises:
+            NpuQuantError: operator-limit for more than 65535 inputs, for groups that cannot be brought to a multiple of
+                32 within twice the memory, and for scales that float16 does not hold; bad-value for zero points that the
+                activation's dtype does not hold.
+        """
         weight = linear.weight
-        outputs = weight.outputs
-        # The operator wants group_size < K: one group that covers all inputs is a channel.
-        self.group_size = weight.group_size if weight.scale.shape[1] > 1 else 0
-        tensors = {
-            "weight": to_nz(weight.values.t().contiguous()),
-            "weight_scale": weight.scale.expand(outputs, -1).t().contiguous().to(context.act_dtype),
-        }
-        if weight.zero is not None:
-            tensors["weight_offset"] = (-weight.zero).expand(outputs, -1).t().contiguous().to(context.act_dtype)
+        packed = weight.bits <= 4
+        grouping = fit_groups(weight)
+        if grouping is None:
+            raise NpuQuantError([_bad_group(weight.group_size)])
+        if grouping.depth > MAX_INPUTS:
+            raise NpuQuantError([too_many_inputs("npu_weight_quant_batchmatmul", grouping.depth)])
+        scale, offset = self._scales(weight, grouping, context.act_dtype)
+        self.outputs = weight.outputs
+        self.group_size = grouping.size
+        self.pieces = split_outputs(weight.outputs)
+        tensors: dict[str, torch.Tensor] = {}
+        for number, (start, stop) in enumerate(self.pieces):
+            arranged = (weight.rows, start, stop, weight.inputs, grouping.positions, grouping.depth)
+            tensors[numbered("weight", number)] = (
+                transposed_int4(*arranged) if packed else to_nz(transposed_int8(*arranged))
+            )
+            fill = -(stop - start) % INT4_PER_INT32 if packed else 0
+            # Outputs that only fill up have the weight 0 and the scale 0.
+            tensors[numbered("weight_scale", number)] = F.pad(scale[:, start:stop], (0, fill)).contiguous()
+            if offset is not None:
+                tensors[numbered("weight_offset", number)] = F.pad(offset[:, start:stop], (0, fill)).contiguous()
+        gather = self._gather(linear, grouping)
+        if gather is not None:
+            tensors["input_index"] = gather
         return tensors
+
+    def _scales(
+        self, weight: CanonicalWeight, grouping: Grouping, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """antiquant_scale and antiquant_offset, [G, N] in the activation's dtype."""
+        scale, zero = weight.scale, weight.zero
+        if grouping.columns is not None:
+            scale = scale[:, grouping.columns]
+            zero = None if zero is None else zero[:, grouping.columns]
+        rounded = scale.to(dtype)
+        findings = []
+        # float16 has too little range for some scales; a scale rounded in its last bit is what the operator works with.
+        error = torch.linalg.vector_norm(rounded.to(torch.float32) - scale)
+        if not bool(error <= 2**-7 * torch.linalg.vector_norm(scale)):
+            findings.append(_bad_scale(scale, dtype))
+        offset = None if zero is None else (-zero).to(dtype)
+        if offset is not None and zero is not None and not torch.equal(offset.to(torch.float32), -zero):
+            findings.append(_bad_zero(dtype))
+        if findings:
+            raise NpuQuantError(findings)
+        rounded = rounded.expand(weight.outputs, -1).t()
+        return rounded, None if offset is None else offset.expand(weight.outputs, -1).t()
+
+    def _gather(self, linear: CanonicalLinear, grouping: Grouping) -> torch.Tensor | None:
+        """int64 [depth]: for every row of the prepared weight the input that multiplies it; K for a zero."""
+        permutation = linear.input_permutation
+        if grouping.positions is None:
+            return permutation
+        inputs = linear.weight.inputs
+        self.filled = grouping.depth > inputs
+        if permutation is None:
+            permutation = torch.arange(inputs, device=grouping.positions.device)
+        index = torch.full((grouping.depth,), inputs, dtype=torch.int64, device=permutation.device)
+        return index.index_copy_(0, grouping.positions, permutation)
 
     def bias_dtype(self, act_dtype: torch.dtype) -> torch.dtype:
         return torch.float32 if act_dtype == torch.bfloat16 else act_dtype
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        tokens = x.reshape(-1, x.shape[-1])
-        y = torch.ops.npu.npu_weight_quant_batchmatmul(
-            tokens,
-            layer.weight,
-            antiquant_scale=layer.weight_scale,
-            antiquant_offset=getattr(layer, "weight_offset", None),
-            bias=bias,
-            antiquant_group_size=self.group_size,
-        )
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        tokens = tokens_of(x)
+        index = getattr(layer, "input_index", None)
+        if index is not None:
+            tokens = (F.pad(tokens, (0, 1)) if self.filled else tokens).index_select(1, index)
+        parts = []
+        for number, (start, stop) in enumerate(self.pieces):
+            weight_scale = getattr(layer, numbered("weight_scale", number))
+            fill = weight_scale.shape[1] - (stop - start)
+            part_bias = bias
+            if bias is not None and (fill or len(self.pieces) > 1):
+                part_bias = F.pad(bias[start:stop], (0, fill))
+            part = torch.ops.npu.npu_weight_quant_batchmatmul(
+                tokens,
+                getattr(layer, numbered("weight", number)),
+                antiquant_scale=weight_scale,
+                antiquant_offset=getattr(layer, numbered("weight_offset", number), None),
+                bias=part_bias,
+                antiquant_group_size=self.group_size,
+            )
+            parts.append(part[:, : stop - start] if fill else part)
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return y.reshape(*x.shape[:-1], self.outputs)
+
+
+def _bad_group(group: int) -> Finding:
+    return Finding(
+        "operator-limit",
+        "npu_weight_quant_batchmatmul takes groups of a multiple of 32 inputs, and filling these up with zeros would more "
+        "than double the weight",
+        expected="a group size of at least 16, or one scale per channel",
+        found=f"groups of {group}",
+        fix="use a tensor-parallel size that cuts the layer at whole groups, or re-export with a larger group size",
+    )
+
+
+def _bad_scale(scale: torch.Tensor, dtype: torch.dtype) -> Finding:
+    return Finding(
+        "operator-limit",
+        "npu_weight_quant_batchmatmul takes scales in the model's dtype, which does not hold these",
+        expected=f"finite scales in the range of {str(dtype).removeprefix('torch.')}",
+        found=f"scales from {float(scale.min()):g} to {float(scale.max()):g}",
+        fix="run with --dtype bfloat16",
+    )
+
+
+def _bad_zero(dtype: torch.dtype) -> Finding:
+    return Finding(
+        "bad-value",
+        "npu_weight_quant_batchmatmul takes zero points in the model's dtype, which does not hold these",
+        expected=f"integers that {str(dtype).removeprefix('torch.')} holds",
+        found="zero points that would be rounded",
+        fix="re-export the checkpoint with integer zero points",
+    )
