@@ -46,6 +46,16 @@ class Layout(str, Enum):
     MODELSLIM_INT = "modelslim_int"
     #: int8 [N, K] with static activation scale and offset, quant_bias and deq_scale.
     MODELSLIM_STATIC = "modelslim_static"
+    #: compressed-tensors, one integer per byte: int8 [N, K] with weight_scale.
+    CT_INT = "ct_int"
+    #: The same with a static activation scale per layer.
+    CT_STATIC = "ct_static"
+    #: compressed-tensors, 32 // bits integers per int32 along K, zero points packed along N.
+    CT_PACKED = "ct_packed"
+    #: compressed-tensors and ModelSlim: E4M3 [N, K] with weight_scale per tensor, channel or block.
+    FP8 = "fp8"
+    #: DeepSeek's and transformers' blockwise FP8: the same with weight_scale_inv.
+    FP8_INV = "fp8_inv"
 
 
 @dataclass(frozen=True)
@@ -55,8 +65,9 @@ class WeightSpec:
     Attributes:
         bits: bits per element.
         granularity: what shares a scale: TENSOR, CHANNEL (an output row), GROUP (``group_size`` inputs of a row), BLOCK.
-        group_size: elements along the input dimension per group; 0 unless the granularity is GROUP.
+        group_size: elements along the input dimension per group or block; 0 unless the granularity is GROUP or BLOCK.
         symmetric: whether every zero point is 0 (in two's complement).
+        block_rows: output rows per block; 0 unless the granularity is BLOCK.
     """
 
     bits: int
@@ -64,6 +75,7 @@ class WeightSpec:
     granularity: Granularity = Granularity.CHANNEL
     group_size: int = 0
     symmetric: bool = True
+    block_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,16 +105,23 @@ class LayerSpec:
         layout: how the numbers lie on disk.
         weight: None where the layer is float (it then runs in the model's dtype).
         activation: None where the input stays in the model's dtype.
+        stored: the weight as the checkpoint stores it, where it is served as another one: FP8 is requantized at load.
     """
 
     scheme: str
     layout: Layout
     weight: WeightSpec | None = None
     activation: ActivationSpec | None = None
+    stored: WeightSpec | None = None
 
     @property
     def is_float(self) -> bool:
         return self.weight is None
+
+    @property
+    def on_disk(self) -> WeightSpec | None:
+        """The weight as the checkpoint stores it."""
+        return self.stored or self.weight
 
 
 #: A layer that is not quantized.

@@ -36,7 +36,7 @@ from vllm_npu_quant.layouts.canonical import CanonicalLinear
 from vllm_npu_quant.layouts.modelslim import decode_int64_scale
 from vllm_npu_quant.layouts.tables import LAYOUTS, Axis, LayerSizes, TensorSpec, group_size_of, tensors_of
 from vllm_npu_quant.methods.base import NpuLinearMethod, PrepareContext
-from vllm_npu_quant.spec import LayerKind, LayerSpec
+from vllm_npu_quant.spec import LayerKind, LayerSpec, WeightSpec
 
 __all__ = ["CHECKPOINT_BIAS", "NpuQuantLinearMethod"]
 
@@ -54,6 +54,8 @@ TORCH_DTYPES = {
     "BF16": torch.bfloat16,
     "F32": torch.float32,
     "F8_E4M3": torch.float8_e4m3fn,
+    # A dtype of newer torch versions.
+    **({"F8_E8M0": torch.float8_e8m0fnu} if hasattr(torch, "float8_e8m0fnu") else {}),
 }
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
@@ -106,7 +108,9 @@ class NpuQuantLinearMethod(LinearMethodBase):
             group_size=group_size_of(self.spec),
             shards=len(output_partition_sizes),
         )
-        raise_findings(self._shard_findings(output_partition_sizes, input_size_per_partition))
+        raise_findings(self._shard_findings(output_partition_sizes, input_size_per_partition, input_size))
+        # The rows of the whole layer; a vocabulary is padded in memory, not on disk.
+        self.outputs = getattr(layer, "org_vocab_size", output_size)
         self.context = PrepareContext(
             act_dtype=params_dtype,
             adds_constants=input_size_per_partition == input_size or getattr(layer, "tp_rank", 0) == 0,
@@ -114,7 +118,7 @@ class NpuQuantLinearMethod(LinearMethodBase):
         self.partitions = list(output_partition_sizes)
         for tensor in self.tensors:
             name = CHECKPOINT_BIAS if tensor.name == "bias" else tensor.name
-            param = _parameter(tensor, sizes, self._loader(tensor, name, weight_loader))
+            param = _parameter(tensor.as_loaded(), sizes, self._loader(tensor, name, weight_loader))
             self.coverage[name] = Coverage(param.shape)
             layer.register_parameter(name, param)
 
@@ -124,17 +128,18 @@ class NpuQuantLinearMethod(LinearMethodBase):
         self.group_repeats = 1
         if not group or part == inputs or part % group == 0:
             return
-        assert self.spec.weight is not None
         smaller = gcd(part, group)
         self.group_repeats = group // smaller
-        self.spec = replace(self.spec, weight=replace(self.spec.weight, group_size=smaller))
+        self.spec = replace(
+            self.spec, weight=_regrouped(self.spec.weight, smaller), stored=_regrouped(self.spec.stored, smaller)
+        )
 
-    def _shard_findings(self, outputs: list[int], part: int) -> list[Finding]:
+    def _shard_findings(self, outputs: list[int], part: int, inputs: int) -> list[Finding]:
         """Whether this rank's part holds whole packed elements."""
         findings = []
         for tensor in self.tensors:
-            for dim in tensor.dims:
-                lengths = outputs if dim.axis is Axis.OUT else [part] if dim.axis is Axis.IN else []
+            for dim in tensor.as_loaded().dims:
+                lengths = outputs if dim.axis is Axis.OUT else [part] if dim.axis is Axis.IN and part != inputs else []
                 if dim.pack > 1 and any(length % dim.pack for length in lengths):
                     findings.append(
                         Finding(
@@ -153,8 +158,9 @@ class NpuQuantLinearMethod(LinearMethodBase):
         """vLLM's loader, with the dtype checked before it and the writes observed."""
 
         def weight_loader(param: torch.Tensor, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            loaded_weight = self._adapted(tensor, loaded_weight)
+            found = list(loaded_weight.shape)
             try:
+                loaded_weight = self._adapted(tensor, loaded_weight)
                 with WriteWitness(param, self.coverage[name]):
                     return load(param, loaded_weight, *args, **kwargs)
             except (AssertionError, RuntimeError, IndexError) as error:
@@ -166,7 +172,7 @@ class NpuQuantLinearMethod(LinearMethodBase):
                             layer=self.resolved.prefix,
                             file=self.source,
                             expected=f"{tensor.shape_text()} that fills {list(param.shape)} on this rank",
-                            found=f"{list(loaded_weight.shape)}" + (f" for shard {args[0]}" if args else ""),
+                            found=f"{found}" + (f" for shard {args[0]}" if args else ""),
                             fix="check that config.json and the weights are of the same model",
                         )
                     ]
@@ -194,7 +200,9 @@ class NpuQuantLinearMethod(LinearMethodBase):
         adapted = loaded
         if loaded.dtype == torch.int64 and tensor.load_dtype == "float32":
             adapted = decode_int64_scale(loaded)
-        groups = tensor.axis_of(Axis.GROUP)
+        if tensor.rearrange:
+            adapted = load_object(tensor.rearrange)(adapted, self.spec, self.outputs)
+        groups = tensor.as_loaded().axis_of(Axis.GROUP)
         if groups is not None and self.group_repeats > 1:
             adapted = adapted.repeat_interleave(self.group_repeats, dim=groups)
         # A tensor may carry the id of its fused shard, which a conversion loses.
@@ -299,6 +307,10 @@ class NpuQuantLinearMethod(LinearMethodBase):
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return self.method.apply(layer, x, bias)
+
+
+def _regrouped(weight: WeightSpec | None, group_size: int) -> WeightSpec | None:
+    return replace(weight, group_size=group_size) if weight is not None and weight.group_size else weight
 
 
 def _parameter(tensor: TensorSpec, sizes: LayerSizes, weight_loader: Callable[..., Any]) -> BasevLLMParameter:

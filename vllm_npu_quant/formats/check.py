@@ -8,7 +8,7 @@ from typing import Protocol
 
 from vllm_npu_quant.errors import Finding, nearest_names
 from vllm_npu_quant.formats.base import LayerEntry, QuantFormat
-from vllm_npu_quant.layouts.tables import Axis, LayerSizes, TensorSpec, group_size_of, tensors_of
+from vllm_npu_quant.layouts.tables import Axis, LayerSizes, TensorSpec, group_size_of, rows_per_scale_of, tensors_of
 from vllm_npu_quant.spec import LayerSpec
 
 __all__ = ["FindingLimit", "check_checkpoint", "check_layer"]
@@ -111,8 +111,7 @@ def check_layer(layer: str, entry: LayerEntry, tensors: Mapping[str, StoredTenso
                 )
             )
         shape = tensor.shape(sizes)
-        scalar = tensor.axis_of(Axis.SHARD) is not None and stored.shape == ()
-        if stored.shape != shape and not scalar:
+        if not _same_shape(tensor, shape, stored.shape):
             findings.append(_wrong_shape(layer, tensor, stored, f"{tensor.shape_text()} = {list(shape)}"))
     return findings
 
@@ -122,7 +121,16 @@ def _sizes(spec: LayerSpec, tensor: TensorSpec, weight: StoredTensor) -> LayerSi
     if len(weight.shape) != len(tensor.dims) or 0 in weight.shape:
         return None
     lengths = {dim.axis: length * dim.pack for dim, length in zip(tensor.dims, weight.shape, strict=True)}
-    return LayerSizes(lengths[Axis.OUT], lengths[Axis.IN], group_size_of(spec))
+    outputs = lengths[Axis.OUT]
+    return LayerSizes(outputs, lengths[Axis.IN], group_size_of(spec), rows_per_scale=rows_per_scale_of(spec, outputs))
+
+
+def _same_shape(tensor: TensorSpec, wanted: tuple[int, ...], stored: tuple[int, ...]) -> bool:
+    """Whether a stored shape is the wanted one. Producers leave out dimensions of length 1 at the end of a scale."""
+    if tensor.axis_of(Axis.SHARD) is None and tensor.axis_of(Axis.ROWS) is None:
+        return stored == wanted
+    shorter = len(wanted) - len(stored)
+    return shorter >= 0 and stored + (1,) * shorter == wanted
 
 
 def _wrong_shape(layer: str, tensor: TensorSpec, stored: StoredTensor, expected: str) -> Finding:
