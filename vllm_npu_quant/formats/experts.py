@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routed experts: the thousands of layers of a MoE, as one entry per MoE layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from vllm_npu_quant.errors import Finding
+from vllm_npu_quant.formats.base import ExpertsEntry, LayerEntry
+
+__all__ = ["EXPERT_NAMES", "collect_experts", "split_expert"]
+
+#: The projections of an expert: gate, up, down, in the two spellings that checkpoints use.
+EXPERT_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+
+_EXPERT = re.compile(r"(?P<layer>.*\.experts)\.(?P<number>0|[1-9][0-9]{0,5})\.(?P<projection>[^.]+)")
+
+
+def split_expert(layer: str) -> tuple[str, str, str] | None:
+    """("model.layers.3.mlp.experts", "17", "gate_proj") for an expert's layer, None for any other."""
+    found = _EXPERT.fullmatch(layer)
+    return found.group("layer", "number", "projection") if found else None
+
+
+def collect_experts(
+    layer: str, projections: Mapping[str, Mapping[str, LayerEntry]], source: str
+) -> tuple[ExpertsEntry | None, list[Finding]]:
+    """One entry for all experts of a MoE layer.
+
+    Args:
+        layer: its name, ending in ".experts".
+        projections: projection name -> expert number -> entry.
+        source: the file to name in findings.
+
+    Returns:
+        The entry, or None where the experts are incomplete, and what is wrong: undescribed-layer for experts or projections
+        that are not there, fused-shards-disagree where experts differ.
+    """
+    names = next((family for family in EXPERT_NAMES if set(family) == set(projections)), None)
+    if names is None:
+        finding = Finding(
+            "undescribed-layer",
+            "the experts' projections have unexpected names",
+            layer=layer,
+            file=source,
+            expected=" or ".join(" ".join(family) for family in EXPERT_NAMES),
+            found=" ".join(sorted(projections))[:200],
+            fix="check that the checkpoint is complete",
+        )
+        return None, [finding]
+    numbers = [set(map(int, projections[name])) for name in names]
+    count = max(map(max, numbers)) + 1
+    # The highest number is a stranger's: bound the work by what is listed, not by it.
+    absent = [
+        f"{layer}.{number}.{name}"
+        for name, present in zip(names, numbers, strict=True)
+        if len(present) != count
+        for number in range(min(count, len(present) + 4))
+        if number not in present
+    ]
+    if absent:
+        finding = Finding(
+            "undescribed-layer",
+            "experts are left out",
+            layer=layer,
+            file=source,
+            expected=f"experts 0 to {count - 1} with {', '.join(names)}",
+            found="no " + ", ".join(absent[:6]),
+            fix="re-export the checkpoint, or download it again",
+        )
+        return None, [finding]
+    findings = []
+    entries = []
+    for name in names:
+        by_entry: dict[LayerEntry, list[str]] = {}
+        for number, entry in projections[name].items():
+            by_entry.setdefault(entry, []).append(number)
+        if len(by_entry) > 1:
+            findings.append(
+                Finding(
+                    "fused-shards-disagree",
+                    "the experts of one layer are quantized differently",
+                    layer=f"{layer}.*.{name}",
+                    file=source,
+                    expected="one scheme for all experts",
+                    found="; ".join(
+                        f"{entry.spec.scheme} for experts {', '.join(members[:4])}"
+                        + (" ..." if len(members) > 4 else "")
+                        for entry, members in by_entry.items()
+                    ),
+                    fix="re-export the checkpoint with one scheme for the experts of a layer",
+                )
+            )
+        entries.append(next(iter(by_entry)))
+    gate, up, down = entries
+    return ExpertsEntry(count, gate, up, down, names), findings
