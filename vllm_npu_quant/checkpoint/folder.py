@@ -285,11 +285,8 @@ def find_local(model: str | Path, *, revision: str | None = None, cache_dir: str
     Returns:
         None where there is neither such a folder nor a snapshot.
     """
-    try:
-        if os.path.isdir(model):
-            return Path(model)
-    except ValueError:
-        return None
+    if os.path.isdir(model):
+        return Path(model)
     from huggingface_hub import snapshot_download
 
     try:

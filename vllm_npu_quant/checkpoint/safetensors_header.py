@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 from vllm_npu_quant.checkpoint.files import opened
-from vllm_npu_quant.checkpoint.json_files import load_pairs
+from vllm_npu_quant.checkpoint.json_files import collector_paused, load_pairs
 from vllm_npu_quant.checkpoint.text import looks_like, near, shown, shown_name
 from vllm_npu_quant.errors import Finding, NpuQuantError
 
@@ -67,7 +67,7 @@ DTYPE_BITS: Mapping[str, int] = MappingProxyType(
 HEADER_MAX_BYTES = 100_000_000
 
 #: Limit of the tensors in one file. All 163 files of a quantized DeepSeek-R1 together hold 136,000.
-MAX_TENSORS = 500_000
+MAX_TENSORS = 250_000
 
 #: Limit of a tensor's dimensions, the one of NumPy 1.
 MAX_DIMS = 32
@@ -144,6 +144,10 @@ class _Report(list[Finding]):
         self.file = file
         self.left_out = 0
 
+    @property
+    def full(self) -> bool:
+        return len(self) >= MAX_FINDINGS - 1
+
     def say(
         self,
         message: str,
@@ -154,7 +158,7 @@ class _Report(list[Finding]):
         fix: str = _AGAIN,
         nearest: tuple[str, ...] = (),
     ) -> None:
-        if len(self) < MAX_FINDINGS - 1:
+        if not self.full:
             layer = layer and shown_name(layer)
             self.append(Finding("bad-header", message, layer, self.file, expected, found, nearest, fix))
         else:
@@ -195,6 +199,7 @@ def header_length(prefix: bytes, *, file: str, file_size: int) -> int:
     return length
 
 
+@collector_paused()
 def parse_header(content: bytes, *, file: str, file_size: int) -> Header:
     """Check a header and list its tensors.
 
@@ -349,6 +354,9 @@ def _count(shape: Any) -> int | None:
 
 def _explain(name: str, pairs: Any, fields: dict[str, Any], claimed: tuple[int, int] | None, report: _Report) -> None:
     """Report everything that is wrong with the entry of one tensor."""
+    if report.full:  # before anything is looked up for a message
+        report.left_out += 1
+        return
     if type(pairs) is not tuple:
         expected = '{"dtype": ..., "shape": [...], "data_offsets": [begin, end]}'
         report.say("the entry of this tensor is not an object", layer=name, expected=expected, found=shown(pairs))
