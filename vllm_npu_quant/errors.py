@@ -55,6 +55,8 @@ CODES: dict[str, str] = {
     "not-filled": "After loading, a part of a quantized layer's parameters had received no data. The finding names the "
     "parameter and the part.",
     "operator-limit": "A shape or dtype lies outside of what the NPU operator's documentation allows.",
+    "requantized": "The chip has no instructions for the checkpoint's number format, so the weights are converted while they "
+    "load. The finding says from what to what, and which setting changes it.",
     "kv-cache-not-quantized": "The checkpoint carries scales for a quantized KV cache. The weights are served; the KV cache "
     "stays in the model's dtype and the scales are dropped.",
 }

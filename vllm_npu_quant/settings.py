@@ -6,12 +6,14 @@ from __future__ import annotations
 import os
 from importlib import metadata
 
-__all__ = ["ascend_host", "cpu_build", "plugin_enabled", "plugin_mode", "takeover"]
+__all__ = ["FP8", "ascend_host", "cpu_build", "fp8_mode", "plugin_enabled", "plugin_mode", "takeover"]
 
 #: auto: active on Ascend hosts and on CPU builds of vLLM. 1: the same, said explicitly. 0: off.
 MODE = "VLLM_NPU_QUANT"
 #: 1: on an Ascend host, serve also the checkpoints that vllm-ascend serves itself.
 TAKEOVER = "VLLM_NPU_QUANT_TAKEOVER"
+#: What FP8 weights become on chips without FP8. int8 (the default): one byte per weight. bf16: the model's dtype, two bytes.
+FP8 = "VLLM_NPU_QUANT_FP8"
 
 
 def plugin_mode() -> str:
@@ -28,6 +30,18 @@ def plugin_mode() -> str:
 
 def takeover() -> bool:
     return os.environ.get(TAKEOVER, "0").strip() == "1"
+
+
+def fp8_mode() -> str:
+    """The value of VLLM_NPU_QUANT_FP8: "int8" or "bf16".
+
+    Raises:
+        ValueError: for any other value.
+    """
+    mode = os.environ.get(FP8, "int8").strip().lower() or "int8"
+    if mode not in ("int8", "bf16"):
+        raise ValueError(f"{FP8} must be int8 or bf16, not {mode[:40]!r}")
+    return mode
 
 
 def _version(distribution: str) -> str | None:

@@ -20,7 +20,7 @@ _EXPERT = re.compile(r"(?P<layer>.*\.experts)\.(?P<number>0|[1-9][0-9]{0,5})\.(?
 def split_expert(layer: str) -> tuple[str, str, str] | None:
     """("model.layers.3.mlp.experts", "17", "gate_proj") for an expert's layer, None for any other."""
     found = _EXPERT.fullmatch(layer)
-    return found.group("layer", "number", "projection") if found else None
+    return (found["layer"], found["number"], found["projection"]) if found else None
 
 
 def collect_experts(

@@ -1,0 +1,436 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FP8 checkpoints (``quant_method: fp8``), and how FP8 layers of any format are served.
+
+Spellings: DeepSeek's and transformers' blocks (``weight_block_size``, ``weight_scale_inv``), per-tensor and per-channel
+scales (``weight_scale``), Mistral's per-tensor ``weight_scale_inv`` with ``activation_scale``; static and dynamic
+activations; ``modules_to_not_convert`` or ``ignored_layers``.
+
+Ascend A2, A3 and 310P have no FP8 instructions. The weights are requantized while they load to int8 with one scale per
+output channel, which keeps one byte per weight, and the activations to int8 per token; or, where the user asks for it, the
+weights become floats of the model's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError, field_validator
+
+from vllm_npu_quant import settings
+from vllm_npu_quant.errors import Finding, Severity
+from vllm_npu_quant.formats.base import FLOAT_ENTRY, LayerEntry
+from vllm_npu_quant.formats.check import FindingLimit, StoredTensor
+from vllm_npu_quant.formats.patterns import PatternSet
+from vllm_npu_quant.formats.rules import FLOAT_DTYPES, RuleFormat, index_layers, is_embedding, stored_layers_of
+from vllm_npu_quant.layouts.tables import LAYOUTS
+from vllm_npu_quant.spec import ActivationSpec, Granularity, LayerSpec, Layout, NumberKind, WeightSpec
+
+__all__ = [
+    "Fp8Config",
+    "Fp8Format",
+    "Fp8Use",
+    "config_findings",
+    "fp8_spec",
+    "silent_finding",
+    "unknown_fields_finding",
+]
+
+#: safetensors dtypes of 8-bit floats.
+FP8_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
+
+_INT8 = WeightSpec(8)
+_PER_TOKEN = ActivationSpec(8, dynamic=True, granularity=Granularity.TOKEN)
+_AS_FLOAT = WeightSpec(16, NumberKind.FLOAT)
+
+#: Layers that FP8 producers leave alone without saying so: vLLM has no FP8 head, and a router stays exact.
+_FLOAT_BY_CONVENTION = frozenset({"lm_head", "gate", "shared_expert_gate", "router"})
+
+#: Config entries at most: real lists have a few per decoder layer.
+_MAX_RULES = 200_000
+_MAX_SHOWN = 20
+
+#: Tensors beside a layer's weight that quantize the KV cache.
+KV_CACHE_TENSORS = ("k_scale", "v_scale", "q_scale", "kv_scale", "k_zero_point", "v_zero_point", "q_zero_point")
+
+
+def fp8_spec(scheme: str, stored: WeightSpec, layout: Layout, *, activation: bool, mode: str) -> LayerSpec:
+    """How a layer with FP8 weights is served on a chip without FP8.
+
+    Args:
+        scheme: the producer's name for it ("FP8_BLOCK").
+        stored: the weight on disk.
+        layout: where its numbers lie.
+        activation: whether the checkpoint quantizes the layer's input, too.
+        mode: what the weights become, as ``settings.fp8_mode`` gives it.
+    """
+    if mode == "bf16":
+        return LayerSpec(f"{scheme} as float", layout, _AS_FLOAT, None, stored)
+    if activation:
+        return LayerSpec(f"{scheme} as W8A8_DYNAMIC", layout, _INT8, _PER_TOKEN, stored)
+    return LayerSpec(f"{scheme} as W8A16", layout, _INT8, None, stored)
+
+
+def fp8_weight(granularity: Granularity, block: Sequence[int] = (0, 0)) -> WeightSpec:
+    """An FP8 weight on disk.
+
+    Args:
+        granularity: TENSOR, CHANNEL or BLOCK.
+        block: output rows and inputs per block.
+    """
+    return WeightSpec(8, NumberKind.FLOAT, granularity, block[1], block_rows=block[0])
+
+
+@dataclass
+class Fp8Use:
+    """What is said once per checkpoint about its FP8 layers: the setting, and what it does to them.
+
+    Attributes:
+        mode: "int8" or "bf16".
+        findings: bad-config where the setting is neither.
+        schemes: how many stored layers each producer's scheme has.
+        static: whether static input scales are dropped.
+    """
+
+    mode: str = "int8"
+    findings: list[Finding] = field(default_factory=list)
+    schemes: dict[str, int] = field(default_factory=dict)
+    static: bool = False
+
+    @classmethod
+    def from_settings(cls) -> Fp8Use:
+        try:
+            return cls(settings.fp8_mode())
+        except ValueError as error:
+            fix = f"unset {settings.FP8}, or set it to int8 or bf16"
+            return cls("int8", [Finding("bad-config", str(error), expected="int8 or bf16", fix=fix)])
+
+    def add(self, scheme: str, *, static: bool = False) -> None:
+        self.schemes[scheme] = self.schemes.get(scheme, 0) + 1
+        self.static |= static
+
+    def finding(self, source: str) -> Finding | None:
+        """The one line about the conversion; None where the checkpoint has no FP8 layers."""
+        if not self.schemes:
+            return None
+        if self.mode == "bf16":
+            message = "FP8 weights are dequantized at load to the model's dtype, which doubles their memory"
+            fix = f"{settings.FP8}=int8 keeps one byte per weight"
+        else:
+            message = (
+                "this chip generation has no FP8: weights are requantized at load to int8 with a scale per output channel, "
+                "and activations that the checkpoint quantizes to int8 per token"
+            )
+            fix = f"{settings.FP8}=bf16 dequantizes them to the model's dtype instead, at twice the memory"
+        if self.static:
+            message += "; static input scales are dropped, since a scale per token is finer"
+        schemes = ", ".join(f"{scheme}: {count} layers" for scheme, count in sorted(self.schemes.items()))
+        return Finding("requantized", message, file=source, found=schemes, fix=fix, severity=Severity.INFO)
+
+
+def silent_finding(layers: Sequence[str], source: str) -> Finding | None:
+    """The one line about layers that are stored as float although no rule excludes them; None where there are none."""
+    if not layers:
+        return None
+    return Finding(
+        "undescribed-layer",
+        f"{len(layers)} layers are stored as float although the config does not exclude them; they run as float",
+        file=source,
+        found=", ".join(layers[:4]) + (", ..." if len(layers) > 4 else ""),
+        severity=Severity.INFO,
+    )
+
+
+def kv_cache_finding(found: str, source: str) -> Finding:
+    """The finding for a checkpoint with scales for a quantized KV cache."""
+    return Finding(
+        "kv-cache-not-quantized",
+        "the weights are served; the KV cache stays in the model's dtype and its scales are dropped",
+        file=source,
+        found=found,
+        severity=Severity.INFO,
+    )
+
+
+def unknown_fields_finding(extra: Mapping[str, Any] | None, source: str) -> Finding | None:
+    """The one warning about config fields that the format does not know; empty ones say nothing and are passed over."""
+    unknown = sorted(name for name, value in (extra or {}).items() if value not in (None, {}, [], "", False))
+    if not unknown:
+        return None
+    return Finding(
+        "bad-config",
+        "the quantization config has fields that are not known here; they are ignored",
+        file=source,
+        found=", ".join(unknown)[:200],
+        fix="check what they mean for the weights",
+        severity=Severity.WARNING,
+    )
+
+
+def config_findings(error: ValidationError, source: str) -> list[Finding]:
+    """A pydantic error as findings, one per field."""
+    return [
+        Finding(
+            "bad-config",
+            problem["msg"],
+            file=source,
+            expected=f"{'.'.join(str(part) for part in problem['loc'])[:200]} as the format documents it",
+            found=repr(problem["input"])[:80],
+            fix="re-export the checkpoint with its producer, or correct the field by hand",
+        )
+        for problem in error.errors(include_url=False)[:_MAX_SHOWN]
+    ]
+
+
+class Fp8Config(BaseModel):
+    """``quantization_config`` of an FP8 checkpoint. Fields that producers add are accepted, and reported where they are
+    not empty."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    quant_method: StrictStr = "fp8"
+    activation_scheme: Literal["dynamic", "static"] = "dynamic"
+    weight_block_size: tuple[StrictInt, StrictInt] | None = None
+    modules_to_not_convert: tuple[StrictStr, ...] | None = Field(default=None, max_length=_MAX_RULES)
+    ignored_layers: tuple[StrictStr, ...] | None = Field(default=None, max_length=_MAX_RULES)
+    fmt: StrictStr | None = None
+    scale_fmt: StrictStr | None = None
+    dequantize: StrictBool | None = None
+    kv_cache_scheme: Any = None
+    store_dtype: StrictStr | None = None
+    is_checkpoint_fp8_serialized: StrictBool | None = None
+    weight_per_tensor: StrictBool | None = None
+    act_per_tensor: StrictBool | None = None
+
+    @field_validator("weight_block_size")
+    @classmethod
+    def _positive(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and not all(0 < size <= 65536 for size in value):
+            raise ValueError("weight_block_size needs two sizes from 1 to 65536")
+        return value
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """The layers that the config calls float."""
+        return tuple(dict.fromkeys((*(self.ignored_layers or ()), *(self.modules_to_not_convert or ()))))
+
+
+@dataclass
+class Fp8Format(RuleFormat):
+    """The layers of an FP8 checkpoint.
+
+    Attributes:
+        config: the validated config.
+        mode: what the weights become.
+        kv_cache: whether the checkpoint carries KV-cache scales.
+    """
+
+    config: Fp8Config = field(default_factory=Fp8Config)
+    mode: str = "int8"
+    kv_cache: bool = False
+
+    name = "fp8"
+
+    def rule(self, layer: str) -> LayerEntry | None:
+        if is_embedding(layer):
+            return None
+        if self._skips(layer) or layer.rpartition(".")[2] in _FLOAT_BY_CONVENTION:
+            return FLOAT_ENTRY
+        block = self.config.weight_block_size
+        weight = fp8_weight(Granularity.BLOCK if block else Granularity.TENSOR, block or (0, 0))
+        layout = Layout.FP8_INV if block else Layout.FP8
+        static = self.config.activation_scheme == "static"
+        spec = fp8_spec(_scheme(weight, static=static), weight, layout, activation=True, mode=self.mode)
+        return LayerEntry(spec, frozenset({"input_scale"}) if static else frozenset())
+
+    def _skips(self, layer: str) -> bool:
+        """Whether the config calls a layer float: by its name, by its last components, or by a module that holds it."""
+        return any(
+            layer == name or layer.endswith("." + name) or layer.startswith(name + ".") or f".{name}." in layer
+            for name in self.config.skipped
+        )
+
+    def dropped_tensors(self) -> tuple[str, ...]:
+        return KV_CACHE_TENSORS if self.kv_cache or self.index is None else ()
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Mapping[str, Any],
+        source: str = "config.json",
+        tensors: Mapping[str, StoredTensor] | None = None,
+    ) -> Fp8Format:
+        """Validate a quantization_config and look up the stored layers.
+
+        Args:
+            config: the JSON object.
+            source: the file it is in, for messages.
+            tensors: dtypes and shapes of the checkpoint's tensors, where they are known.
+
+        Returns:
+            The format; ``findings`` holds everything that is wrong. Nothing is raised.
+        """
+        found = FindingLimit()
+        use = Fp8Use.from_settings()
+        for finding in use.findings:
+            found.add(finding)
+        try:
+            parsed = Fp8Config.model_validate(dict(config))
+        except ValidationError as error:
+            for finding in config_findings(error, source):
+                found.add(finding)
+            return cls(source=source, findings=tuple(found.close()))
+        for problem in _config_problems(parsed, source):
+            found.add(problem)
+        result = cls(source=source, config=parsed, mode=use.mode)
+        if tensors is None:
+            # How many layers there are is not known; that there are any is.
+            use.add(_scheme(fp8_weight(*_default(parsed)), static=parsed.activation_scheme == "static"))
+        else:
+            result._index(tensors, use, found)
+        line = use.finding(source)
+        if line is not None:
+            found.add(line)
+        result.findings = tuple(found.close())
+        return result
+
+    def _index(self, tensors: Mapping[str, StoredTensor], use: Fp8Use, found: FindingLimit) -> None:
+        stored = stored_layers_of(tensors)
+        skipped = frozenset(self.config.skipped)
+        patterns = PatternSet(
+            [name.removeprefix("re:") for name in self.config.skipped if name.startswith("re:")],
+            file=self.source,
+            where="ignored_layers",
+        )
+        for finding in patterns.findings:
+            found.add(finding)
+        silent: list[str] = []
+
+        def decide(layer: str, named: Mapping[str, StoredTensor]) -> LayerEntry | None:
+            self.kv_cache |= not set(KV_CACHE_TENSORS).isdisjoint(named)
+            weight = named.get("weight")
+            if weight is None:
+                return None
+            excluded = layer in skipped or patterns.any(layer)
+            if weight.dtype in FLOAT_DTYPES and not {"weight_scale", "weight_scale_inv"} & set(named):
+                if len(weight.shape) == 2 and not excluded and not self._skips(layer) and not is_embedding(layer):
+                    silent.append(layer)
+                return FLOAT_ENTRY
+            if excluded:
+                found.add(
+                    Finding(
+                        "bad-config",
+                        "the config calls the layer float, and its weight is stored quantized",
+                        layer=layer,
+                        file=self.source,
+                        expected="a float weight",
+                        found=f"{weight.dtype} in {weight.file}",
+                        fix="remove the layer from modules_to_not_convert (or ignored_layers), or re-export the weights",
+                    )
+                )
+                return None
+            return self._entry(layer, named, use, found)
+
+        self.index = index_layers(stored, decide, self.source)
+        for finding in self.index.findings:
+            found.add(finding)
+        line = silent_finding(silent, self.source)
+        if line is not None:
+            found.add(line)
+        if self.kv_cache or self.config.kv_cache_scheme:
+            found.add(kv_cache_finding("k_scale, v_scale" if self.kv_cache else "kv_cache_scheme", self.source))
+
+    def _entry(
+        self, layer: str, named: Mapping[str, StoredTensor], use: Fp8Use, found: FindingLimit
+    ) -> LayerEntry | None:
+        """The entry of a layer whose weight is stored quantized."""
+        inverse = "weight_scale_inv" in named
+        layout = Layout.FP8_INV if inverse else Layout.FP8
+        weight = self._stored_weight(named["weight"], named.get("weight_scale_inv" if inverse else "weight_scale"))
+        known = {tensor.name: tensor for tensor in LAYOUTS[layout].tensors}
+        static = not {"input_scale", "activation_scale"}.isdisjoint(named)
+        for name in named:
+            if name not in known and name not in KV_CACHE_TENSORS:
+                found.add(
+                    Finding(
+                        "unexpected-tensor",
+                        f"an FP8 layer has no tensor {name}, so its effect would be lost",
+                        layer=layer,
+                        file=named[name].file,
+                        expected=", ".join(known),
+                        found=name,
+                        fix="update vllm-npu-quant, or re-export the checkpoint without it",
+                    )
+                )
+        scheme = _scheme(weight, static=static)
+        use.add(scheme, static=static)
+        spec = fp8_spec(scheme, weight, layout, activation=True, mode=self.mode)
+        optional = {name for name in named if name in known and known[name].optional}
+        return LayerEntry(spec, frozenset(optional))
+
+    def _stored_weight(self, weight: StoredTensor, scale: StoredTensor | None) -> WeightSpec:
+        """What shares a scale, as the scale's shape tells it; the config's word where it tells nothing."""
+        default = fp8_weight(*_default(self.config))
+        if scale is None or len(weight.shape) != 2:
+            return default
+        block = self.config.weight_block_size
+        outputs, inputs = weight.shape
+        if block and scale.shape == (-(-outputs // block[0]), -(-inputs // block[1])):
+            return default
+        if scale.shape in ((), (1,), (1, 1)):
+            return fp8_weight(Granularity.TENSOR)
+        if scale.shape in ((outputs,), (outputs, 1)):
+            return fp8_weight(Granularity.CHANNEL)
+        return default
+
+
+def _default(config: Fp8Config) -> tuple[Granularity, tuple[int, int]]:
+    """The granularity that the config names."""
+    if config.weight_block_size:
+        return Granularity.BLOCK, config.weight_block_size
+    return Granularity.TENSOR, (0, 0)
+
+
+def _scheme(weight: WeightSpec, *, static: bool) -> str:
+    granularity = "" if weight.granularity is Granularity.TENSOR else f"_{weight.granularity.value.upper()}"
+    return f"FP8{granularity}_{'STATIC' if static else 'DYNAMIC'}"
+
+
+def _config_problems(config: Fp8Config, source: str) -> list[Finding]:
+    findings = []
+    if config.fmt is not None and config.fmt.lower() not in ("e4m3", "float8_e4m3fn", "e4m3fn"):
+        findings.append(
+            Finding(
+                "unsupported-scheme",
+                "only FP8 with 4 exponent bits (E4M3) is converted",
+                file=source,
+                expected="fmt: e4m3",
+                found=config.fmt[:40],
+                fix="export the checkpoint as E4M3, or as int8",
+            )
+        )
+    if config.store_dtype not in (None, "", "fp8", "float8_e4m3fn"):
+        findings.append(
+            Finding(
+                "unsupported-scheme",
+                "the experts are stored in another number format, which is not converted",
+                file=source,
+                expected="no store_dtype",
+                found=str(config.store_dtype)[:40],
+                fix="use a checkpoint whose experts are FP8 or int8",
+            )
+        )
+    if config.is_checkpoint_fp8_serialized is False:
+        findings.append(
+            Finding(
+                "unsupported-scheme",
+                "the config asks for quantization while the model loads, which is not offered",
+                file=source,
+                expected="weights that are stored as FP8",
+                found="is_checkpoint_fp8_serialized: false",
+                fix="remove quantization_config from config.json to serve the weights as they are",
+            )
+        )
+    unknown = unknown_fields_finding(config.model_extra, source)
+    return findings + ([unknown] if unknown is not None else [])
