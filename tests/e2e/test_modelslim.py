@@ -112,8 +112,11 @@ def test_norm_bias_matters_and_is_only_there(tmp_path: Path) -> None:
         "msmodelslim-qwen3fp32-w8a8-normbias",
     ],
 )
-def test_two_ranks_agree_with_one(name: str) -> None:
-    """Equal up to the reduction's rounding: one rank adds quant_bias, and the norms' biases are on both."""
+def test_two_ranks_agree_with_the_twin_too(name: str, twin_run) -> None:
+    """One rank adds quant_bias, and the norms' biases are on both.
+
+    Partial sums are rounded to bfloat16 before they are added, which moves single activations to the next integer; that
+    the parts of one layer add up to the whole is tested to the last bit in tests/methods.
+    """
     both = run(fixture(name), tensor_parallel_size=2)
-    # Dynamic per-token scales of row-parallel layers are taken from each rank's own part of the input.
-    assert relative_error(both, quantized(name)) < 0.03
+    assert 0.001 < relative_error(both, twin_run(name)) <= CASES[name][0]
