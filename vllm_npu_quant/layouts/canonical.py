@@ -24,6 +24,8 @@ class CanonicalWeight:
         zero: float32 [N, G], or None where all are 0.
         group_size: inputs per group; 0 where G is 1.
         bits: bits per integer.
+        float_rows: gives rows [start, stop) as float32 [stop - start, K], exactly as the checkpoint means them, where the
+            integers are an approximation: FP8 that was requantized. None where the integers are exact.
     """
 
     outputs: int
@@ -33,6 +35,7 @@ class CanonicalWeight:
     zero: torch.Tensor | None = None
     group_size: int = 0
     bits: int = 8
+    float_rows: Callable[[int, int], torch.Tensor] | None = None
 
     @classmethod
     def of(
@@ -54,11 +57,18 @@ class CanonicalWeight:
 
     def dequantize(self) -> torch.Tensor:
         """The weight as float32 [N, K]."""
-        scale, zero = self.scale, self.zero
+        return self.dequantized_rows(0, self.outputs)
+
+    def dequantized_rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of the weight as float32 [stop - start, K]."""
+        if self.float_rows is not None:
+            return self.float_rows(start, stop)
+        scale = self.scale[start:stop]
+        zero = None if self.zero is None else self.zero[start:stop]
         if self.group_size:
             scale = scale.repeat_interleave(self.group_size, dim=1)[:, : self.inputs]
             zero = None if zero is None else zero.repeat_interleave(self.group_size, dim=1)[:, : self.inputs]
-        values = self.values.to(torch.float32)
+        values = self.rows(start, stop).to(torch.float32)
         return (values if zero is None else values - zero) * scale
 
 
@@ -66,19 +76,23 @@ class CanonicalWeight:
 class StaticActivation:
     """A static activation quantization: ``x_q = clamp(round(x / scale) + offset, -128, 127)``, and what undoes it.
 
-    ``y = (x_q @ values.T + quant_bias) * deq_scale`` where ``deq_scale = scale * weight_scale`` and ``quant_bias`` holds
-    the layer's bias and the zero-point correction: ``round(bias / deq_scale) - offset * sum_k values``.
+    ``y = (x_q @ values.T + quant_bias + correction) * deq_scale`` where ``deq_scale = scale * weight_scale``. Together
+    the two terms are the layer's bias and the zero-point correction: ``round(bias / deq_scale) - offset * sum_k values``.
 
     Attributes:
         scale, offset: float32 scalars [1].
         deq_scale: float32 [N].
-        quant_bias: int32 [N].
+        quant_bias: int32 [N], what belongs to the whole layer: where ranks sum their parts of the inputs, one of them adds
+            it. None where the layer has nothing of the kind.
+        correction: int32 [N], what belongs to this rank's inputs, so that every rank adds its own; None where quant_bias
+            holds it already, as msModelSlim stores it.
     """
 
     scale: torch.Tensor
     offset: torch.Tensor
     deq_scale: torch.Tensor
-    quant_bias: torch.Tensor
+    quant_bias: torch.Tensor | None
+    correction: torch.Tensor | None = None
 
 
 @dataclass

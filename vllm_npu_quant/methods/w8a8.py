@@ -86,9 +86,9 @@ class W8A8StaticLinear(_Int8Linear):
     """int8 weight per output channel, int8 activation with one scale and offset from calibration.
 
     ``y = (clamp(round(x / input_scale + input_offset), -128, 127) @ w_q + quant_bias) * deq_scale`` (npu_quantize,
-    npu_quant_matmul). ``quant_bias`` holds the layer's bias and the zero-point correction of the whole input, so one rank
-    of a row-parallel layer adds it. For float16 outputs the operator keeps 19 bits of ``deq_scale``; it is converted here
-    once.
+    npu_quant_matmul). ``quant_bias`` holds the layer's bias and the zero-point correction. Of a row-parallel layer, one
+    rank adds what the checkpoint stores for the whole layer, and every rank the correction of its own inputs. For float16
+    outputs the operator keeps 19 bits of ``deq_scale``; it is converted here once.
     """
 
     folds_bias = True
@@ -114,8 +114,13 @@ class W8A8StaticLinear(_Int8Linear):
         tensors = self.prepare_weight(linear, scale)
         tensors["input_scale_reciprocal"] = reciprocal.expand(inputs).contiguous()
         tensors["input_offset"] = static.offset.to(context.act_dtype).expand(inputs).contiguous()
-        if context.adds_constants:
-            tensors["quant_bias"] = static.quant_bias
+        constant = static.quant_bias if context.adds_constants else None
+        if static.correction is not None:
+            if constant is not None:  # the bias alone does not follow the step
+                constant = (constant * (static.scale / used_step)).round().to(torch.int32)
+            constant = static.correction if constant is None else constant + static.correction
+        if constant is not None:
+            tensors["quant_bias"] = constant
         return tensors
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""compressed-tensors' tensors to canonical numbers.
+
+Formulas (compressed_tensors: quantization.lifecycle.forward, compressors.pack_quantized): ``w = (q - zero_point) * scale``
+with q in two's complement, per tensor, channel or group of inputs; packed integers and zero points are offset-binary,
+``q + 2^(bits-1)``, 32 // bits of them in an int32 from the low bits up, weights along K and zero points along N; static
+activations ``x_q = clamp(round(x / input_scale + input_zero_point))``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from vllm_npu_quant.errors import Finding, NpuQuantError
+from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight, StaticActivation
+from vllm_npu_quant.layouts.int4 import row_blocks, unpack_pairs
+from vllm_npu_quant.layouts.tables import group_size_of
+from vllm_npu_quant.spec import Granularity, LayerSpec, WeightSpec
+
+__all__ = [
+    "int_to_canonical",
+    "one_scale_per_row",
+    "packed_to_canonical",
+    "row_sums",
+    "static_to_canonical",
+    "unpack_inputs",
+    "unpack_outputs",
+    "unpacked_zero_points",
+]
+
+#: Integers of 4 bits in an int32, all of them -8: what turns offset-binary into two's complement.
+_SIGNS = -0x77777778
+
+#: The largest bias that is folded into the int32 accumulator; the rest of its range is for the products.
+_MAX_FOLDED = 1 << 30
+
+
+def one_scale_per_row(stored: torch.Tensor, spec: LayerSpec, outputs: int) -> torch.Tensor:
+    """A stored scale or zero point, repeated so that every output row has its own.
+
+    Args:
+        stored: per tensor [], [1] or [1, 1]; per channel [N] or [N, 1]; per group [N, G]; per block [ceil(N/rows), G].
+        spec: says which.
+        outputs: rows of vLLM's layer: an upper bound of N, which is exact where the layer is one checkpoint layer.
+
+    Returns:
+        [R, G] with R >= N: R is ``outputs`` for a scale per tensor, at most ``outputs`` for blocks, N otherwise. Floats of
+        8 bits become float32; other dtypes stay.
+    """
+    weight = spec.on_disk
+    assert weight is not None
+    if stored.dtype.itemsize == 1 and stored.is_floating_point():
+        stored = stored.to(torch.float32)
+    if weight.granularity is Granularity.TENSOR:
+        return stored.reshape(1, 1).expand(outputs, 1)
+    if weight.granularity is Granularity.BLOCK:
+        return stored.repeat_interleave(weight.block_rows, dim=0)[:outputs]
+    return stored.unsqueeze(1) if stored.dim() == 1 else stored
+
+
+def unpacked_zero_points(stored: torch.Tensor, spec: LayerSpec, outputs: int) -> torch.Tensor:
+    """Zero points packed along N, int32 [ceil(N / p), G] with p = 32 // bits, as int8 [R, G], N <= R <= ``outputs``."""
+    assert spec.on_disk is not None
+    return unpack_outputs(stored, spec.on_disk.bits)[:outputs]
+
+
+def unpack_outputs(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """Integers packed along the first dimension: int32 [n, g] to int8 [n * (32 // bits), g] in two's complement."""
+    return unpack_inputs(packed.t().contiguous(), bits).t()
+
+
+def unpack_inputs(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """Integers packed along the last dimension: int32 [n, w] to int8 [n, w * (32 // bits)] in two's complement.
+
+    Args:
+        packed: contiguous; 32 // bits integers in each element from the low bits up, each with 2^(bits-1) added.
+    """
+    if bits == 4:
+        return unpack_pairs((packed ^ _SIGNS).view(torch.int8))
+    per_word = 32 // bits
+    mask, middle = (1 << bits) - 1, 1 << (bits - 1)
+    values = torch.empty((*packed.shape, per_word), dtype=torch.int8, device=packed.device)
+    for place in range(per_word):
+        values[..., place] = ((packed >> (bits * place)) & mask) - middle
+    return values.flatten(-2)
+
+
+def row_sums(weight: CanonicalWeight) -> torch.Tensor:
+    """The sum of every row's integers, int32 [N]."""
+    sums = torch.empty(weight.outputs, dtype=torch.int32, device=weight.scale.device)
+    for start, stop in row_blocks(weight.outputs, weight.inputs):
+        sums[start:stop] = weight.rows(start, stop).sum(dim=1, dtype=torch.int32)
+    return sums
+
+
+def _scales(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """weight_scale, and the zero points as float32 where they are not all 0.
+
+    Raises:
+        NpuQuantError: bad-value for scales that are not finite, or zero points in a symmetric scheme.
+    """
+    scale, zero = tensors["weight_scale"], tensors.get("weight_zero_point")
+    findings = []
+    if not bool(torch.isfinite(scale).all()):
+        findings.append(
+            Finding(
+                "bad-value",
+                "weight_scale holds numbers that are not finite",
+                expected="finite scales",
+                found="NaN or infinity",
+                fix="re-export the checkpoint",
+            )
+        )
+    if zero is not None and not bool(zero.count_nonzero()):
+        zero = None
+    if zero is not None and spec.weight is not None and spec.weight.symmetric:
+        findings.append(
+            Finding(
+                "bad-value",
+                "the config calls the weight symmetric, and its zero points are not 0",
+                expected="weight_zero_point 0 everywhere, or symmetric: false",
+                found="nonzero zero points",
+                fix="re-export the checkpoint",
+            )
+        )
+    if findings:
+        raise NpuQuantError(findings)
+    return scale, None if zero is None else zero.to(torch.float32)
+
+
+def _group_size(spec: LayerSpec, scale: torch.Tensor) -> int:
+    return group_size_of(spec) if scale.shape[1] > 1 else 0
+
+
+def _unpacked_weight(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> CanonicalWeight:
+    assert spec.weight is not None
+    scale, zero = _scales(tensors, spec)
+    values = tensors["weight"]
+    _check_range(values, spec.weight)
+    return CanonicalWeight.of(values, scale, zero, _group_size(spec, scale), spec.weight.bits)
+
+
+def _check_range(values: torch.Tensor, weight: WeightSpec) -> None:
+    if weight.bits >= 8 or values.numel() == 0:
+        return
+    low, high = (int(value) for value in values.aminmax())
+    limit = 1 << (weight.bits - 1)
+    if low < -limit or high >= limit:
+        raise NpuQuantError(
+            [
+                Finding(
+                    "bad-value",
+                    f"weight holds integers that {weight.bits} bits do not hold",
+                    expected=f"-{limit} to {limit - 1}",
+                    found=f"{low} to {high}",
+                    fix="check num_bits in the config, or re-export the checkpoint",
+                )
+            ]
+        )
+
+
+def int_to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> CanonicalLinear:
+    """Layout CT_INT: weight int8 [N, K] whatever its bits, weight_scale float32 [N, G], weight_zero_point int8 [N, G]."""
+    return CanonicalLinear(_unpacked_weight(tensors, spec), bias=tensors.get("bias"))
+
+
+def packed_to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> CanonicalLinear:
+    """Layout CT_PACKED: weight_packed int32 [N, ceil(K / p)] with p = 32 // bits; scales and zero points as in CT_INT.
+
+    ``weight_shape`` gives K where it does not fill the last word; it is the whole layer's, so a rank's part may be less.
+    """
+    assert spec.weight is not None
+    bits = spec.weight.bits
+    packed = tensors["weight_packed"]
+    scale, zero = _scales(tensors, spec)
+    inputs = packed.shape[1] * (32 // bits)
+    if "weight_shape" in tensors:
+        inputs = min(inputs, int(tensors["weight_shape"][1]))
+    if packed.shape[1] != -(-inputs // (32 // bits)):
+        raise NpuQuantError(
+            [
+                Finding(
+                    "wrong-shape",
+                    "weight_shape and weight_packed disagree",
+                    expected=f"[N, {packed.shape[1] * (32 // bits)}] in weight_shape",
+                    found=str(tensors["weight_shape"].tolist()),
+                    fix="re-export the checkpoint",
+                )
+            ]
+        )
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        return unpack_inputs(packed[start:stop], bits)[:, :inputs]
+
+    weight = CanonicalWeight(packed.shape[0], inputs, rows, scale, zero, _group_size(spec, scale), bits)
+    return CanonicalLinear(weight, bias=tensors.get("bias"))
+
+
+def static_to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> CanonicalLinear:
+    """Layout CT_STATIC: CT_INT and input_scale [S], input_zero_point [S] or none.
+
+    The S fused shards read the same input, so they must share one scale and zero point.
+
+    Raises:
+        NpuQuantError: fused-shards-disagree where they do not; bad-value for a scale that is not positive and finite, or a
+            zero point in a symmetric scheme.
+    """
+    weight = _unpacked_weight(tensors, spec)
+    scale = tensors["input_scale"]
+    zero = tensors.get("input_zero_point")
+    zero = torch.zeros_like(scale) if zero is None else zero
+    raise_static_findings(scale, zero, spec)
+    scale, zero = scale[:1].contiguous(), zero[:1].contiguous()
+    deq_scale = (scale * weight.scale.reshape(-1)).contiguous()
+    correction = (-zero.to(torch.int32) * row_sums(weight)) if bool(zero.count_nonzero()) else None
+    bias = tensors.get("bias")
+    quant_bias = None
+    if bias is not None:
+        deq_scale, quant_bias = _folded(bias.to(torch.float32), deq_scale, weight)
+    if correction is None:
+        correction = torch.zeros(weight.outputs, dtype=torch.int32, device=scale.device)
+    return CanonicalLinear(weight, StaticActivation(scale, zero, deq_scale, quant_bias, correction), bias)
+
+
+def raise_static_findings(scale: torch.Tensor, zero: torch.Tensor, spec: LayerSpec) -> None:
+    """Check the static input scales and zero points of all fused shards."""
+    findings = []
+    for name, values in (("input_scale", scale), ("input_zero_point", zero)):
+        if values.unique().numel() > 1:
+            findings.append(
+                Finding(
+                    "fused-shards-disagree",
+                    f"the shards of a fused layer have different {name}",
+                    expected="one value",
+                    found=", ".join(f"{value:g}" for value in values.tolist()),
+                    fix="re-export the checkpoint; layers that read the same input are calibrated together",
+                )
+            )
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        findings.append(
+            Finding(
+                "bad-value",
+                "input_scale must be positive",
+                expected="> 0",
+                found=str(scale.tolist()),
+                fix="re-export the checkpoint",
+            )
+        )
+    if spec.activation is not None and spec.activation.symmetric and bool(zero.count_nonzero()):
+        findings.append(
+            Finding(
+                "bad-value",
+                "the config calls the activation symmetric, and its zero point is not 0",
+                expected="input_zero_point 0, or symmetric: false",
+                found=str(zero.tolist()),
+                fix="re-export the checkpoint",
+            )
+        )
+    if findings:
+        raise NpuQuantError(findings)
+
+
+def _folded(bias: torch.Tensor, deq_scale: torch.Tensor, weight: CanonicalWeight) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bias in units of deq_scale, int32 [N]; a row of zeros, whose scale says nothing, takes a scale that fits."""
+    units = bias / deq_scale
+    large = ~(units.abs() < _MAX_FOLDED) & (bias != 0)
+    if bool(large.any()):
+        deq_scale = deq_scale.clone()
+        for row in large.nonzero().flatten().tolist():
+            if bool(weight.rows(row, row + 1).count_nonzero()):
+                raise NpuQuantError(
+                    [
+                        Finding(
+                            "bad-value",
+                            f"output {row} has a bias that is out of proportion to its scale",
+                            expected=f"|bias| below {_MAX_FOLDED} times input_scale * weight_scale",
+                            found=f"bias {float(bias[row]):g}, scale {float(deq_scale[row]):g}",
+                            fix="re-export the checkpoint",
+                        )
+                    ]
+                )
+            deq_scale[row] = bias[row].abs() / (1 << 24)
+        units = bias / deq_scale
+    return deq_scale, torch.where(bias == 0, torch.zeros_like(units), units).round().to(torch.int32)
