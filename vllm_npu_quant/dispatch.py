@@ -30,6 +30,7 @@ class Row:
         weight_bits, weight_kind, weight_granularity, weight_symmetric: what the weight must be; None stands for any.
         act: bits of the activation; None where it is not quantized.
         act_dynamic: whether activation scales are computed at run time.
+        act_symmetric: whether a dynamic activation has no offset; a static one may have either.
         method: "module:qualname" of the method class.
         operators: the torch_npu operators that it calls per forward, in order.
     """
@@ -44,6 +45,7 @@ class Row:
     operators: tuple[str, ...]
     weight_kind: NumberKind = NumberKind.INT
     weight_symmetric: bool | None = None
+    act_symmetric: bool = True
 
     def matches(self, kind: LayerKind, spec: LayerSpec) -> bool:
         return (
@@ -62,7 +64,10 @@ class Row:
         if activation is None or self.act is None:
             return activation is None and self.act is None
         return (
-            activation.bits == self.act and activation.dynamic == self.act_dynamic and activation.kind is NumberKind.INT
+            activation.bits == self.act
+            and activation.dynamic == self.act_dynamic
+            and activation.kind is NumberKind.INT
+            and (activation.symmetric == self.act_symmetric or not activation.dynamic)
         )
 
     @property
@@ -81,6 +86,18 @@ ROWS: tuple[Row, ...] = (
         act_dynamic=True,
         method="vllm_npu_quant.methods.w8a8:W8A8DynamicLinear",
         operators=("npu_dynamic_quant", "npu_quant_matmul"),
+    ),
+    Row(
+        "W8A8 dynamic asymmetric",
+        _LINEAR,
+        weight_bits=frozenset({8}),
+        weight_granularity=_CHANNEL,
+        weight_symmetric=True,
+        act=8,
+        act_dynamic=True,
+        act_symmetric=False,
+        method="vllm_npu_quant.methods.w8a8:W8A8DynamicAsymmetricLinear",
+        operators=("npu_dynamic_quant_asymmetric", "npu_quant_matmul"),
     ),
     Row(
         "W8A8 static",
@@ -113,6 +130,18 @@ ROWS: tuple[Row, ...] = (
         act_dynamic=None,
         method="vllm_npu_quant.methods.weight_only:WeightOnlyLinear",
         operators=("npu_weight_quant_batchmatmul",),
+    ),
+    # Floats of the model's dtype, made at load from what the checkpoint stores.
+    Row(
+        "dequantized",
+        _LINEAR,
+        weight_bits=frozenset({16}),
+        weight_kind=NumberKind.FLOAT,
+        weight_granularity=_CHANNEL,
+        act=None,
+        act_dynamic=None,
+        method="vllm_npu_quant.methods.dequantized:DequantizedLinear",
+        operators=(),
     ),
 )
 
@@ -152,15 +181,23 @@ def describe(spec: LayerSpec) -> str:
     """A spec in one line, for messages and tables."""
     if spec.weight is None:
         return f"{spec.scheme}: float"
-    weight = spec.weight
-    group = f" of {weight.group_size}" if weight.granularity is Granularity.GROUP else ""
-    text = f"{spec.scheme}: {weight.bits}-bit {weight.kind.value} weight per {weight.granularity.value}{group}"
-    text += "" if weight.symmetric else ", asymmetric"
+    text = f"{spec.scheme}: {_describe_weight(spec.weight)}"
+    if spec.stored is not None:
+        text += f" (stored as {_describe_weight(spec.stored)})"
     act = spec.activation
     if act is None:
         return text + ", activation not quantized"
     mode = "dynamic" if act.dynamic else "static"
-    return text + f", {act.bits}-bit {act.kind.value} {mode} activation per {act.granularity.value}"
+    text += f", {act.bits}-bit {act.kind.value} {mode} activation per {act.granularity.value}"
+    return text + ("" if act.symmetric else ", asymmetric")
+
+
+def _describe_weight(weight: WeightSpec) -> str:
+    group = f" of {weight.group_size}" if weight.granularity is Granularity.GROUP else ""
+    if weight.granularity is Granularity.BLOCK:
+        group = f" of {weight.block_rows} x {weight.group_size}"
+    text = f"{weight.bits}-bit {weight.kind.value} weight per {weight.granularity.value}{group}"
+    return text + ("" if weight.symmetric else ", asymmetric")
 
 
 def _names(rows: Iterable[Row]) -> str:

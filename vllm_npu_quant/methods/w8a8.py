@@ -9,6 +9,7 @@ import torch
 
 from vllm_npu_quant.errors import Finding, NpuQuantError
 from vllm_npu_quant.layouts.canonical import CanonicalLinear
+from vllm_npu_quant.layouts.compressed_tensors import row_sums
 from vllm_npu_quant.layouts.int4 import transposed_int8
 from vllm_npu_quant.methods.base import (
     MAX_INPUTS,
@@ -23,7 +24,7 @@ from vllm_npu_quant.methods.base import (
     too_many_inputs,
 )
 
-__all__ = ["W8A8DynamicLinear", "W8A8StaticLinear"]
+__all__ = ["W8A8DynamicAsymmetricLinear", "W8A8DynamicLinear", "W8A8StaticLinear"]
 
 
 class _Int8Linear(NpuLinearMethod):
@@ -79,6 +80,36 @@ class W8A8DynamicLinear(_Int8Linear):
         tokens = tokens_of(x)
         quantized, token_scale = torch.ops.npu.npu_dynamic_quant(tokens)
         y = self.matmul(layer, quantized, bias, pertoken_scale=token_scale, output_dtype=x.dtype)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+class W8A8DynamicAsymmetricLinear(_Int8Linear):
+    """int8 weight per output channel, int8 activation per token with a scale and an offset from the token itself.
+
+    ``x[m] = (x_q[m] - offset[m]) * x_scale[m]``, so ``y[m, n] = (x_q[m] . w_q[n] - offset[m] * sum_k w_q[n, k])
+    * weight_scale[n] * x_scale[m] + bias[n]`` (npu_dynamic_quant_asymmetric, npu_quant_matmul). The product comes as int32
+    and the offset's term is taken off in float32: both may be large where the result is small. Ranks of a row-parallel
+    layer sum over their own inputs, with offsets of their own.
+    """
+
+    def prepare(self, linear: CanonicalLinear, context: PrepareContext) -> dict[str, torch.Tensor]:
+        weight = linear.weight
+        scale = weight.scale.reshape(-1).expand(weight.outputs).to(torch.float32)
+        return {
+            **self.prepare_weight(linear, scale),
+            "scales": scale.contiguous(),
+            "row_sums": row_sums(weight).float(),
+        }
+
+    def bias_dtype(self, act_dtype: torch.dtype) -> torch.dtype:
+        return torch.float32
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        tokens = tokens_of(x)
+        quantized, token_scale, offset = torch.ops.npu.npu_dynamic_quant_asymmetric(tokens)
+        product = self.matmul(layer, quantized, None, output_dtype=torch.int32)
+        y = (product - offset.unsqueeze(-1) * layer.row_sums) * (token_scale.unsqueeze(-1) * layer.scales)
+        y = (y if bias is None else y + bias).to(x.dtype)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
 

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that are stored quantized and computed with as floats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from vllm_npu_quant.layouts.canonical import CanonicalLinear
+from vllm_npu_quant.layouts.int4 import row_blocks
+from vllm_npu_quant.methods.base import NpuLinearMethod, PrepareContext
+
+__all__ = ["DequantizedLinear"]
+
+
+class DequantizedLinear(NpuLinearMethod):
+    """``y = x @ w.T + bias`` with w in the model's dtype, dequantized at load block of rows by block of rows.
+
+    For layers whose weight must be float, and for number formats that the chip does not have. Inputs that the checkpoint
+    permuted are put back, so that the weight is the model's own.
+    """
+
+    def prepare(self, linear: CanonicalLinear, context: PrepareContext) -> dict[str, torch.Tensor]:
+        weight = linear.weight
+        order = linear.input_permutation
+        device = weight.scale.device
+        floats = torch.empty(weight.outputs, weight.inputs, dtype=context.act_dtype, device=device)
+        for start, stop in row_blocks(weight.outputs, weight.inputs):
+            block = weight.dequantized_rows(start, stop).to(context.act_dtype)
+            if order is None:
+                floats[start:stop] = block
+            else:
+                floats[start:stop].index_copy_(1, order, block)
+        return {"weight": floats}
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return F.linear(x, layer.weight, bias)
