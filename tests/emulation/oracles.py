@@ -110,7 +110,7 @@ def nibbles(packed: np.ndarray) -> np.ndarray:
     """[..., n/8] int32 to [..., n] in [-8, 7]; element i in bits 4i to 4i + 3."""
     unsigned = np.asarray(packed).astype(np.int64) & 0xFFFFFFFF
     parts = [(unsigned >> (4 * i)) & 0xF for i in range(8)]
-    stacked = np.stack(parts, axis=-1).reshape(*packed.shape[:-1], -1)
+    stacked = np.stack(parts, axis=-1).reshape(*packed.shape[:-1], 8 * packed.shape[-1])
     return np.where(stacked > 7, stacked - 16, stacked)
 
 
@@ -323,6 +323,205 @@ def npu_weight_quant_batchmatmul(
     return [Expected(_requantized(f32(out), factor, offset9), "int8")]
 
 
+def npu_convert_weight_to_int4pack(weight: Array, inner_k_tiles: int = 0):
+    return [Expected(packed_nibbles(weight.values), "int32")]
+
+
+def npu_dynamic_quant_asymmetric(x: Array, *, smooth_scales=None, group_index=None, dst_type=None):
+    four_bits = dst_type == 16
+    high, low = (7, -8) if four_bits else (127, -128)
+    values = _smooth(x, smooth_scales, group_index)
+    top, bottom = values.max(axis=-1, keepdims=True), values.min(axis=-1, keepdims=True)
+    scale = np.maximum((top - bottom) / np.float32(high - low), np.float32(1e-12))
+    offset = np.float32(high) - top / scale
+    y = to_int(values / scale + offset, low, high)
+    return [
+        Expected(packed_nibbles(y) if four_bits else y, "int32" if four_bits else "int8"),
+        Expected(scale[..., 0], "float32"),
+        Expected(offset[..., 0], "float32"),
+    ]
+
+
+def npu_kronecker_quant(x: Array, p1: Array, p2: Array, clip_ratio=None, dst_dtype=None):
+    """The cases keep every sum exact in float32, so that float64 gives the same integers."""
+    both = p1.values @ rounded(x.dtype, x.values @ p2.values)
+    top = np.abs(f32(both)).max(axis=(1, 2))
+    scale = top / np.float32(7.0 / (1.0 if clip_ratio is None else clip_ratio))
+    with np.errstate(invalid="ignore"):
+        y = to_int(f32(both) / scale[:, None, None], -8, 7)
+    return [Expected(packed_nibbles(y), "int32"), Expected(scale, "float32")]
+
+
+def npu_anti_quant(x: Array, scale: Array, *, offset=None, dst_dtype=None, src_dtype=None):
+    values = nibbles(x.values) if x.dtype == "int32" else x.values
+    shifted = values if offset is None else values + offset.values
+    out = shifted * scale.values
+    slack = 2 * EPS32 * (np.abs(out) + np.abs(scale.values) * np.abs(values))
+    return [Expected(out, {None: "float16", 5: "float16", 15: "bfloat16"}[dst_dtype], slack)]
+
+
+# -------------------------------------------------------------------------------------------------------------- grouped
+
+
+def groups_of(group_list: np.ndarray, group_list_type: int) -> list[tuple[int, int, int]]:
+    """(expert, start, end) for every group."""
+    if group_list_type == 0:
+        ends = [int(end) for end in group_list]
+        return [(i, start, end) for i, (start, end) in enumerate(zip([0, *ends], ends, strict=False))]
+    pairs = [(int(e), int(n)) for e, n in (group_list if group_list_type == 2 else enumerate(group_list))]
+    bounds, start = [], 0
+    for expert, count in pairs:
+        bounds.append((expert, start, start + count))
+        start += count
+    return bounds
+
+
+def _activated(values: np.ndarray, act_type: int) -> np.ndarray:
+    if act_type == 1:
+        return np.maximum(values, 0.0)
+    if act_type == 2:
+        return 0.5 * values * (1 + np.tanh(np.sqrt(2 / np.pi) * (values + 0.044715 * values**3)))
+    if act_type == 4:
+        return values / (1 + np.exp(-1.702 * values))
+    return silu(values) if act_type == 5 else values
+
+
+def _expert_product(x, weight, dtype, *, x_dtype, weight_dtype, bias, scale, shift, factor, per_token, act_type):
+    """(values, slack) of one expert's rows; the parameters are Arrays of this expert or None."""
+    if weight_dtype == "int32":
+        rows = 8 * x.shape[1] if x_dtype == "int32" else x.shape[1]
+        weight = nibbles(weight) if weight.shape[0] == rows else nibbles(weight.T).T
+    if x_dtype == "int32":
+        x = nibbles(x)
+    if x_dtype not in ("int8", "int32"):
+        if weight_dtype in ("int8", "int32"):
+            repeat = 1 if factor.ndim == 1 else weight.shape[0] // factor.shape[0]
+            wide = factor if factor.ndim == 1 else np.repeat(factor, repeat, axis=0)
+            offset = shift if shift is None or shift.ndim == 1 else np.repeat(shift, repeat, axis=0)
+            weight = dequantized(weight, wide, offset, x_dtype)
+        out = x @ weight
+        slack = x.shape[1] * EPS32 * (np.abs(x) @ np.abs(weight))
+        if bias is not None:
+            out = out + bias.values
+        return out, slack + EPS32 * np.abs(out)
+    if x_dtype == "int8" and weight_dtype == "int32":
+        ones = np.ones((x.shape[0], 1)) if per_token is None else per_token.reshape(-1, 1)
+        (expected,) = _int8_int4(x, weight, low_word_as_float(scale.values), bias.values, ones, dtype)
+        return expected.values, expected.slack
+    if x_dtype == "int32":
+        factors = low_word_as_float(scale.values).astype(np.float64).reshape(-1, weight.shape[1])
+        wide = np.repeat(factors, weight.shape[0] // factors.shape[0], axis=0)
+        out = x @ (weight * wide)
+        slack = 16 * EPS32 * (np.abs(x) @ np.abs(weight * wide))
+        if per_token is not None:
+            out, slack = out * per_token[:, None], slack * per_token[:, None]
+        return out, slack + 2 * EPS32 * np.abs(out)
+    acc = x @ weight
+    if bias is not None and bias.dtype == "int32":
+        acc = acc + bias.values
+    if scale is None:
+        return acc, 0
+    if dtype == "int8":
+        multiplier, offset9 = _fixpipe(scale, None)
+        return _requantized(f32(acc), multiplier, offset9), 0
+    out = acc * scale.values
+    if per_token is not None:
+        out = out * per_token[:, None]
+    slack = 4 * EPS32 * np.abs(out)
+    if bias is not None and bias.dtype != "int32":
+        out = out + bias.values
+        slack = slack + EPS32 * np.abs(out)
+    # Activations have a slope of at most 1.2, and are themselves computed in float32.
+    act = _activated(out, act_type)
+    return act, slack if act_type == 0 else 1.2 * slack + 8 * EPS32 * (np.abs(out) + np.abs(act))
+
+
+def _grouped(x, weight, bounds, dtype, act_type, *, bias, scale, antiquant_scale, antiquant_offset, per_token_scale):
+    stacked = weight[0].values.ndim == 3
+
+    def part(arrays, expert):
+        if not arrays:
+            return None
+        return Array(arrays[0].values[expert], arrays[0].dtype) if stacked else arrays[expert]
+
+    outputs = []
+    for expert, start, end in bounds:
+        rows = x[0].values[start:end] if len(x) == 1 else x[expert].values
+        matrix = part(weight, expert)
+        factor, shift = part(antiquant_scale, expert), part(antiquant_offset, expert)
+        outputs.append(
+            _expert_product(
+                rows,
+                matrix.values,
+                dtype,
+                x_dtype=x[0].dtype,
+                weight_dtype=matrix.dtype,
+                bias=part(bias, expert),
+                scale=part(scale, expert),
+                factor=None if factor is None else factor.values,
+                shift=None if shift is None else shift.values,
+                per_token=per_token_scale[0].values[start:end] if per_token_scale else None,
+                act_type=act_type,
+            )
+        )
+    return outputs
+
+
+def _together(parts, rows: int, dtype: str) -> Expected:
+    """One output of all groups; what they do not cover is not written."""
+    width = parts[0][0].shape[1]
+    values, slack = np.zeros((rows, width)), np.zeros((rows, width))
+    end = 0
+    for value, error in parts:
+        values[end : end + len(value)], slack[end : end + len(value)] = value, error
+        end += len(value)
+    return Expected(values, dtype, slack, np.arange(rows)[:, None] < end)
+
+
+def npu_grouped_matmul(
+    x,
+    weight,
+    *,
+    bias=None,
+    scale=None,
+    antiquant_scale=None,
+    antiquant_offset=None,
+    per_token_scale=None,
+    group_list=None,
+    split_item=0,
+    group_type=None,
+    group_list_type=0,
+    act_type=0,
+    output_dtype=None,
+):
+    dtype = {None: x[0].dtype, 1: "int8", 3: "int32", 5: "float16", 6: "float32", 15: "bfloat16"}[output_dtype]
+    options = {
+        "bias": bias,
+        "scale": scale,
+        "antiquant_scale": antiquant_scale,
+        "antiquant_offset": antiquant_offset,
+        "per_token_scale": per_token_scale,
+    }
+    if group_type == -1 or len(x) > 1:
+        bounds = [(i, 0, 0) for i in range(len(x))]
+    else:
+        bounds = groups_of(group_list.values, group_list_type)
+    parts = _grouped(x, weight, bounds, dtype, act_type, **options)
+    if group_type == -1:
+        return [Expected(value, dtype, slack) for value, slack in parts]
+    return [_together(parts, sum(len(rows.values) for rows in x), dtype)]
+
+
+def npu_grouped_matmul_list(x, weight, *, group_list=None, split_item=0, bias=None, scale=None, **antiquant):
+    dtype = x[0].dtype
+    bounds = groups_of(np.array(group_list), 0) if len(x) == 1 else [(i, 0, 0) for i in range(len(x))]
+    options = {"antiquant_scale": None, "antiquant_offset": None, **antiquant, "per_token_scale": None}
+    parts = _grouped(x, weight, bounds, dtype, 0, bias=bias, scale=scale, **options)
+    if split_item in (0, 1):
+        return [Expected(value, dtype, slack) for value, slack in parts]
+    return [_together(parts, sum(len(rows.values) for rows in x), dtype)]
+
+
 def npu_format_cast(x: Array, acl_format: int):
     return [Expected(x.values, x.dtype)]
 
@@ -373,4 +572,4 @@ def npu_swiglu(x: Array, dim: int = -1):
 #: Operator name -> oracle, as in the table of cases.
 ORACLES: dict[str, Callable[..., list[Expected]]] = {
     name: function for name, function in globals().items() if name.startswith("npu_")
-}
+} | {"npu_grouped_matmul.List": npu_grouped_matmul_list}

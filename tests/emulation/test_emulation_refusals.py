@@ -35,6 +35,44 @@ def weight_only(x: Any = None, weight: Any = None, scale: Any = None, **kwargs: 
     return "npu_weight_quant_batchmatmul", (x, weight, t(32, dtype=BF16) if scale is None else scale), kwargs
 
 
+def kronecker(x: Any = None, p1: Any = None, **kwargs: Any) -> tuple[str, tuple, dict]:
+    x = t(3, 4, 8, dtype=F16) if x is None else x
+    p1 = t(4, 4, dtype=F16) if p1 is None else p1
+    return "npu_kronecker_quant", (x, p1, t(8, 8, dtype=F16)), kwargs
+
+
+def grouped(x: Any, weight: Any, kwargs: dict[str, Any]) -> tuple[str, tuple, dict]:
+    common = {"group_list": t(3, dtype=I64), "group_type": 0, "split_item": 2}
+    return "npu_grouped_matmul", (x, weight), common | kwargs
+
+
+def gmm(x: Any = None, weight: Any = None, **kwargs: Any) -> tuple[str, tuple, dict]:
+    """int8 x int8, per token, bfloat16 output."""
+    standard = {"scale": [t(3, 32, dtype=BF16)], "per_token_scale": [t(4)], "output_dtype": BF16}
+    return grouped(x or [t(4, 64, dtype=I8)], weight or [t(3, 64, 32, dtype=I8)], standard | kwargs)
+
+
+def gmm16(weight: Any = None, **kwargs: Any) -> tuple[str, tuple, dict]:
+    standard = {"antiquant_scale": [t(3, 32, dtype=BF16)]}
+    return grouped([t(4, 64, dtype=BF16)], weight or [t(3, 64, 32, dtype=I8)], standard | kwargs)
+
+
+def gmm84(weight: Any = None, **kwargs: Any) -> tuple[str, tuple, dict]:
+    standard = {"scale": [t(3, 2, 32, dtype=I64)], "bias": [t(3, 32)], "per_token_scale": [t(4)]}
+    standard |= {"group_list_type": 1, "output_dtype": BF16}
+    return grouped([t(4, 512, dtype=I8)], weight or [t(3, 512, 4, dtype=I32)], standard | kwargs)
+
+
+def gmm44(weight: Any = None, **kwargs: Any) -> tuple[str, tuple, dict]:
+    standard = {"scale": [t(3, 32, dtype=I64)], "per_token_scale": [t(4)], "output_dtype": BF16}
+    return grouped([t(4, 8, dtype=I32)], weight or [t(3, 64, 4, dtype=I32)], standard | kwargs)
+
+
+def gmm_list(**kwargs: Any) -> tuple[str, tuple, dict]:
+    weight = [t(64, 8, dtype=BF16)] * 2
+    return "npu_grouped_matmul.List", ([t(4, 64, dtype=BF16)], weight), {"group_list": [2, 4], "split_item": 3} | kwargs
+
+
 def op(name: str, *args: Any, **kwargs: Any) -> tuple[str, tuple, dict]:
     return name, args, kwargs
 
@@ -232,6 +270,98 @@ REFUSALS: list[tuple[tuple[str, tuple, dict], str, str, str]] = [
     # A transposed weight of one output column is contiguous and cannot be told from [K, N/8].
     (weight_only(weight=t(1, 8, dtype=I32).t(), scale=t(1, dtype=BF16)), "weight", "[64, N/8]", "int32[8, 1]"),
     (weight_only(weight=t(64, 16, dtype=torch.uint8), weight_dtype=285), "weight_dtype", "None", "285"),
+    # npu_convert_weight_to_int4pack, npu_dynamic_quant_asymmetric, npu_kronecker_quant, npu_anti_quant
+    (op("npu_convert_weight_to_int4pack", t(2, 4, 8, dtype=I32)), "weight", "2-D", "int32[2, 4, 8]"),
+    (op("npu_convert_weight_to_int4pack", t(4, 8, dtype=I8)), "weight", "int32", "int8[4, 8]"),
+    (op("npu_convert_weight_to_int4pack", t(4, 12, dtype=I32)), "weight", "8 divides", "int32[4, 12]"),
+    (op("npu_convert_weight_to_int4pack", t(8, 8, dtype=I32).t()[:, :8][:4]), "weight", "contiguous", "int32[4, 8]"),
+    (op("npu_dynamic_quant_asymmetric", t(4, 64)), "input", "float16 or bfloat16", "float32[4, 64]"),
+    (op("npu_dynamic_quant_asymmetric", t(64, dtype=F16)), "input", "2 to 8 dimensions", "float16[64]"),
+    (kronecker(x=t(3, 4, 8)), "x", "float16 or bfloat16", "float32[3, 4, 8]"),
+    (kronecker(x=t(3, 4, 12, dtype=F16)), "x", "8 divides", "float16[3, 4, 12]"),
+    (kronecker(x=t(12, 8, dtype=F16)), "x", "3-D", "float16[12, 8]"),
+    (kronecker(p1=t(8, 8, dtype=F16)), "kronecker_p1", "[4, 4]", "float16[8, 8]"),
+    (kronecker(p1=t(4, 4, dtype=BF16)), "kronecker_p1", "float16", "bfloat16[4, 4]"),
+    (kronecker(clip_ratio=1.5), "clip_ratio", "(0, 1]", "1.5"),
+    (kronecker(dst_dtype=296), "dst_dtype", "None or 3", "296"),
+    (op("npu_anti_quant", t(4, 8), t(8)), "x", "int8 or int32", "float32[4, 8]"),
+    (op("npu_anti_quant", t(4, 8, dtype=I8), t(8, dtype=F16)), "scale", "float32 or bfloat16", "float16[8]"),
+    (op("npu_anti_quant", t(4, 8, dtype=I32), t(8)), "scale", "[64]", "float32[8]"),
+    (op("npu_anti_quant", t(4, 8, dtype=I8), t(8), offset=t(1)), "offset", "shape [8]", "float32[1]"),
+    (op("npu_anti_quant", t(4, 8, dtype=I8), t(8), dst_dtype=F32), "dst_dtype", "float16 or bfloat16", "float32"),
+    (op("npu_anti_quant", t(4, 8, dtype=I8), t(8), src_dtype=torch.quint4x2), "src_dtype", "1", "16"),
+    # npu_grouped_matmul
+    (gmm(group_type=None), "group_type", "0 (rows)", "None"),
+    (gmm(group_type=2), "group_type", "0 (rows)", "2"),
+    (gmm(split_item=0), "split_item", "2 or 3", "0"),
+    (gmm(group_list=None), "group_list", "a tensor", "None"),
+    (gmm(group_list=t(3, dtype=I32)), "group_list", "int64", "int32[3]"),
+    (gmm(group_list=t(2, dtype=I64)), "group_list", "[3]", "int64[2]"),
+    (gmm(group_list_type=3), "group_list_type", "0 or 1 or 2", "3"),
+    (gmm(group_list_type=2), "group_list", "[3, 2]", "int64[3]"),
+    (gmm(x=[t(2, 4, 64, dtype=I8)]), "x", "2-D", "int8[2, 4, 64]"),
+    (gmm(x=[t(64, 4, dtype=I8).t()]), "x", "contiguous", "int8[4, 64]"),
+    (gmm(x=[t(4, 60, dtype=I8)]), "weight", "60 rows", "int8[3, 64, 32]"),
+    (gmm(weight=[t(3, 64, 32)]), "weight", "goes with int8", "float32[3, 64, 32]"),
+    (
+        gmm(weight=[t(64, 32, dtype=I8), t(64, 16, dtype=I8), t(64, 32, dtype=I8)]),
+        "weight",
+        "equal sizes",
+        "int8[64, 16]",
+    ),
+    (gmm(scale=None), "scale", "a list, for a bfloat16 output", "None"),
+    (gmm(scale=[t(3, 32, dtype=F16)]), "scale (for a bfloat16", "bfloat16 or float32", "float16[3, 32]"),
+    (gmm(scale=[t(3, 1, 32, dtype=BF16)]), "scale (for a bfloat16", "[3, 32]", "bfloat16[3, 1, 32]"),
+    (gmm(output_dtype=F16), "scale (for a float16", "float32", "bfloat16[3, 32]"),
+    (gmm(output_dtype=None), "scale (for a int8", "int64", "bfloat16[3, 32]"),
+    (gmm(output_dtype=I32), "scale", "None", "[bfloat16[3, 32]]"),
+    (gmm(output_dtype=F32), "output_dtype", "int8, int32, float16", "float32"),
+    (gmm(per_token_scale=[t(4, 1)]), "per_token_scale", "shape [4]", "float32[4, 1]"),
+    (gmm(per_token_scale=[t(4, dtype=BF16)]), "per_token_scale", "float32", "bfloat16[4]"),
+    (gmm(bias=[t(3, 32)]), "bias (for a bfloat16", "int32 or bfloat16", "float32[3, 32]"),
+    (gmm(bias=[t(32, dtype=I32)]), "bias (for a bfloat16", "[3, 32]", "int32[32]"),
+    (gmm(per_token_scale=None, act_type=1), "act_type", "0", "1"),
+    (gmm(act_type=3), "act_type", "0 or 1 or 2 or 4 or 5", "3"),
+    (gmm(offset=[t(3, 32)]), "offset", "None", "[float32[3, 32]]"),
+    (gmm(antiquant_scale=[t(3, 32)]), "antiquant_scale", "None", "[float32[3, 32]]"),
+    (gmm(scale_dtype=293), "scale_dtype", "None", "293"),
+    (gmm16(antiquant_scale=None), "antiquant_scale", "a list", "None"),
+    (gmm16(antiquant_scale=[t(3, 32)]), "antiquant_scale", "bfloat16", "float32[3, 32]"),
+    (gmm16(antiquant_scale=[t(3, 2, 32, dtype=BF16)]), "antiquant_scale", "[3, 32]", "bfloat16[3, 2, 32]"),
+    (gmm16(antiquant_offset=[t(3, 1, dtype=BF16)]), "antiquant_offset", "[3, 32]", "bfloat16[3, 1]"),
+    (gmm16(bias=[t(3, 32, dtype=BF16)]), "bias", "float32", "bfloat16[3, 32]"),
+    (gmm16(scale=[t(3, 32)]), "scale", "None (x is not quantized)", "[float32[3, 32]]"),
+    (gmm16(act_type=5), "act_type", "0", "5"),
+    (gmm16(output_dtype=F16), "output_dtype", "bfloat16", "float16"),
+    (
+        gmm16(weight=[t(3, 64, 4, dtype=I32)], antiquant_scale=[t(3, 5, 32, dtype=BF16)]),
+        "antiquant_scale",
+        "divides 64",
+        "bfloat16[3, 5, 32]",
+    ),
+    (gmm16(group_list=t(3, 2, dtype=I64), group_list_type=2), "group_list_type", "0 or 1 unless int8", "2"),
+    (gmm84(group_list_type=0), "group_list_type", "1", "0"),
+    (gmm84(bias=None), "bias", "a list", "None"),
+    (gmm84(per_token_scale=None), "per_token_scale", "a list", "None"),
+    (gmm84(scale=[t(3, 4, 32, dtype=I64)]), "scale", "[3, 1, 32] or [3, 2, 32]", "int64[3, 4, 32]"),
+    (gmm84(scale=[t(3, 2, 32)]), "scale", "int64", "float32[3, 2, 32]"),
+    (gmm84(output_dtype=None), "output_dtype", "float16 or bfloat16", "None"),
+    (gmm84(weight=[t(3, 4, 512, dtype=I32).transpose(1, 2)]), "weight", "512 rows", "int32[3, 512, 4]"),
+    (gmm44(scale=[t(3, 3, 32, dtype=I64)]), "scale", "divides 64", "int64[3, 3, 32]"),
+    (gmm44(bias=[t(3, 32)]), "bias", "None", "[float32[3, 32]]"),
+    (gmm44(weight=[t(64, 4, dtype=I32)] * 3), "weight", "one 3-D", "[int32[64, 4],"),
+    (
+        op("npu_grouped_matmul", [t(4, 64, dtype=I8)], [t(64, 32, dtype=I8)], output_dtype=I32, group_type=-1),
+        "group_type",
+        "0 for int8 x int8",
+        "-1",
+    ),
+    (op("npu_grouped_matmul", [t(4, 64)], [t(64, 8)] * 2, group_type=-1), "x", "as many tensors as weight, 2", "1"),
+    (gmm_list(group_list=[2]), "group_list", "2 numbers", "[2]"),
+    (gmm_list(group_list=[2, 3]), "group_list", "end in 4", "[2, 3]"),
+    (gmm_list(group_list=[5, 4]), "group_list", "running totals", "[5, 4]"),
+    (gmm_list(group_type=0), "group_type", "None", "0"),
+    (gmm_list(per_token_scale=[t(4)]), "per_token_scale", "None", "[float32[4]]"),
     # the rest of the dense operators
     (op("npu_format_cast", t(4, 4, dtype=I8), 4), "acl_format", "2 or 29", "4"),
     (op("npu_format_cast", t(4, dtype=I8), 29), "input", "2 dimensions", "int8[4]"),
@@ -249,10 +379,12 @@ REFUSALS: list[tuple[tuple[str, tuple, dict], str, str, str]] = [
 @pytest.mark.parametrize(("called", "argument", "expected", "found"), REFUSALS)
 def test_refusal(called: tuple[str, tuple, dict], argument: str, expected: str, found: str, kind: str) -> None:
     name, args, kwargs = called
-    message = rf"{name}: argument {re.escape(argument)}.*expected .*{re.escape(expected)}.*, found {re.escape(found)}"
+    message = rf"{re.escape(name)}: argument {re.escape(argument)}.*expected .*{re.escape(expected)}.*, found {re.escape(found)}"
+    packet, _, overload = name.partition(".")
+    operator = getattr(getattr(npu, packet), overload or "default")
     if kind == "cpu":
         with pytest.raises(RuntimeError, match=message):
-            getattr(npu, name)(*args, **kwargs)
+            operator(*args, **kwargs)
         return
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
 
@@ -262,7 +394,7 @@ def test_refusal(called: tuple[str, tuple, dict], argument: str, expected: str, 
             return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
 
         with pytest.raises(RuntimeError, match=message):
-            getattr(npu, name)(*(fake(value) for value in args), **{key: fake(value) for key, value in kwargs.items()})
+            operator(*(fake(value) for value in args), **{key: fake(value) for key, value in kwargs.items()})
 
 
 def test_group_index_must_end_in_the_number_of_rows() -> None:
@@ -272,3 +404,40 @@ def test_group_index_must_end_in_the_number_of_rows() -> None:
             RuntimeError, match=r"npu_dynamic_quant: argument group_index: expected running totals .* 4 rows"
         ):
             npu.npu_dynamic_quant(x, smooth_scales=smooth, group_index=torch.tensor(ends, dtype=I32))
+
+
+@pytest.mark.parametrize(
+    ("group_list", "group_list_type", "expected"),
+    [
+        ([2, 1, 4], 0, "groups of no negative size"),
+        ([2, 3, 5], 0, "at most 4 rows"),
+        ([2, -1, 1], 1, "groups of no negative size"),
+        ([2, 2, 1], 1, "at most 4 rows"),
+        ([[0, 2], [1, 0], [2, 1]], 2, "pairs with a count before those without"),
+    ],
+)
+def test_group_list_must_describe_the_rows(group_list: list, group_list_type: int, expected: str) -> None:
+    _, args, kwargs = gmm(group_list=torch.tensor(group_list), group_list_type=group_list_type)
+    with pytest.raises(RuntimeError, match=rf"npu_grouped_matmul: argument group_list: expected {expected}"):
+        npu.npu_grouped_matmul(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"scale": [t(3, 32)]}, {"bias": [t(3, 32, dtype=BF16)]}, {"scale": [t(3, 32)], "bias": [t(3, 32, dtype=BF16)]}],
+)
+def test_some_dtypes_of_grouped_matmul_need_a_fractal_nz_weight(changes: dict[str, Any]) -> None:
+    weight = t(3, 64, 32, dtype=I8)
+    _, args, kwargs = gmm(weight=[weight], **changes)
+    with pytest.raises(RuntimeError, match=r"npu_grouped_matmul: argument weight: expected FRACTAL_NZ"):
+        npu.npu_grouped_matmul(*args, **kwargs)
+    nz = npu.npu_format_cast(weight, 29)
+    (out,) = npu.npu_grouped_matmul(args[0], [nz], **kwargs)
+    added = 1 if "bias" in changes else 0
+    assert torch.equal(out[0], torch.full((32,), 64 + added, dtype=BF16))
+
+
+def test_int8_by_int4_overwrites_x() -> None:
+    _, (x, weight), kwargs = gmm84()
+    npu.npu_grouped_matmul(x, weight, **kwargs)
+    assert torch.equal(x[0], torch.full((4, 512), 0x7F, dtype=I8))

@@ -31,6 +31,7 @@ from vllm_npu_quant.emulation.numerics import (
     INT8,
     int_matmul,
     keep_19_bits,
+    pack_int4,
     round_to_int,
     signed_9_bits,
     split_quant_param,
@@ -41,6 +42,8 @@ __all__ = [
     "fast_int_matmul",
     "get_npu_format",
     "get_npu_format_fake",
+    "npu_convert_weight_to_int4pack",
+    "npu_convert_weight_to_int4pack_fake",
     "npu_format_cast",
     "npu_format_cast_fake",
     "npu_quant_matmul",
@@ -641,13 +644,48 @@ def npu_weight_quant_batchmatmul_fake(
     return x.new_empty((x.shape[0], plan.width), dtype=plan.out_dtype)
 
 
+# ------------------------------------------------------------------------------------- npu_convert_weight_to_int4pack
+
+
+def _check_convert_weight_to_int4pack(weight: torch.Tensor, inner_k_tiles: int) -> None:
+    name = "npu_convert_weight_to_int4pack"
+    require_value(name, "inner_k_tiles", inner_k_tiles, 0)
+    require_dtype(name, "weight", weight, torch.int32)
+    # For 3-D weights the device returns the shape of the first matrix.
+    require_dim(name, "weight", weight, 2)
+    require(weight.is_contiguous(), name, "weight", "contiguous memory", weight)
+    require(weight.shape[1] % INT4_PER_INT32 == 0, name, "weight", "a last dimension that 8 divides", weight)
+
+
+def npu_convert_weight_to_int4pack(weight: torch.Tensor, inner_k_tiles: int = 0) -> torch.Tensor:
+    """Pack eight integers of the last dimension into one int32, the first in the lowest four bits.
+
+    Values outside of [-8, 7] lose their high bits without a word.
+
+    Args:
+        weight: int32 [K, N], contiguous, 8 divides N. (Flatten the experts of a MoE weight into the rows.)
+
+    Returns:
+        int32 [K, N/8].
+
+    Source: op-plugin ConvertWeightToINT4PackKernelNpuOpApi.cpp.
+    """
+    _check_convert_weight_to_int4pack(weight, inner_k_tiles)
+    return pack_int4(weight)
+
+
+def npu_convert_weight_to_int4pack_fake(weight: torch.Tensor, inner_k_tiles: int = 0) -> torch.Tensor:
+    _check_convert_weight_to_int4pack(weight, inner_k_tiles)
+    return weight.new_empty((weight.shape[0], weight.shape[1] // INT4_PER_INT32))
+
+
 # ---------------------------------------------------------------------------------------------------- storage formats
 
 ND = 2
 FRACTAL_NZ = 29
 
 
-def _format_of(tensor: torch.Tensor) -> int:
+def npu_format_of(tensor: torch.Tensor) -> int:
     # The format belongs to the storage, as on the device: a Parameter or a detached alias made of the tensor keeps it.
     return getattr(tensor.untyped_storage(), "_npu_format", ND)
 
@@ -676,7 +714,7 @@ def npu_format_cast(
     Source: Ascend/pytorch torch_npu/csrc/framework/FormatHelper.cpp, aten/common/FormatCastKernelNpu.cpp.
     """
     _check_format_cast(input, acl_format, customize_dtype, input_dtype)
-    if _format_of(input) == acl_format:
+    if npu_format_of(input) == acl_format:
         return input
     out = input.clone(memory_format=torch.preserve_format)
     out.untyped_storage()._npu_format = acl_format  # type: ignore[attr-defined]
@@ -692,7 +730,7 @@ def npu_format_cast_fake(
 
 def get_npu_format(input: torch.Tensor) -> int:
     """The storage format: 29 after npu_format_cast(x, 29), else 2."""
-    return _format_of(input)
+    return npu_format_of(input)
 
 
 def get_npu_format_fake(input: torch.Tensor) -> int:

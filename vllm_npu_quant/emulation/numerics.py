@@ -12,6 +12,7 @@ __all__ = [
     "INT4",
     "INT4_PER_INT32",
     "INT8",
+    "fill_garbage",
     "int_matmul",
     "keep_19_bits",
     "pack_int4",
@@ -105,6 +106,14 @@ def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
     """The inverse of ``pack_int4``: int32 [..., n/8] to int8 [..., n] with values in [-8, 7]."""
     pairs = packed.contiguous().view(torch.int8)
     return torch.stack(((pairs << 4) >> 4, pairs >> 4), dim=-1).flatten(-2)
+
+
+def fill_garbage(tensor: torch.Tensor) -> None:
+    """Fill memory that the device leaves as it was: NaN, or bytes of 0x7f. Never zeros, which code might rely on."""
+    if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1:
+        tensor.fill_(float("nan"))
+    else:
+        tensor.fill_(int.from_bytes(b"\x7f" * tensor.dtype.itemsize, "little"))
 
 
 def int_matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ ops-nn (the kernels and their golden.py). Everything is computed in float32, wha
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from vllm_npu_quant.emulation.checks import (
     require_value,
 )
 from vllm_npu_quant.emulation.numerics import (
+    DTYPE_OF_CODE,
     INT4,
     INT4_PER_INT32,
     INT8,
@@ -27,11 +29,18 @@ from vllm_npu_quant.emulation.numerics import (
     pack_int4,
     pack_quant_param,
     round_to_int,
+    unpack_int4,
 )
 
 __all__ = [
+    "npu_anti_quant",
+    "npu_anti_quant_fake",
     "npu_dynamic_quant",
+    "npu_dynamic_quant_asymmetric",
+    "npu_dynamic_quant_asymmetric_fake",
     "npu_dynamic_quant_fake",
+    "npu_kronecker_quant",
+    "npu_kronecker_quant_fake",
     "npu_quantize",
     "npu_quantize_fake",
     "npu_trans_quant_param",
@@ -269,6 +278,188 @@ def npu_dynamic_quant_fake(
     )
     y = _empty_quantized(input, torch.int32 if packed else torch.int8, packed=packed)
     return y, input.new_empty(input.shape[:-1], dtype=torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def npu_dynamic_quant_asymmetric(
+    input: torch.Tensor,
+    *,
+    smooth_scales: torch.Tensor | None = None,
+    group_index: torch.Tensor | None = None,
+    dst_type: int | None = None,
+    quant_mode: str = "pertoken",
+    dst_type_max: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Asymmetric quantization of every row (token); x is about (y - offset) * scale.
+
+        x' = x * smooth_scales;  scale = max((max x' - min x') / (HIGH - LOW), 1e-12);  offset = HIGH - max x' / scale
+        y = saturate(rint(x' / scale + offset))                  HIGH - LOW = 255, HIGH = 127 (int8); 15 and 7 (int4)
+
+    The offset is a float32 that is not rounded.
+
+    Args:
+        See npu_dynamic_quant.
+
+    Returns:
+        y: int8 [..., H], or int32 [..., H/8].
+        scale, offset: float32 [...].
+
+    Source: op-plugin torch_npu-npu_dynamic_quant_asymmetric.md; ops-nn quant/dynamic_quant/op_kernel.
+    """
+    name = "npu_dynamic_quant_asymmetric"
+    packed = check_dynamic_quant(name, input, smooth_scales, group_index, dst_type, quant_mode, dst_type_max)
+    limits = INT4 if packed else INT8
+    x = smoothed(name, input, smooth_scales, group_index)
+    top, bottom = x.amax(dim=-1, keepdim=True), x.amin(dim=-1, keepdim=True)
+    scale = ((top - bottom) / float(limits[1] - limits[0])).clamp(min=1e-12)
+    offset = float(limits[1]) - top / scale
+    y = round_to_int(x / scale + offset, limits).to(torch.int8)
+    return (pack_int4(y) if packed else y), scale.squeeze(-1), offset.squeeze(-1)
+
+
+def npu_dynamic_quant_asymmetric_fake(
+    input: torch.Tensor,
+    *,
+    smooth_scales: torch.Tensor | None = None,
+    group_index: torch.Tensor | None = None,
+    dst_type: int | None = None,
+    quant_mode: str = "pertoken",
+    dst_type_max: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    name = "npu_dynamic_quant_asymmetric"
+    packed = check_dynamic_quant(name, input, smooth_scales, group_index, dst_type, quant_mode, dst_type_max)
+    y = _empty_quantized(input, torch.int32 if packed else torch.int8, packed=packed)
+    scale, offset = (input.new_empty(input.shape[:-1], dtype=torch.float32) for _ in range(2))
+    return y, scale, offset
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _check_kronecker_quant(
+    x: torch.Tensor,
+    kronecker_p1: torch.Tensor,
+    kronecker_p2: torch.Tensor,
+    clip_ratio: float | None = None,
+    dst_dtype: int | None = None,
+    dst_type_max: float | None = None,
+) -> None:
+    name = "npu_kronecker_quant"
+    require_dtype(name, "x", x, *HALVES)
+    require_dim(name, "x", x, 3)
+    rows, columns = x.shape[1:]
+    require(1 <= x.shape[0] <= 262144, name, "x", "a first dimension of 1 to 262144", x)
+    require(rows <= 256 and columns <= 256, name, "x", "last dimensions of at most 256", x)
+    require(columns % INT4_PER_INT32 == 0, name, "x", "a last dimension that 8 divides", x)
+    for argument, tensor, size in (("kronecker_p1", kronecker_p1, rows), ("kronecker_p2", kronecker_p2, columns)):
+        require_dtype(name, argument, tensor, x.dtype)
+        require_shape(name, argument, tensor, (size, size))
+    require(clip_ratio is None or 0 < clip_ratio <= 1, name, "clip_ratio", "None or a number in (0, 1]", clip_ratio)
+    require_value(name, "dst_dtype", dst_dtype, None, 3)
+    require(not dst_type_max, name, "dst_type_max", "None or 0.0", dst_type_max)
+
+
+def npu_kronecker_quant(
+    x: torch.Tensor,
+    kronecker_p1: torch.Tensor,
+    kronecker_p2: torch.Tensor,
+    clip_ratio: float | None = None,
+    dst_dtype: int | None = None,
+    dst_type_max: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """FlatQuant's transform and int4 quantization of every token.
+
+        x' = round(x @ p2);  x'' = p1 @ x';  scale = max|x''| / (7 / clip_ratio);  y = saturate(rint(x'' / scale))
+
+    x' is rounded to the input's dtype; x'' stays float32. (op-plugin's golden truncates y, and its test is skipped; the
+    kernel rounds.) A token of zeros gives y = 0 and scale = 0.
+
+    Args:
+        x: float16 or bfloat16 [K, M, N] (K tokens); M and N at most 256, 8 divides N.
+        kronecker_p1: the same dtype [M, M]. kronecker_p2: the same dtype [N, N].
+        clip_ratio: None (1.0) or a number in (0, 1].
+        dst_dtype: None or torch.int32.
+
+    Returns:
+        out: int32 [K, M, N/8], eight int4 in each.
+        quant_scale: float32 [K].
+
+    Source: op-plugin torch_npu-npu_kronecker_quant.md; ops-nn matmul/flat_quant.
+    """
+    _check_kronecker_quant(x, kronecker_p1, kronecker_p2, clip_ratio, dst_dtype, dst_type_max)
+    right = torch.matmul(x.to(torch.float32), kronecker_p2.to(torch.float32)).to(x.dtype)
+    both = torch.matmul(kronecker_p1.to(torch.float32), right.to(torch.float32))
+    largest = both.abs().amax(dim=(1, 2))
+    scale = largest / (7.0 / (1.0 if clip_ratio is None else clip_ratio))
+    return pack_int4(round_to_int(both / scale[:, None, None], INT4).to(torch.int8)), scale
+
+
+def npu_kronecker_quant_fake(x: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_kronecker_quant(x, *args, **kwargs)
+    return _empty_quantized(x, torch.int32, packed=True), x.new_empty((x.shape[0],), dtype=torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _check_anti_quant(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    *,
+    offset: torch.Tensor | None = None,
+    dst_dtype: int | None = None,
+    src_dtype: int | None = None,
+) -> tuple[list[int], torch.dtype]:
+    """The output's shape and dtype."""
+    name = "npu_anti_quant"
+    require_dtype(name, "x", x, torch.int8, torch.int32)
+    require_dim(name, "x", x, 1, 8)
+    shape = list(x.shape)
+    if x.dtype == torch.int32:
+        shape[-1] *= INT4_PER_INT32
+    require_dtype(name, "scale", scale, torch.float32, torch.bfloat16)
+    require_shape(name, "scale", scale, (1,), (shape[-1],))
+    if offset is not None:
+        require_dtype(name, "offset", offset, scale.dtype)
+        require_shape(name, "offset", offset, scale.shape)
+    require_value(name, "src_dtype", src_dtype, None, 1 if x.dtype == torch.int8 else _PACKED_INT4)
+    out_dtype = torch.float16 if dst_dtype is None else DTYPE_OF_CODE.get(dst_dtype)
+    if out_dtype not in HALVES:
+        refuse(name, "dst_dtype", "None, float16 or bfloat16", out_dtype or dst_dtype)
+    return shape, out_dtype
+
+
+def npu_anti_quant(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    *,
+    offset: torch.Tensor | None = None,
+    dst_dtype: int | None = None,
+    src_dtype: int | None = None,
+) -> torch.Tensor:
+    """(x + offset) * scale in float32, one rounding to the output's dtype.
+
+    Args:
+        x: int8 [..., N], or int4 packed in int32 [..., N/8].
+        scale: float32 or bfloat16, [1] or [N].
+        offset: None, or like scale.
+        dst_dtype: None (float16), torch.float16 or torch.bfloat16.
+        src_dtype: None, or what x holds: torch.int8, torch.quint4x2.
+
+    Source: op-plugin torch_npu-npu_anti_quant.md.
+    """
+    _, out_dtype = _check_anti_quant(x, scale, offset=offset, dst_dtype=dst_dtype, src_dtype=src_dtype)
+    values = (unpack_int4(x) if x.dtype == torch.int32 else x).to(torch.float32)
+    if offset is not None:
+        values = values + offset.to(torch.float32)
+    return (values * scale.to(torch.float32)).to(out_dtype)
+
+
+def npu_anti_quant_fake(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    shape, out_dtype = _check_anti_quant(x, *args, **kwargs)
+    return x.new_empty(shape, dtype=out_dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

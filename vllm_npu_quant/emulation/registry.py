@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vllm_npu_quant.emulation import activation, matmul, norm, quantize
+from vllm_npu_quant.emulation import activation, grouped, matmul, norm, quantize
 from vllm_npu_quant.emulation.schemas import SCHEMAS
 
 __all__ = ["MODE_VARIABLE", "NAMESPACE", "OPERATORS", "Operator", "install_kernels", "is_emulated", "mode", "register"]
@@ -54,11 +54,31 @@ OPERATORS: dict[str, Operator] = _table(
     {
         "npu_quantize": (quantize.npu_quantize, quantize.npu_quantize_fake),
         "npu_dynamic_quant": (quantize.npu_dynamic_quant, quantize.npu_dynamic_quant_fake),
+        "npu_dynamic_quant_asymmetric": (
+            quantize.npu_dynamic_quant_asymmetric,
+            quantize.npu_dynamic_quant_asymmetric_fake,
+        ),
+        "npu_kronecker_quant": (quantize.npu_kronecker_quant, quantize.npu_kronecker_quant_fake),
+        "npu_anti_quant": (quantize.npu_anti_quant, quantize.npu_anti_quant_fake),
         "npu_trans_quant_param": (quantize.npu_trans_quant_param, quantize.npu_trans_quant_param_fake),
         "npu_quant_matmul": (matmul.npu_quant_matmul, matmul.npu_quant_matmul_fake, matmul.npu_quant_matmul_fast),
         "npu_weight_quant_batchmatmul": (
             matmul.npu_weight_quant_batchmatmul,
             matmul.npu_weight_quant_batchmatmul_fake,
+        ),
+        "npu_convert_weight_to_int4pack": (
+            matmul.npu_convert_weight_to_int4pack,
+            matmul.npu_convert_weight_to_int4pack_fake,
+        ),
+        "npu_grouped_matmul": (
+            grouped.npu_grouped_matmul,
+            grouped.npu_grouped_matmul_fake,
+            grouped.npu_grouped_matmul_fast,
+        ),
+        "npu_grouped_matmul.List": (
+            grouped.npu_grouped_matmul_list,
+            grouped.npu_grouped_matmul_list_fake,
+            grouped.npu_grouped_matmul_list_fast,
         ),
         "npu_format_cast": (matmul.npu_format_cast, matmul.npu_format_cast_fake),
         "get_npu_format": (matmul.get_npu_format, matmul.get_npu_format_fake),
