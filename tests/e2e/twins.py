@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -96,10 +97,29 @@ def _modelslim(tensors: Tensors, description: dict) -> Tensors:
     return weights
 
 
+def _grouped(values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+    """(q - zero) * scale with one scale per output row and group of inputs; float32 [N, K]."""
+    group = values.shape[1] // scale.shape[1]
+    scale = scale.float().repeat_interleave(group, 1)
+    values = values.float()
+    return (values if zero is None else values - zero.float().repeat_interleave(group, 1)) * scale
+
+
+def _nibbles(packed: torch.Tensor, dim: int) -> torch.Tensor:
+    """Two's-complement int4 pairs of a byte, the even index in the low nibble, along ``dim``."""
+    low, high = (packed << 4) >> 4, packed >> 4
+    return torch.stack((low, high), dim=dim + 1).flatten(dim, dim + 1)
+
+
+def _bits(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Unsigned integers of ``bits`` bits, one after the other from the lowest bit of int32 words, along the last dim."""
+    stream = np.unpackbits(np.ascontiguousarray(words.numpy()).view(np.uint8), axis=-1, bitorder="little")
+    numbers = stream.reshape(*stream.shape[:-1], -1, bits) @ (1 << np.arange(bits))
+    return torch.from_numpy(numbers.astype(np.int32))
+
+
 def _per_row_or_group(weight: torch.Tensor, part: dict, *_: object) -> torch.Tensor:
-    scale, offset = part["weight_scale"].float(), part["weight_offset"].float()
-    group = weight.shape[1] // scale.shape[1]
-    return (weight.float() - offset.repeat_interleave(group, 1)) * scale.repeat_interleave(group, 1)
+    return _grouped(weight, part["weight_scale"], part["weight_offset"])
 
 
 def _static(weight: torch.Tensor, part: dict, *_: object) -> torch.Tensor:
@@ -109,10 +129,157 @@ def _static(weight: torch.Tensor, part: dict, *_: object) -> torch.Tensor:
     return weight.float() * (deq.float() / part["input_scale"].float())[:, None]
 
 
+def _w4a8(weight: torch.Tensor, part: dict, tensors: Tensors, layer: str, *_: object) -> torch.Tensor:
+    """Packed along outputs where the scale has twice the rows; v0 has a second scale per group of inputs."""
+    scale = part["weight_scale"]
+    if scale.shape[0] == 2 * weight.shape[0]:
+        weight = _nibbles(weight, 0)
+    second = tensors.get(f"{layer}.weight_scale_second")
+    return _grouped(weight, scale if second is None else scale.float() * second.float(), None)
+
+
+def _w4a16(weight: torch.Tensor, part: dict, tensors: Tensors, layer: str, description: dict) -> torch.Tensor:
+    """Per channel packed along inputs, per group along outputs; the old export stores one integer per byte."""
+    scale = part["weight_scale"]
+    if scale.shape[0] == 2 * weight.shape[0]:
+        weight = _nibbles(weight, 0)
+    elif scale.shape[1] == 1 and "version" in description:
+        weight = _nibbles(weight, 1)
+    return _grouped(weight, scale, part["weight_offset"])
+
+
+def _fp8_rows(weight: torch.Tensor, part: dict, *_: object) -> torch.Tensor:
+    return weight.float() * part["weight_scale"].float()
+
+
 _MODELSLIM_KINDS: dict[str, Callable[..., torch.Tensor]] = {
     "W8A8": _static,
+    "W8A8S": _static,
     "W8A8_MIX": _per_row_or_group,
     "W8A8_DYNAMIC": _per_row_or_group,
     "W8A16": _per_row_or_group,
+    "W4A4_DYNAMIC": _per_row_or_group,
+    "W4A8_DYNAMIC": _w4a8,
+    "W4A16": _w4a16,
+    "WFP8AFP8_DYNAMIC": _fp8_rows,
 }
-_FORMATS: dict[str, Callable[[Tensors, dict], Tensors]] = {}
+
+
+def _layers(tensors: Tensors, marker: str) -> dict[str, dict[str, torch.Tensor]]:
+    """The quantized layers, those that have a tensor ``marker``: layer name -> its tensors by their last name."""
+    layers: dict[str, dict[str, torch.Tensor]] = {
+        name.removesuffix("." + marker): {} for name in tensors if name.endswith("." + marker)
+    }
+    for name, value in tensors.items():
+        layer, _, suffix = name.rpartition(".")
+        if layer in layers:
+            layers[layer][suffix] = value
+    return layers
+
+
+def _rest(tensors: Tensors, layers: dict[str, dict[str, torch.Tensor]], dropped: tuple[str, ...] = ()) -> Tensors:
+    """Everything outside of the quantized layers, and their biases."""
+    return {
+        name: value.float()
+        for name, value in tensors.items()
+        if (name.rpartition(".")[0] not in layers or name.endswith(".bias")) and not name.endswith(dropped or ("\0",))
+    }
+
+
+def _compressed_tensors(tensors: Tensors, config: dict) -> Tensors:
+    """Offset-binary integers packed along inputs (zero points along outputs), plain int8, or FP8 per row or block."""
+    layers = _layers(tensors, "weight_scale")
+    weights = _rest(tensors, layers, ("_proj.k_scale", "self_attn.k_scale", "self_attn.v_scale"))
+    for layer, part in layers.items():
+        scale = part["weight_scale"]
+        if "weight_packed" in part:
+            outputs, inputs = part["weight_shape"].tolist()
+            packed = part["weight_packed"]
+            bits = 32 * packed.shape[1] // inputs
+            values = _bits(packed, bits)[:outputs, :inputs] - 2 ** (bits - 1)
+            zero = part.get("weight_zero_point")
+            if zero is not None and zero.dtype == torch.int32:
+                zero = _bits(zero.t(), bits).t()[:outputs] - 2 ** (bits - 1)
+            weights[layer + ".weight"] = _grouped(values, scale, zero)
+        elif part["weight"].dtype == torch.int8:
+            scale = scale.reshape(-1, 1).expand(part["weight"].shape[0], -1) if scale.dim() < 2 else scale
+            weights[layer + ".weight"] = _grouped(part["weight"], scale, part.get("weight_zero_point"))
+        else:
+            weights[layer + ".weight"] = _fp8(part["weight"], scale)
+    return weights
+
+
+def _fp8(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """A scale per tensor, per row [N, 1], or per block of 128 x 128."""
+    if (scale.dim() == 2 and scale.shape[1] > 1) or (scale.dim() == 2 and scale.shape[0] not in (1, weight.shape[0])):
+        scale = scale.repeat_interleave(128, 0)[: weight.shape[0]].repeat_interleave(128, 1)[:, : weight.shape[1]]
+    return weight.float() * scale.float()
+
+
+def _awq(tensors: Tensors, config: dict) -> Tensors:
+    """qweight [K, N/8] with columns in the order 0, 2, 4, 6, 1, 3, 5, 7 from the lowest nibble; zero points alike."""
+    layers = _layers(tensors, "qweight")
+    weights = _rest(tensors, layers)
+    for layer, part in layers.items():
+        weights[layer + ".weight"] = _awq_layer(part)
+    return weights
+
+
+def _awq_layer(part: dict[str, torch.Tensor]) -> torch.Tensor:
+    def columns(words: torch.Tensor) -> torch.Tensor:
+        numbers = _bits(words, 4).reshape(words.shape[0], -1, 8)
+        natural = torch.empty_like(numbers)
+        natural[:, :, [0, 2, 4, 6, 1, 3, 5, 7]] = numbers
+        return natural.flatten(1)
+
+    values, scale = columns(part["qweight"]), part["scales"].float()
+    zero = columns(part["qzeros"]) if "qzeros" in part else torch.full(scale.shape, 8)
+    return _grouped(values.t(), scale.t(), zero.t()).contiguous()
+
+
+def _gptq(tensors: Tensors, config: dict) -> Tensors:
+    """qweight [K*b/32, N] packed along inputs, qzeros [G, N*b/32] along outputs; the old format stores zero - 1."""
+    layers = _layers(tensors, "qweight")
+    weights = _rest(tensors, layers)
+    version_2 = config.get("checkpoint_format") == "gptq_v2"
+    for layer, part in layers.items():
+        weights[layer + ".weight"] = _gptq_layer(part, 0 if version_2 else 1)
+    return weights
+
+
+def _gptq_layer(part: dict[str, torch.Tensor], plus: int) -> torch.Tensor:
+    scale = part["scales"].float()
+    bits = 32 * part["qzeros"].shape[1] // scale.shape[1]
+    values = _bits(part["qweight"].t(), bits)
+    zero = _bits(part["qzeros"], bits) + plus
+    inputs = values.shape[1]
+    group = part["g_idx"].long() if "g_idx" in part else torch.arange(inputs) // (inputs // scale.shape[0])
+    return ((values - zero.t()[:, group]).float() * scale.t()[:, group]).contiguous()
+
+
+def _auto_round(tensors: Tensors, config: dict) -> Tensors:
+    layers = _layers(tensors, "qweight")
+    weights = _rest(tensors, layers)
+    for layer, part in layers.items():
+        # AWQ packs along the outputs, so its qweight is as long as there are inputs.
+        groups = part["scales"].shape[0]
+        packed_along_outputs = part["qweight"].shape[1] == part["qzeros"].shape[1] and groups < part["qweight"].shape[0]
+        weights[layer + ".weight"] = _awq_layer(part) if packed_along_outputs else _gptq_layer(part, 1)
+    return weights
+
+
+def _fp8_config(tensors: Tensors, config: dict) -> Tensors:
+    layers = _layers(tensors, "weight_scale_inv") or _layers(tensors, "weight_scale")
+    weights = _rest(tensors, layers)
+    for layer, part in layers.items():
+        weights[layer + ".weight"] = _fp8(part["weight"], part.get("weight_scale_inv", part.get("weight_scale")))
+    return weights
+
+
+_FORMATS: dict[str, Callable[[Tensors, dict], Tensors]] = {
+    "compressed-tensors": _compressed_tensors,
+    "awq": _awq,
+    "gptq": _gptq,
+    "auto-round": _auto_round,
+    "fp8": _fp8_config,
+}
