@@ -110,6 +110,11 @@ class NpuQuantConfig(QuantizationConfig):
         return str(quantization_config.get("quant_method") or "").lower() in cls.claims
 
     @classmethod
+    def served_by_vllm_ascend(cls, quantization_config: Mapping[str, Any]) -> bool:
+        """Whether vllm-ascend serves all schemes of this config itself."""
+        return False
+
+    @classmethod
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
@@ -117,7 +122,15 @@ class NpuQuantConfig(QuantizationConfig):
         if not settings.plugin_enabled() or not isinstance(hf_quant_cfg, Mapping):
             return None
         asked = user_quant is None or user_quant in {cls.method_name, *cls.claims, *cls.aliases}
-        return cls.method_name if asked and cls.serves(hf_quant_cfg) else None
+        if not asked or not cls.serves(hf_quant_cfg):
+            return None
+        named = user_quant == cls.method_name or settings.takeover()
+        if settings.ascend_host() and not named and cls.served_by_vllm_ascend(hf_quant_cfg):
+            logger.info_once(
+                "This %s checkpoint is left to vllm-ascend, which serves all of its schemes", cls.method_name
+            )
+            return None
+        return cls.method_name
 
     def parse(self, folder: Path | None, checkpoint: Checkpoint | None) -> QuantFormat:
         """The format object of this checkpoint; findings are inside it.

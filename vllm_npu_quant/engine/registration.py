@@ -61,16 +61,48 @@ def _wrap_create_model_config() -> None:
 
 
 def _detect(model: str, revision: str | None, asked: str | None) -> str | None:
-    """The quantization method for a model: what was asked for, or "modelslim" where a description says so."""
+    """The quantization method for a model: what was asked for, or "modelslim" where a description says so.
+
+    On an Ascend host a checkpoint whose schemes vllm-ascend all serves stays with vllm-ascend, which detects it itself.
+    """
     if asked is not None:
-        if asked.lower() == "ascend" and not settings.ascend_host():
+        if asked.lower() == "ascend" and (not settings.ascend_host() or settings.takeover()):
             return "modelslim"
         return asked
     name = _description_of(model, revision)
     if name is None:
         return None
-    logger.info("%s is a ModelSlim checkpoint (%s): quantization=modelslim", model, name)
+    why = "VLLM_NPU_QUANT_TAKEOVER=1" if settings.takeover() else ""
+    if settings.ascend_host() and not why:
+        from vllm_npu_quant.ascend.ownership import serves_modelslim
+
+        theirs, why = serves_modelslim(_schemes(model, revision, name))
+        if theirs:
+            logger.info("%s (%s) is left to vllm-ascend, which serves all of its schemes", model, name)
+            return None
+        why = f"vllm-ascend does not serve {why}"
+    logger.info("%s is a ModelSlim checkpoint (%s): quantization=modelslim%s", model, name, f"; {why}" if why else "")
     return "modelslim"
+
+
+def _schemes(model: str, revision: str | None, name: str) -> set[tuple[str, str]]:
+    """(scheme, "linear" or "moe") of every quantized layer that a description lists."""
+    from vllm_npu_quant.checkpoint import DESCRIPTION_MAX_BYTES, read_json
+    from vllm_npu_quant.formats.modelslim import ModelSlimFormat
+
+    path = os.path.join(model, name)
+    if not os.path.isdir(model):
+        from huggingface_hub import hf_hub_download
+
+        path = hf_hub_download(model, name, revision=revision)
+    found = ModelSlimFormat.from_description(read_json(path, max_bytes=DESCRIPTION_MAX_BYTES), name)
+    schemes = {(entry.spec.scheme, "linear") for entry in found.layers.values() if not entry.spec.is_float}
+    for experts in found.experts.values():
+        entries = (experts.gate, experts.up, experts.down)
+        schemes |= {(entry.spec.scheme, "moe") for entry in entries if not entry.spec.is_float}
+    # What this version does not know is not a reason to take the checkpoint from vllm-ascend.
+    unknown = (finding.found for finding in found.findings if finding.code == "unknown-scheme")
+    return schemes | {(scheme, "linear") for scheme in unknown}
 
 
 def _description_of(model: str, revision: str | None) -> str | None:

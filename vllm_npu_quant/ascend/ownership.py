@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether vllm-ascend serves a checkpoint itself, so that this plugin leaves it alone on an Ascend host.
+
+vllm-ascend has fused paths that look for its own classes. A checkpoint goes to it where its registry has every scheme of
+the checkpoint; otherwise the whole checkpoint is this plugin's. Read in vllm-ascend's source, not run on an NPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+__all__ = ["serves_compressed_tensors", "serves_modelslim", "unserved"]
+
+#: vllm-ascend 0.23's registry for A2/A3, for where it cannot be asked: (scheme, "linear" or "moe").
+KNOWN: frozenset[tuple[str, str]] = frozenset(
+    {
+        (scheme, "linear")
+        for scheme in ("W8A8", "W8A8_DYNAMIC", "W8A8_MIX", "W8A16", "W4A4_DYNAMIC", "W4A4_FLATQUANT_DYNAMIC")
+    }
+    | {("W8A8_DYNAMIC", "moe"), ("W4A8_DYNAMIC", "moe")}
+)
+
+
+def _registry() -> Callable[[str, str], Any]:
+    """vllm-ascend's lookup: (scheme, layer type) -> its class or None."""
+    try:
+        from vllm_ascend.quantization.methods.registry import get_scheme_class
+    except ImportError:
+        return lambda scheme, layer: (scheme, layer) in KNOWN or None
+    return get_scheme_class
+
+
+def unserved(schemes: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Those of the (scheme, "linear" or "moe") pairs that vllm-ascend has no class for, sorted."""
+    lookup = _registry()
+    return sorted(pair for pair in set(schemes) if not lookup(*pair))
+
+
+def serves_modelslim(schemes: Iterable[tuple[str, str]]) -> tuple[bool, str]:
+    """Whether vllm-ascend serves a ModelSlim checkpoint with these schemes, and why not."""
+    missing = unserved(schemes)
+    return not missing, ", ".join(f"{scheme} for {layer} layers" for scheme, layer in missing)
+
+
+def serves_compressed_tensors(config: Mapping[str, Any]) -> bool:
+    """Whether vllm-ascend's compressed-tensors class takes every group of a config.
+
+    It takes symmetric int8 weights per channel with symmetric int8 activations, per tensor and static or per token and
+    dynamic, on Linear layers.
+    """
+    groups = config.get("config_groups")
+    if not isinstance(groups, Mapping) or not groups or config.get("kv_cache_scheme") or config.get("transform_config"):
+        return False
+    for group in groups.values():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        inputs = group.get("input_activations") if isinstance(group, Mapping) else None
+        if not isinstance(weights, Mapping) or not isinstance(inputs, Mapping):
+            return False
+        weight_ok = (weights.get("num_bits"), weights.get("type"), weights.get("strategy")) == (8, "int", "channel")
+        shape = (inputs.get("strategy"), bool(inputs.get("dynamic")))
+        input_ok = (inputs.get("num_bits"), inputs.get("type")) == (8, "int") and shape in (
+            ("token", True),
+            ("tensor", False),
+        )
+        if not (weight_ok and input_ok and weights.get("symmetric", True) and inputs.get("symmetric", True)):
+            return False
+    return True
