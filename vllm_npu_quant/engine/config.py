@@ -27,7 +27,9 @@ from vllm_npu_quant.engine.linear import CHECKPOINT_BIAS, NpuQuantLinearMethod
 from vllm_npu_quant.errors import Finding, NpuQuantError, Severity, raise_findings
 from vllm_npu_quant.formats.base import QuantFormat
 from vllm_npu_quant.formats.check import check_checkpoint
+from vllm_npu_quant.formats.compressed_tensors import CompressedTensorsFormat
 from vllm_npu_quant.formats.detect import description_name, embedded_description
+from vllm_npu_quant.formats.fp8 import Fp8Format
 from vllm_npu_quant.formats.modelslim import ModelSlimFormat, as_static
 from vllm_npu_quant.formats.resolve import LayerResolver
 from vllm_npu_quant.spec import LayerKind
@@ -35,7 +37,7 @@ from vllm_npu_quant.spec import LayerKind
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
 
-__all__ = ["ModelSlimConfig", "NpuQuantConfig"]
+__all__ = ["ModelSlimConfig", "NpuCompressedTensorsConfig", "NpuFp8Config", "NpuQuantConfig"]
 
 logger = init_logger("vllm.npu_quant.config")
 
@@ -313,5 +315,25 @@ def _no_description(folder: Path | None) -> Finding:
     )
 
 
+class NpuCompressedTensorsConfig(NpuQuantConfig):
+    """compressed-tensors checkpoints. It must have no attribute kv_cache_scheme: vLLM would make the KV cache FP8."""
+
+    method_name = "npu_compressed_tensors"
+    claims = frozenset({"compressed-tensors", "compressed_tensors"})
+
+    def parse(self, folder: Path | None, checkpoint: Checkpoint | None) -> QuantFormat:
+        return CompressedTensorsFormat.from_config(self.raw, tensors=checkpoint.tensors if checkpoint else None)
+
+
+class NpuFp8Config(NpuQuantConfig):
+    """FP8 checkpoints of DeepSeek's and transformers' kind."""
+
+    method_name = "npu_fp8"
+    claims = frozenset({"fp8"})
+
+    def parse(self, folder: Path | None, checkpoint: Checkpoint | None) -> QuantFormat:
+        return Fp8Format.from_config(self.raw, tensors=checkpoint.tensors if checkpoint else None)
+
+
 #: Every config class, in the order in which vLLM asks them.
-CONFIGS: tuple[type[NpuQuantConfig], ...] = (ModelSlimConfig,)
+CONFIGS: tuple[type[NpuQuantConfig], ...] = (ModelSlimConfig, NpuCompressedTensorsConfig, NpuFp8Config)

@@ -119,8 +119,8 @@ class Fp8Use:
             fix = f"{settings.FP8}=int8 keeps one byte per weight"
         else:
             message = (
-                "this chip generation has no FP8: weights are requantized at load to int8 with a scale per output channel, "
-                "and activations that the checkpoint quantizes to int8 per token"
+                "Ascend A2, A3 and 310P have no FP8: weights are requantized at load to int8 with a scale per output "
+                "channel, and activations that the checkpoint quantizes to int8 per token"
             )
             fix = f"{settings.FP8}=bf16 dequantizes them to the model's dtype instead, at twice the memory"
         if self.static:
