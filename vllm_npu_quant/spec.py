@@ -10,7 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["FLOAT", "ActivationSpec", "Granularity", "LayerKind", "LayerSpec", "Layout", "NumberKind", "WeightSpec"]
+__all__ = [
+    "FLOAT",
+    "ActivationSpec",
+    "Granularity",
+    "LayerKind",
+    "LayerSpec",
+    "Layout",
+    "NumberKind",
+    "TransformSpec",
+    "WeightSpec",
+]
 
 
 class LayerKind(str, Enum):
@@ -46,16 +56,35 @@ class Layout(str, Enum):
     MODELSLIM_INT = "modelslim_int"
     #: int8 [N, K] with static activation scale and offset, quant_bias and deq_scale.
     MODELSLIM_STATIC = "modelslim_static"
+    #: int4, two outputs per byte: int8 [N/2, K] with weight_scale and weight_offset.
+    MODELSLIM_PACKED_N = "modelslim_packed_n"
+    #: int4, two inputs per byte: int8 [N, K/2] with weight_scale and weight_offset.
+    MODELSLIM_PACKED_K = "modelslim_packed_k"
+    #: int4, one integer per byte, with weight_scale [N, 1] and weight_scale_second [N, G], which are multiplied.
+    MODELSLIM_TWO_LEVEL = "modelslim_two_level"
+    #: The same with two outputs per byte.
+    MODELSLIM_TWO_LEVEL_PACKED = "modelslim_two_level_packed"
     #: compressed-tensors, one integer per byte: int8 [N, K] with weight_scale.
     CT_INT = "ct_int"
     #: The same with a static activation scale per layer.
     CT_STATIC = "ct_static"
     #: compressed-tensors, 32 // bits integers per int32 along K, zero points packed along N.
     CT_PACKED = "ct_packed"
+    #: The same with activation order: weight_g_idx says which group each input belongs to.
+    CT_PACKED_ACT_ORDER = "ct_packed_act_order"
     #: compressed-tensors and ModelSlim: E4M3 [N, K] with weight_scale per tensor, channel or block.
     FP8 = "fp8"
     #: DeepSeek's and transformers' blockwise FP8: the same with weight_scale_inv.
     FP8_INV = "fp8_inv"
+    #: AWQ "gemm": eight integers per int32 along N, in the order 0 2 4 6 1 3 5 7.
+    AWQ_GEMM = "awq_gemm"
+    #: GPTQ: integers packed along K, zero points along N and stored minus one.
+    GPTQ = "gptq"
+    #: The same with the zero points as they are.
+    GPTQ_V2 = "gptq_v2"
+    #: GPTQ with activation order: g_idx says which group each input belongs to.
+    GPTQ_ACT_ORDER = "gptq_act_order"
+    GPTQ_V2_ACT_ORDER = "gptq_v2_act_order"
 
 
 @dataclass(frozen=True)
@@ -97,6 +126,21 @@ class ActivationSpec:
 
 
 @dataclass(frozen=True)
+class TransformSpec:
+    """Matrices that the layer's input is multiplied by before it is quantized: with x as [L, M], L.T @ x @ R.
+
+    Attributes:
+        left: L's size; 0 where there is none.
+        right: R's size, that is M; 0 where there is none.
+        clip: whether the largest magnitude of a token is multiplied by a ratio before it gives the scale.
+    """
+
+    left: int = 0
+    right: int = 0
+    clip: bool = False
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """One layer's quantization.
 
@@ -106,6 +150,7 @@ class LayerSpec:
         weight: None where the layer is float (it then runs in the model's dtype).
         activation: None where the input stays in the model's dtype.
         stored: the weight as the checkpoint stores it, where it is served as another one: FP8 is requantized at load.
+        transform: what the layer's input is multiplied by first (FlatQuant, online rotations); None where nothing.
     """
 
     scheme: str
@@ -113,6 +158,7 @@ class LayerSpec:
     weight: WeightSpec | None = None
     activation: ActivationSpec | None = None
     stored: WeightSpec | None = None
+    transform: TransformSpec | None = None
 
     @property
     def is_float(self) -> bool:

@@ -8,8 +8,16 @@ from typing import Protocol
 
 from vllm_npu_quant.errors import Finding, nearest_names
 from vllm_npu_quant.formats.base import LayerEntry, QuantFormat
-from vllm_npu_quant.layouts.tables import Axis, LayerSizes, TensorSpec, group_size_of, rows_per_scale_of, tensors_of
-from vllm_npu_quant.spec import LayerSpec
+from vllm_npu_quant.layouts.tables import (
+    ANY_LENGTH,
+    Axis,
+    LayerSizes,
+    TensorSpec,
+    group_size_of,
+    rows_per_scale_of,
+    tensors_of,
+)
+from vllm_npu_quant.spec import LayerSpec, TransformSpec
 
 __all__ = ["FindingLimit", "check_checkpoint", "check_layer"]
 
@@ -120,15 +128,21 @@ def _sizes(spec: LayerSpec, tensor: TensorSpec, weight: StoredTensor) -> LayerSi
     """The layer's sizes as its weight tells them; None where the weight has not the layout's dimensions."""
     if len(weight.shape) != len(tensor.dims) or 0 in weight.shape:
         return None
-    lengths = {dim.axis: length * dim.pack for dim, length in zip(tensor.dims, weight.shape, strict=True)}
+    lengths = {dim.axis: dim.elements(length) for dim, length in zip(tensor.dims, weight.shape, strict=True)}
     outputs = lengths[Axis.OUT]
-    return LayerSizes(outputs, lengths[Axis.IN], group_size_of(spec), rows_per_scale=rows_per_scale_of(spec, outputs))
+    return LayerSizes(
+        outputs,
+        lengths[Axis.IN],
+        group_size_of(spec),
+        rows_per_scale=rows_per_scale_of(spec, outputs),
+        transform=spec.transform or TransformSpec(),
+    )
 
 
 def _same_shape(tensor: TensorSpec, wanted: tuple[int, ...], stored: tuple[int, ...]) -> bool:
     """Whether a stored shape is the wanted one. Producers leave out dimensions of length 1 at the end of a scale."""
     if tensor.axis_of(Axis.SHARD) is None and tensor.axis_of(Axis.ROWS) is None:
-        return stored == wanted
+        return len(stored) == len(wanted) and all(a in (b, ANY_LENGTH) for a, b in zip(wanted, stored, strict=True))
     shorter = len(wanted) - len(stored)
     return shorter >= 0 and stored + (1,) * shorter == wanted
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import Enum
+from math import gcd
 
-from vllm_npu_quant.spec import Granularity, LayerSpec, Layout
+from vllm_npu_quant.spec import Granularity, LayerSpec, Layout, TransformSpec
 
 __all__ = [
     "LAYOUTS",
@@ -33,11 +34,22 @@ class Axis(str, Enum):
     OUT = "N"
     IN = "K"
     GROUP = "G"
+    #: The groups of the whole layer, which every rank has: its inputs belong to any of them (GPTQ's g_idx).
+    ALL_GROUPS = "all G"
     #: One number per fused shard: stored as [1] or as a scalar in each checkpoint layer.
     SHARD = "S"
     #: The rows of a scale: N for one per row, ceil(N / block rows) for blocks, 1 for the whole tensor.
     ROWS = "R"
+    #: The two sides of the matrix [L, M] as which an input transform sees a token.
+    LEFT = "L"
+    RIGHT = "M"
+    #: Whatever length there is: for tensors that are not loaded.
+    ANY = "*"
     FIXED = ""
+
+
+#: The length of a dimension that may have any.
+ANY_LENGTH = -1
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,8 @@ class LayerSizes:
     Attributes:
         outputs: N. inputs: K. group_size: inputs per group, 0 for one scale per channel. shards: fused shards.
         rows_per_scale: output rows that share a scale.
+        all_inputs: K of the whole layer, where it is not ``inputs``.
+        transform: the sizes of the matrices that its input is multiplied by.
     """
 
     outputs: int
@@ -54,10 +68,16 @@ class LayerSizes:
     group_size: int = 0
     shards: int = 1
     rows_per_scale: int = 1
+    all_inputs: int = 0
+    transform: TransformSpec = TransformSpec()
 
     @property
     def groups(self) -> int:
         return -(-self.inputs // self.group_size) if self.group_size > 0 else 1
+
+    @property
+    def all_groups(self) -> int:
+        return -(-(self.all_inputs or self.inputs) // self.group_size) if self.group_size > 0 else 1
 
 
 @dataclass(frozen=True)
@@ -66,13 +86,16 @@ class Dim:
 
     Attributes:
         axis: what it runs over.
-        pack: how many elements of that axis one stored element holds; PER_WORD for as many as 32 bits take.
+        pack: how many elements of that axis one stored element holds; PER_WORD for as many as 32 bits take, DENSE for a
+            stream of bits.
         size: the size of a FIXED dimension.
+        words: stored elements that hold ``pack`` elements of the axis together: 32 integers of 3 bits in 3 words.
     """
 
     axis: Axis
     pack: int = 1
     size: int = 1
+    words: int = 1
 
     def length(self, sizes: LayerSizes) -> int:
         """The dimension's length for a layer of these sizes."""
@@ -80,23 +103,35 @@ class Dim:
             Axis.OUT: sizes.outputs,
             Axis.IN: sizes.inputs,
             Axis.GROUP: sizes.groups,
+            Axis.ALL_GROUPS: sizes.all_groups,
             Axis.SHARD: sizes.shards,
             Axis.ROWS: -(-sizes.outputs // sizes.rows_per_scale),
+            Axis.LEFT: sizes.transform.left,
+            Axis.RIGHT: sizes.transform.right,
+            Axis.ANY: ANY_LENGTH,
             Axis.FIXED: self.size,
         }[self.axis]
-        return -(-whole // self.pack)
+        return -(-whole // self.pack) * self.words
+
+    def elements(self, length: int) -> int:
+        """How many elements of the axis a stored dimension of this length holds."""
+        return length * self.pack // self.words
 
     def __str__(self) -> str:
         if self.axis is Axis.FIXED:
             return str(self.size)
-        return self.axis.value if self.pack == 1 else f"{self.axis.value}/{self.pack}"
+        times = f"*{self.words}" if self.words > 1 else ""
+        return self.axis.value if self.pack == 1 else f"{self.axis.value}{times}/{self.pack}"
 
 
 OUT, IN, GROUP, SHARD, ONE = (Dim(axis) for axis in (Axis.OUT, Axis.IN, Axis.GROUP, Axis.SHARD, Axis.FIXED))
 ROWS = Dim(Axis.ROWS)
+LEFT, RIGHT, ANY = (Dim(axis) for axis in (Axis.LEFT, Axis.RIGHT, Axis.ANY))
 
 #: ``Dim.pack`` of integers that are packed into int32: 32 // bits of them, which ``tensors_of`` fills in.
 PER_WORD = 0
+#: ``Dim.pack`` of integers that follow each other in int32 bit by bit, across words where 32 is no multiple of their bits.
+DENSE = -1
 
 
 @dataclass(frozen=True)
@@ -115,6 +150,7 @@ class TensorSpec:
             shards and ranks; it changes no number. ``function(stored, spec, outputs)`` returns ``loaded_dims``, where a
             dimension of outputs may be longer than the layer, as long as it is cut to ``outputs`` rows: N of vLLM's
             layer, which may hold several checkpoint layers.
+        loaded: False for a tensor that is checked and then dropped, since what it says follows from the others.
     """
 
     name: str
@@ -124,6 +160,7 @@ class TensorSpec:
     optional: bool = False
     loaded_dims: tuple[Dim, ...] = ()
     rearrange: str = ""
+    loaded: bool = True
 
     def as_loaded(self) -> TensorSpec:
         """The tensor as its parameter holds it."""
@@ -164,6 +201,47 @@ def _scale(name: str, *, optional: bool = False) -> TensorSpec:
     return TensorSpec(name, _FLOATS, (OUT, GROUP), "float32", optional)
 
 
+_MODELSLIM = "vllm_npu_quant.layouts.modelslim:"
+
+
+def _matrix(name: str, side: Dim) -> TensorSpec:
+    """A square matrix of an input transform, one per fused shard."""
+    one_per_shard = _MODELSLIM + "one_per_shard"
+    return TensorSpec(name, _FLOATS, (side, side), "float32", True, (SHARD, side, side), one_per_shard)
+
+
+#: FlatQuant's matrices and clip ratio; QuaRot's online rotations of o_proj (by heads) and down_proj.
+_TRANSFORM = (
+    _matrix("left_trans", LEFT),
+    _matrix("right_trans", RIGHT),
+    TensorSpec("clip_ratio", _FLOATS, (SHARD,), "float32", optional=True),
+    _matrix("heads_rotation", LEFT),
+    _matrix("kronecker_rotation_m", LEFT),
+    _matrix("kronecker_rotation_n", RIGHT),
+)
+
+
+def _modelslim(weight: tuple[Dim, ...], *, two_level: bool = False) -> LayoutRow:
+    """An integer weight with scales and offsets; with two levels, those of the channels are multiplied by those of groups."""
+    if two_level:
+        scales = (
+            TensorSpec("weight_scale", _FLOATS, (OUT, ONE), "float32"),
+            TensorSpec("weight_offset", _FLOATS, (OUT, ONE), "float32"),
+            _scale("weight_scale_second"),
+            TensorSpec("weight_offset_second", ("I64", *_FLOATS), (OUT, GROUP), "int64"),
+        )
+        function = "two_level_to_canonical"
+    else:
+        scales = (_scale("weight_scale"), _scale("weight_offset"))
+        function = "int_to_canonical"
+    # 8 * sum_k(w), for the sum of each of 16 parts of the inputs in row-parallel layers. It follows from the weights,
+    # for any number of ranks.
+    scale_bias = TensorSpec("scale_bias", _FLOATS, (OUT, ANY), "float32", optional=True, loaded=False)
+    return LayoutRow(
+        (TensorSpec("weight", ("I8",), weight, "int8"), *scales, scale_bias, *_TRANSFORM, BIAS), _MODELSLIM + function
+    )
+
+
 _MODELSLIM_STATIC = (
     TensorSpec("weight", ("I8",), (OUT, IN), "int8"),
     TensorSpec("input_scale", _FLOATS, (SHARD,), "float32"),
@@ -173,6 +251,7 @@ _MODELSLIM_STATIC = (
     TensorSpec("deq_scale", ("F32", "I64"), (OUT,), "float32"),
     _scale("weight_scale", optional=True),
     _scale("weight_offset", optional=True),
+    *_TRANSFORM,
     BIAS,
 )
 
@@ -180,11 +259,13 @@ _CT = "vllm_npu_quant.layouts.compressed_tensors:"
 _FP8 = "vllm_npu_quant.layouts.fp8:"
 
 
-def _scale_per_row(name: str, *dtypes: str, load_dtype: str = "float32", optional: bool = False) -> TensorSpec:
+def _scale_per_row(
+    name: str, *dtypes: str, load_dtype: str = "float32", optional: bool = False, groups: Dim = GROUP
+) -> TensorSpec:
     """A scale or zero point per row, block or tensor, repeated at load until every row has its own: a parameter that is
     cut along rows like the weight, whatever the blocks."""
     return TensorSpec(
-        name, dtypes or _FLOATS, (ROWS, GROUP), load_dtype, optional, (OUT, GROUP), _CT + "one_scale_per_row"
+        name, dtypes or _FLOATS, (ROWS, groups), load_dtype, optional, (OUT, groups), _CT + "one_scale_per_row"
     )
 
 
@@ -192,26 +273,29 @@ _CT_WEIGHT = (
     TensorSpec("weight", ("I8",), (OUT, IN), "int8"),
     _scale_per_row("weight_scale"),
     _scale_per_row("weight_zero_point", "I8", load_dtype="int8", optional=True),
-    TensorSpec("weight_g_idx", ("I32",), (IN,), "int32", optional=True),
     BIAS,
 )
-_CT_PACKED = (
-    TensorSpec("weight_packed", ("I32",), (OUT, Dim(Axis.IN, PER_WORD)), "int32"),
-    _scale_per_row("weight_scale"),
-    # Unpacked at load, so that shards need not be multiples of a word.
-    TensorSpec(
-        "weight_zero_point",
-        ("I32",),
-        (Dim(Axis.OUT, PER_WORD), GROUP),
-        "int8",
-        True,
-        (OUT, GROUP),
-        _CT + "unpacked_zero_points",
-    ),
-    TensorSpec("weight_shape", ("I64",), (Dim(Axis.FIXED, size=2),), "int64", optional=True),
-    TensorSpec("weight_g_idx", ("I32",), (IN,), "int32", optional=True),
-    BIAS,
-)
+
+
+def _ct_packed(groups: Axis) -> tuple[TensorSpec, ...]:
+    """compressed-tensors' packed weights. Zero points are unpacked at load, so that shards need not be multiples of a
+    word."""
+    group = Dim(groups)
+    return (
+        TensorSpec("weight_packed", ("I32",), (OUT, Dim(Axis.IN, PER_WORD)), "int32"),
+        _scale_per_row("weight_scale", groups=group),
+        TensorSpec(
+            "weight_zero_point",
+            ("I32",),
+            (Dim(Axis.OUT, PER_WORD), group),
+            "int8",
+            True,
+            (OUT, group),
+            _CT + "unpacked_zero_points",
+        ),
+        TensorSpec("weight_shape", ("I64",), (Dim(Axis.FIXED, size=2),), "int64", optional=True),
+        BIAS,
+    )
 
 
 def _fp8(scale: str) -> tuple[TensorSpec, ...]:
@@ -227,18 +311,48 @@ def _fp8(scale: str) -> tuple[TensorSpec, ...]:
     )
 
 
-LAYOUTS: dict[Layout, LayoutRow] = {
-    Layout.FLOAT: LayoutRow((), ""),
-    Layout.MODELSLIM_INT: LayoutRow(
+_AWQ = "vllm_npu_quant.layouts.awq:"
+_GPTQ = "vllm_npu_quant.layouts.gptq:"
+
+
+def _gptq(groups: Axis, v2: bool) -> LayoutRow:
+    """GPTQ's tensors. Zero points are unpacked at load, so that shards need not be multiples of a word."""
+    group = Dim(groups)
+    return LayoutRow(
         (
-            TensorSpec("weight", ("I8",), (OUT, IN), "int8"),
-            _scale("weight_scale"),
-            _scale("weight_offset"),
+            TensorSpec("qweight", ("I32",), (Dim(Axis.IN, DENSE), OUT), "int32"),
+            TensorSpec(
+                "qzeros",
+                ("I32",),
+                (group, Dim(Axis.OUT, DENSE)),
+                "uint8",
+                loaded_dims=(group, OUT),
+                rearrange=_GPTQ + ("zeros_v2" if v2 else "zeros_v1"),
+            ),
+            TensorSpec("scales", _FLOATS, (group, OUT), "float32"),
+            # Activation order is nothing without it; else it says what is known, and is compared and dropped.
+            TensorSpec(
+                "g_idx",
+                ("I32", "I64"),
+                (IN,),
+                "int32",
+                optional=groups is Axis.GROUP,
+                rearrange=_GPTQ + ("checked_g_idx" if groups is Axis.GROUP else "any_g_idx"),
+            ),
             BIAS,
         ),
-        "vllm_npu_quant.layouts.modelslim:int_to_canonical",
-    ),
-    Layout.MODELSLIM_STATIC: LayoutRow(_MODELSLIM_STATIC, "vllm_npu_quant.layouts.modelslim:static_to_canonical"),
+        _GPTQ + ("to_canonical" if groups is Axis.GROUP else "act_order_to_canonical"),
+    )
+
+
+LAYOUTS: dict[Layout, LayoutRow] = {
+    Layout.FLOAT: LayoutRow((), ""),
+    Layout.MODELSLIM_INT: _modelslim((OUT, IN)),
+    Layout.MODELSLIM_PACKED_N: _modelslim((Dim(Axis.OUT, 2), IN)),
+    Layout.MODELSLIM_PACKED_K: _modelslim((OUT, Dim(Axis.IN, 2))),
+    Layout.MODELSLIM_TWO_LEVEL: _modelslim((OUT, IN), two_level=True),
+    Layout.MODELSLIM_TWO_LEVEL_PACKED: _modelslim((Dim(Axis.OUT, 2), IN), two_level=True),
+    Layout.MODELSLIM_STATIC: LayoutRow(_MODELSLIM_STATIC, _MODELSLIM + "static_to_canonical"),
     Layout.CT_INT: LayoutRow(_CT_WEIGHT, _CT + "int_to_canonical"),
     Layout.CT_STATIC: LayoutRow(
         (
@@ -248,29 +362,51 @@ LAYOUTS: dict[Layout, LayoutRow] = {
         ),
         _CT + "static_to_canonical",
     ),
-    Layout.CT_PACKED: LayoutRow(_CT_PACKED, _CT + "packed_to_canonical"),
+    Layout.CT_PACKED: LayoutRow(_ct_packed(Axis.GROUP), _CT + "packed_to_canonical"),
+    Layout.CT_PACKED_ACT_ORDER: LayoutRow(
+        (*_ct_packed(Axis.ALL_GROUPS), TensorSpec("weight_g_idx", ("I32",), (IN,), "int32")),
+        _CT + "act_order_to_canonical",
+    ),
     Layout.FP8: LayoutRow(_fp8("weight_scale"), _FP8 + "to_canonical"),
     Layout.FP8_INV: LayoutRow(_fp8("weight_scale_inv"), _FP8 + "to_canonical"),
+    Layout.AWQ_GEMM: LayoutRow(
+        (
+            TensorSpec("qweight", ("I32",), (IN, Dim(Axis.OUT, 8)), "int32"),
+            TensorSpec("scales", _FLOATS, (GROUP, OUT), "float32"),
+            TensorSpec("qzeros", ("I32",), (GROUP, Dim(Axis.OUT, 8)), "uint8", True, (GROUP, OUT), _AWQ + "zeros"),
+            BIAS,
+        ),
+        _AWQ + "to_canonical",
+    ),
+    Layout.GPTQ: _gptq(Axis.GROUP, v2=False),
+    Layout.GPTQ_V2: _gptq(Axis.GROUP, v2=True),
+    Layout.GPTQ_ACT_ORDER: _gptq(Axis.ALL_GROUPS, v2=False),
+    Layout.GPTQ_V2_ACT_ORDER: _gptq(Axis.ALL_GROUPS, v2=True),
 }
 
 
 def tensors_of(spec: LayerSpec, listed: frozenset[str] = frozenset()) -> tuple[TensorSpec, ...]:
     """The tensors of a layer with this spec: the required ones, and the optional ones named in ``listed``."""
     weight = spec.on_disk
-    per_word = 32 // weight.bits if weight is not None and 0 < weight.bits <= 32 else 1
+    bits = weight.bits if weight is not None and 0 < weight.bits <= 32 else 32
     return tuple(
-        _unpacked(tensor, per_word)
+        _unpacked(tensor, bits)
         for tensor in LAYOUTS[spec.layout].tensors
         if not tensor.optional or tensor.name in listed
     )
 
 
-def _unpacked(tensor: TensorSpec, per_word: int) -> TensorSpec:
-    if all(dim.pack != PER_WORD for dim in tensor.dims):
+def _unpacked(tensor: TensorSpec, bits: int) -> TensorSpec:
+    """The tensor with the packing of integers of this many bits filled in."""
+    if all(dim.pack > 0 for dim in tensor.dims):
         return tensor
-    return replace(
-        tensor, dims=tuple(replace(dim, pack=per_word) if dim.pack == PER_WORD else dim for dim in tensor.dims)
-    )
+    common = gcd(32, bits)
+    packing = {PER_WORD: (32 // bits, 1), DENSE: (32 // common, bits // common)}
+    dims = []
+    for dim in tensor.dims:
+        pack, words = packing.get(dim.pack, (dim.pack, dim.words))
+        dims.append(replace(dim, pack=pack, words=words))
+    return replace(tensor, dims=tuple(dims))
 
 
 def group_size_of(spec: LayerSpec) -> int:
