@@ -31,6 +31,7 @@ class Row:
         act: bits of the activation; None where it is not quantized.
         act_dynamic: whether activation scales are computed at run time.
         act_symmetric: whether a dynamic activation has no offset; a static one may have either.
+        transform: whether the layer's input is multiplied by matrices first; None stands for any.
         method: "module:qualname" of the method class.
         operators: the torch_npu operators that it calls per forward, in order.
     """
@@ -46,10 +47,15 @@ class Row:
     weight_kind: NumberKind = NumberKind.INT
     weight_symmetric: bool | None = None
     act_symmetric: bool = True
+    transform: bool | None = False
 
     def matches(self, kind: LayerKind, spec: LayerSpec) -> bool:
         return (
-            kind in self.kinds and spec.weight is not None and self._weight(spec.weight) and self._act(spec.activation)
+            kind in self.kinds
+            and spec.weight is not None
+            and self._weight(spec.weight)
+            and self._act(spec.activation)
+            and self.transform in (None, spec.transform is not None)
         )
 
     def _weight(self, weight: WeightSpec) -> bool:
@@ -84,6 +90,7 @@ ROWS: tuple[Row, ...] = (
         weight_symmetric=True,
         act=8,
         act_dynamic=True,
+        transform=None,
         method="vllm_npu_quant.methods.w8a8:W8A8DynamicLinear",
         operators=("npu_dynamic_quant", "npu_quant_matmul"),
     ),
@@ -96,6 +103,7 @@ ROWS: tuple[Row, ...] = (
         act=8,
         act_dynamic=True,
         act_symmetric=False,
+        transform=None,
         method="vllm_npu_quant.methods.w8a8:W8A8DynamicAsymmetricLinear",
         operators=("npu_dynamic_quant_asymmetric", "npu_quant_matmul"),
     ),
@@ -107,6 +115,7 @@ ROWS: tuple[Row, ...] = (
         weight_symmetric=True,
         act=8,
         act_dynamic=False,
+        transform=None,
         method="vllm_npu_quant.methods.w8a8:W8A8StaticLinear",
         operators=("npu_quantize", "npu_quant_matmul"),
     ),
@@ -130,6 +139,53 @@ ROWS: tuple[Row, ...] = (
         act_dynamic=None,
         method="vllm_npu_quant.methods.weight_only:WeightOnlyLinear",
         operators=("npu_weight_quant_batchmatmul",),
+    ),
+    Row(
+        "W4A8",
+        _LINEAR,
+        weight_bits=frozenset({4}),
+        weight_granularity=_CHANNEL_GROUP,
+        weight_symmetric=True,
+        act=8,
+        act_dynamic=True,
+        transform=None,
+        method="vllm_npu_quant.methods.w4a8:W4A8DynamicLinear",
+        operators=("npu_dynamic_quant", "npu_grouped_matmul"),
+    ),
+    Row(
+        "W4A4",
+        _LINEAR,
+        weight_bits=frozenset({4}),
+        weight_granularity=_CHANNEL,
+        weight_symmetric=True,
+        act=4,
+        act_dynamic=True,
+        method="vllm_npu_quant.methods.w4a4:W4A4DynamicLinear",
+        operators=("npu_dynamic_quant", "npu_quant_matmul"),
+    ),
+    Row(
+        "W4A4 transformed",
+        _LINEAR,
+        weight_bits=frozenset({4}),
+        weight_granularity=_CHANNEL,
+        weight_symmetric=True,
+        act=4,
+        act_dynamic=True,
+        transform=True,
+        method="vllm_npu_quant.methods.w4a4:W4A4DynamicLinear",
+        operators=("npu_kronecker_quant", "npu_quant_matmul"),
+    ),
+    Row(
+        "W4A4 group",
+        _LINEAR,
+        weight_bits=frozenset({4}),
+        weight_granularity=frozenset({Granularity.GROUP}),
+        weight_symmetric=True,
+        act=4,
+        act_dynamic=True,
+        transform=None,
+        method="vllm_npu_quant.methods.w4a4:W4A4DynamicLinear",
+        operators=("npu_dynamic_quant", "npu_grouped_matmul"),
     ),
     # Floats of the model's dtype, made at load from what the checkpoint stores.
     Row(

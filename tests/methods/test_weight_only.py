@@ -6,8 +6,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from methods.layers import DTYPES, dequantized, inputs_of, prepared, random_input, random_weight, relative_error, run
 
+from tests.methods.layers import (
+    DTYPES,
+    dequantized,
+    inputs_of,
+    prepared,
+    random_input,
+    random_weight,
+    relative_error,
+    run,
+)
 from vllm_npu_quant.errors import NpuQuantError
 from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight
 from vllm_npu_quant.methods import base

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import get_current_vllm_config_or_none
+from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 from vllm.model_executor.parameter import (
     BasevLLMParameter,
@@ -33,10 +34,11 @@ from vllm_npu_quant.engine.coverage import Coverage, WriteWitness
 from vllm_npu_quant.errors import Finding, NpuQuantError, raise_findings
 from vllm_npu_quant.formats.resolve import ResolvedLayer
 from vllm_npu_quant.layouts.canonical import CanonicalLinear
+from vllm_npu_quant.layouts.g_idx import ranks_that_fit
 from vllm_npu_quant.layouts.modelslim import decode_int64_scale
-from vllm_npu_quant.layouts.tables import LAYOUTS, Axis, LayerSizes, TensorSpec, group_size_of, tensors_of
+from vllm_npu_quant.layouts.tables import IN, LAYOUTS, Axis, LayerSizes, TensorSpec, group_size_of, tensors_of
 from vllm_npu_quant.methods.base import NpuLinearMethod, PrepareContext
-from vllm_npu_quant.spec import LayerKind, LayerSpec, WeightSpec
+from vllm_npu_quant.spec import LayerKind, LayerSpec, TransformSpec, WeightSpec
 
 __all__ = ["CHECKPOINT_BIAS", "NpuQuantLinearMethod"]
 
@@ -80,7 +82,7 @@ class NpuQuantLinearMethod(LinearMethodBase):
         self.source = source
         self.row = dispatch.select(kind, spec, layer=resolved.prefix, file=source)
         self.method: NpuLinearMethod = load_object(self.row.method)()
-        self.tensors = tensors_of(spec, resolved.listed_tensors())
+        self.tensors = tuple(tensor for tensor in tensors_of(spec, resolved.listed_tensors()) if tensor.loaded)
         self.coverage: dict[str, Coverage] = {}
         # vllm-ascend looks here for its own scheme object.
         self.quant_method = None
@@ -107,15 +109,22 @@ class NpuQuantLinearMethod(LinearMethodBase):
             inputs=input_size_per_partition,
             group_size=group_size_of(self.spec),
             shards=len(output_partition_sizes),
+            all_inputs=input_size,
+            transform=self.spec.transform or TransformSpec(),
         )
         raise_findings(self._shard_findings(output_partition_sizes, input_size_per_partition, input_size))
         # The rows of the whole layer; a vocabulary is padded in memory, not on disk.
         self.outputs = getattr(layer, "org_vocab_size", output_size)
+        rank = getattr(layer, "tp_rank", 0) if input_size_per_partition != input_size else 0
         self.context = PrepareContext(
             act_dtype=params_dtype,
-            adds_constants=input_size_per_partition == input_size or getattr(layer, "tp_rank", 0) == 0,
+            adds_constants=rank == 0,
+            inputs_start=rank * input_size_per_partition,
+            inputs_whole=input_size,
         )
         self.partitions = list(output_partition_sizes)
+        if self.kind is LayerKind.LM_HEAD:
+            weight_loader = _vocabulary_loader(layer, weight_loader)
         for tensor in self.tensors:
             name = CHECKPOINT_BIAS if tensor.name == "bias" else tensor.name
             param = _parameter(tensor.as_loaded(), sizes, self._loader(tensor, name, weight_loader))
@@ -126,13 +135,36 @@ class NpuQuantLinearMethod(LinearMethodBase):
         """Where ranks cut a group of inputs, take a smaller group that they do not cut, and repeat its scale: exact."""
         group = group_size_of(self.spec)
         self.group_repeats = 1
-        if not group or part == inputs or part % group == 0:
+        if not group or part == inputs:
+            return
+        if any(tensor.axis_of(Axis.ALL_GROUPS) is not None for tensor in self.tensors):
+            raise_findings(self._act_order_findings(group, inputs // part))
+            return
+        if part % group == 0:
             return
         smaller = gcd(part, group)
         self.group_repeats = group // smaller
         self.spec = replace(
             self.spec, weight=_regrouped(self.spec.weight, smaller), stored=_regrouped(self.spec.stored, smaller)
         )
+
+    def _act_order_findings(self, group: int, ranks: int) -> list[Finding]:
+        """Whether a rank's part of the inputs holds enough of each group; with activation order they are anywhere."""
+        fitting = ranks_that_fit(group)
+        if ranks <= fitting:
+            return []
+        return [
+            Finding(
+                "cannot-shard",
+                "with activation order (desc_act), the inputs of each group are spread over all ranks, and a rank fills its "
+                "part of a group up to 32",
+                layer=self.resolved.prefix,
+                file=self.source,
+                expected=f"at most {fitting} ranks for groups of {group}, which at most doubles the weight",
+                found=f"{ranks} ranks",
+                fix=f"use --tensor-parallel-size {fitting} or less, or a checkpoint without desc_act",
+            )
+        ]
 
     def _shard_findings(self, outputs: list[int], part: int, inputs: int) -> list[Finding]:
         """Whether this rank's part holds whole packed elements."""
@@ -161,8 +193,13 @@ class NpuQuantLinearMethod(LinearMethodBase):
             found = list(loaded_weight.shape)
             try:
                 loaded_weight = self._adapted(tensor, loaded_weight)
+                # Fused shards have the same inputs: what belongs to the inputs is loaded for each, and must be equal.
+                before = param.data.clone() if tensor.dims == (IN,) and self.coverage[name].started else None
                 with WriteWitness(param, self.coverage[name]):
-                    return load(param, loaded_weight, *args, **kwargs)
+                    result = load(param, loaded_weight, *args, **kwargs)
+                if before is not None and not torch.equal(before, param.data):
+                    raise NpuQuantError([self._inputs_disagree(tensor)])
+                return result
             except (AssertionError, RuntimeError, IndexError) as error:
                 raise NpuQuantError(
                     [
@@ -179,6 +216,17 @@ class NpuQuantLinearMethod(LinearMethodBase):
                 ) from error
 
         return weight_loader
+
+    def _inputs_disagree(self, tensor: TensorSpec) -> Finding:
+        return Finding(
+            "fused-shards-disagree",
+            f"vLLM runs these layers as one, on the same input, and they have different {tensor.name}",
+            layer=self.resolved.prefix,
+            file=self.source,
+            expected=f"one {tensor.name}",
+            found=", ".join(self.resolved.shards),
+            fix="re-export the checkpoint without activation order (desc_act)",
+        )
 
     def _adapted(self, tensor: TensorSpec, loaded: torch.Tensor) -> torch.Tensor:
         """The loaded tensor in a dtype that the parameter holds exactly, and with this rank's groups."""
@@ -201,7 +249,10 @@ class NpuQuantLinearMethod(LinearMethodBase):
         if loaded.dtype == torch.int64 and tensor.load_dtype == "float32":
             adapted = decode_int64_scale(loaded)
         if tensor.rearrange:
-            adapted = load_object(tensor.rearrange)(adapted, self.spec, self.outputs)
+            try:
+                adapted = load_object(tensor.rearrange)(adapted, self.spec, self.outputs)
+            except NpuQuantError as error:
+                raise self._located(error) from error
         groups = tensor.as_loaded().axis_of(Axis.GROUP)
         if groups is not None and self.group_repeats > 1:
             adapted = adapted.repeat_interleave(self.group_repeats, dim=groups)
@@ -250,6 +301,9 @@ class NpuQuantLinearMethod(LinearMethodBase):
         tensors = {tensor.name: getattr(layer, tensor.name).data for tensor in self.tensors if tensor.name != "bias"}
         if CHECKPOINT_BIAS in self.coverage:
             tensors["bias"] = getattr(layer, CHECKPOINT_BIAS).data
+        elif self.method.folds_bias and getattr(layer, "bias", None) is not None:
+            # The files were not known when the layer was made, so that vLLM's own parameter holds the bias.
+            tensors["bias"] = layer.bias.data.to(torch.float32)
         try:
             return load_object(LAYOUTS[self.spec.layout].to_canonical)(tensors, self.spec)
         except NpuQuantError as error:
@@ -306,7 +360,29 @@ class NpuQuantLinearMethod(LinearMethodBase):
         return found
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if self.method.gathers_inputs:
+            x = tensor_model_parallel_all_gather(x.contiguous())
         return self.method.apply(layer, x, bias)
+
+
+def _vocabulary_loader(layer: nn.Module, load: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM's loader of a vocabulary's part, which pads along the first dimension, for outputs in any dimension."""
+
+    def weight_loader(param: Any, loaded_weight: torch.Tensor) -> Any:
+        dim = getattr(param, "output_dim", None)
+        if not dim:
+            return load(param, loaded_weight)
+        pack = param.packed_factor if getattr(param, "packed_dim", None) == dim else 1
+        start, stop = layer.shard_indices.org_vocab_start_index, layer.shard_indices.org_vocab_end_index
+        assert loaded_weight.shape[dim] * pack == layer.org_vocab_size
+        assert start % pack == stop % pack == 0
+        part = loaded_weight.narrow(dim, start // pack, (stop - start) // pack)
+        length = part.shape[dim]
+        param.data.narrow(dim, 0, length).copy_(part)
+        param.data.narrow(dim, length, param.shape[dim] - length).zero_()
+        return None
+
+    return weight_loader
 
 
 def _regrouped(weight: WeightSpec | None, group_size: int) -> WeightSpec | None:

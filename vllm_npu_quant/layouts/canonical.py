@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["CanonicalLinear", "CanonicalWeight", "StaticActivation"]
+__all__ = ["CanonicalLinear", "CanonicalWeight", "InputTransform", "StaticActivation"]
 
 
 @dataclass
@@ -20,7 +20,7 @@ class CanonicalWeight:
     Attributes:
         outputs, inputs: N and K.
         rows: gives rows [start, stop) as int8 [stop - start, K], integers in [-2^(bits-1), 2^(bits-1) - 1].
-        scale: float32 [N, G]; empty where the checkpoint stores only the product with a static activation scale.
+        scale: float32 [N, G].
         zero: float32 [N, G], or None where all are 0.
         group_size: inputs per group; 0 where G is 1.
         bits: bits per integer.
@@ -96,18 +96,38 @@ class StaticActivation:
 
 
 @dataclass
+class InputTransform:
+    """What a layer's input is multiplied by before it is quantized: ``x' = L.T @ x @ R`` with x as [L, M] per token.
+
+    The weight of the checkpoint belongs to x'.
+
+    Attributes:
+        left: float32 [L, L], or None.
+        right: float32 [M, M], or None.
+        clip: factor of the largest magnitude of a token that gives its scale; 1 for none.
+    """
+
+    left: torch.Tensor | None = None
+    right: torch.Tensor | None = None
+    clip: float = 1.0
+
+
+@dataclass
 class CanonicalLinear:
     """A quantized Linear on one rank.
 
     Attributes:
-        weight: its integers and scales. ``scale`` is empty where only the static product ``deq_scale`` is stored.
+        weight: its integers and scales.
         static: the static activation quantization, where the checkpoint holds one.
         bias: float32 [N], the layer's bias as the checkpoint stores it, or None.
         input_permutation: int64 [K], or None: input k of the weight is multiplied by ``x[..., input_permutation[k]]``. It
-            sorts the inputs of a checkpoint whose groups are not runs of neighbours (GPTQ's g_idx).
+            sorts the inputs of a checkpoint whose groups are not runs of neighbours (GPTQ's g_idx). -1 stands for a zero,
+            which fills a group up; K then is more than x has.
+        transform: what the input is multiplied by first, or None. It belongs to the whole layer, not to a rank's part.
     """
 
     weight: CanonicalWeight
     static: StaticActivation | None = None
     bias: torch.Tensor | None = None
     input_permutation: torch.Tensor | None = None
+    transform: InputTransform | None = None

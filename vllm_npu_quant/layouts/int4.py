@@ -16,6 +16,7 @@ __all__ = [
     "INT4_PER_INT32",
     "pack_pairs",
     "pack_rows",
+    "packed_rows",
     "row_blocks",
     "transposed_int4",
     "transposed_int8",
@@ -89,6 +90,31 @@ def transposed_int4(
     return packed
 
 
+def packed_rows(
+    rows: Callable[[int, int], torch.Tensor], start: int, stop: int, inputs: int, depth: int | None = None
+) -> torch.Tensor:
+    """Rows [start, stop) of a weight [N, K] packed along K: eight inputs in an element.
+
+    Args:
+        rows, start, stop, inputs: as for ``transposed_int4``.
+        depth: inputs of the result, a multiple of 8; those after K are zeros. None for K rounded up.
+
+    Returns:
+        int32 [N', depth / 8], the number of outputs N' rounded up to a multiple of 8 with zeros.
+    """
+    depth = depth or -(-inputs // INT4_PER_INT32) * INT4_PER_INT32
+    height = -(-(stop - start) // INT4_PER_INT32) * INT4_PER_INT32
+    first = rows(start, min(start + 1, stop))
+    packed = torch.zeros(height, depth // INT4_PER_INT32, dtype=torch.int32, device=first.device)
+    as_bytes = packed.view(torch.int8)
+    for low, high in row_blocks(stop - start, inputs):
+        block = rows(start + low, start + high)
+        if inputs % 2:
+            block = torch.nn.functional.pad(block, (0, 1))
+        as_bytes[low:high, : (inputs + 1) // 2] = pack_pairs(block)
+    return packed
+
+
 def transposed_int8(
     rows: Callable[[int, int], torch.Tensor],
     start: int,
@@ -108,6 +134,6 @@ def transposed_int8(
 def _place(target: torch.Tensor, block: torch.Tensor, positions: torch.Tensor | None) -> None:
     """Write a block [n, K] into columns of the transposed result [depth, n]."""
     if positions is None:
-        target.copy_(block.t())
+        target[: block.shape[1]].copy_(block.t())
     else:
         target.index_copy_(0, positions, block.t().contiguous())

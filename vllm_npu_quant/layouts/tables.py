@@ -50,6 +50,7 @@ class Axis(str, Enum):
 
 #: The length of a dimension that may have any.
 ANY_LENGTH = -1
+_NO_TRANSFORM = TransformSpec()
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class LayerSizes:
     shards: int = 1
     rows_per_scale: int = 1
     all_inputs: int = 0
-    transform: TransformSpec = TransformSpec()
+    transform: TransformSpec = _NO_TRANSFORM
 
     @property
     def groups(self) -> int:
@@ -223,6 +224,7 @@ _TRANSFORM = (
 
 def _modelslim(weight: tuple[Dim, ...], *, two_level: bool = False) -> LayoutRow:
     """An integer weight with scales and offsets; with two levels, those of the channels are multiplied by those of groups."""
+    scales: tuple[TensorSpec, ...]
     if two_level:
         scales = (
             TensorSpec("weight_scale", _FLOATS, (OUT, ONE), "float32"),

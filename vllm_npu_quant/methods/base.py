@@ -25,6 +25,7 @@ __all__ = [
     "to_nz",
     "tokens_of",
     "too_many_inputs",
+    "transformed_inputs",
 ]
 
 #: aclFormat number of the tiled weight layout of the cube unit.
@@ -42,10 +43,14 @@ class PrepareContext:
         act_dtype: dtype of the layer's input and output, bfloat16 or float16.
         adds_constants: whether this rank adds the terms that do not depend on the input. False on all ranks but one of a
             row-parallel layer, whose partial results are summed.
+        inputs_start: the first of the layer's inputs that this rank has.
+        inputs_whole: K of the layer on all ranks; 0 where it is the K of this rank.
     """
 
     act_dtype: torch.dtype
     adds_constants: bool = True
+    inputs_start: int = 0
+    inputs_whole: int = 0
 
 
 class NpuLinearMethod(ABC):
@@ -57,6 +62,8 @@ class NpuLinearMethod(ABC):
 
     #: Whether the layer's own bias is already inside the prepared tensors, so that apply must not add it.
     folds_bias: ClassVar[bool] = False
+    #: Whether apply wants the inputs of all ranks of a row-parallel layer; ``prepare`` decides it.
+    gathers_inputs = False
 
     @abstractmethod
     def prepare(self, linear: CanonicalLinear, context: PrepareContext) -> dict[str, torch.Tensor]:
@@ -147,4 +154,15 @@ def permuted_inputs(operator: str) -> Finding:
         expected="inputs in the order of the model",
         found="an input permutation",
         fix="re-export the checkpoint without act-order (desc_act=False)",
+    )
+
+
+def transformed_inputs(what: str) -> Finding:
+    """The finding for a layer whose input is multiplied by matrices first, in a method that has no place for them."""
+    return Finding(
+        "unsupported-scheme",
+        f"the checkpoint multiplies the layer's input by matrices, which is not served with {what}",
+        expected="no FlatQuant transform and no online rotation",
+        found="an input transform",
+        fix="export these layers without it",
     )

@@ -13,24 +13,24 @@ from vllm_npu_quant.layouts.compressed_tensors import row_sums
 from vllm_npu_quant.layouts.int4 import transposed_int8
 from vllm_npu_quant.methods.base import (
     MAX_INPUTS,
-    NpuLinearMethod,
     PrepareContext,
     bad_zero_points,
     numbered,
     permuted_inputs,
     split_outputs,
     to_nz,
-    tokens_of,
     too_many_inputs,
 )
+from vllm_npu_quant.methods.transforms import TransformingLinear
 
 __all__ = ["W8A8DynamicAsymmetricLinear", "W8A8DynamicLinear", "W8A8StaticLinear"]
 
 
-class _Int8Linear(NpuLinearMethod):
+class _Int8Linear(TransformingLinear):
     """What the int8 methods share: the weight as [K, N] int8 in pieces of at most 65535 outputs."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.pieces: list[tuple[int, int]] = []
 
     def prepare_weight(self, linear: CanonicalLinear, scale: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -74,10 +74,13 @@ class W8A8DynamicLinear(_Int8Linear):
 
     def prepare(self, linear: CanonicalLinear, context: PrepareContext) -> dict[str, torch.Tensor]:
         outputs = linear.weight.outputs
-        return self.prepare_weight(linear, linear.weight.scale.reshape(-1).expand(outputs).to(torch.float32))
+        return {
+            **self.prepare_weight(linear, linear.weight.scale.reshape(-1).expand(outputs).to(torch.float32)),
+            **self.prepare_input(linear, context),
+        }
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        tokens = tokens_of(x)
+        tokens = self.input_tokens(layer, x)
         quantized, token_scale = torch.ops.npu.npu_dynamic_quant(tokens)
         y = self.matmul(layer, quantized, bias, pertoken_scale=token_scale, output_dtype=x.dtype)
         return y.reshape(*x.shape[:-1], y.shape[-1])
@@ -97,6 +100,7 @@ class W8A8DynamicAsymmetricLinear(_Int8Linear):
         scale = weight.scale.reshape(-1).expand(weight.outputs).to(torch.float32)
         return {
             **self.prepare_weight(linear, scale),
+            **self.prepare_input(linear, context),
             "scales": scale.contiguous(),
             "row_sums": row_sums(weight).float(),
         }
@@ -105,7 +109,7 @@ class W8A8DynamicAsymmetricLinear(_Int8Linear):
         return torch.float32
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        tokens = tokens_of(x)
+        tokens = self.input_tokens(layer, x)
         quantized, token_scale, offset = torch.ops.npu.npu_dynamic_quant_asymmetric(tokens)
         product = self.matmul(layer, quantized, None, output_dtype=torch.int32)
         y = (product - offset.unsqueeze(-1) * layer.row_sums) * (token_scale.unsqueeze(-1) * layer.scales)
@@ -142,7 +146,7 @@ class W8A8StaticLinear(_Int8Linear):
         scale = static.deq_scale.to(torch.float32) * (used_step / static.scale)
         if context.act_dtype == torch.float16:
             scale = torch.ops.npu.npu_trans_quant_param(scale)
-        tensors = self.prepare_weight(linear, scale)
+        tensors = self.prepare_weight(linear, scale) | self.prepare_input(linear, context)
         tensors["input_scale_reciprocal"] = reciprocal.expand(inputs).contiguous()
         tensors["input_offset"] = static.offset.to(context.act_dtype).expand(inputs).contiguous()
         constant = static.quant_bias if context.adds_constants else None
@@ -155,7 +159,7 @@ class W8A8StaticLinear(_Int8Linear):
         return tensors
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        tokens = tokens_of(x)
+        tokens = self.input_tokens(layer, x)
         quantized = torch.ops.npu.npu_quantize(
             tokens, layer.input_scale_reciprocal, layer.input_offset, torch.qint8, -1, False
         )

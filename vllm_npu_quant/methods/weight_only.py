@@ -23,6 +23,7 @@ from vllm_npu_quant.methods.base import (
     to_nz,
     tokens_of,
     too_many_inputs,
+    transformed_inputs,
 )
 
 __all__ = ["Grouping", "WeightOnlyLinear", "fit_groups"]
@@ -118,6 +119,8 @@ class WeightOnlyLinear(NpuLinearMethod):
                 activation's dtype does not hold.
         """
         weight = linear.weight
+        if linear.transform is not None:
+            raise NpuQuantError([transformed_inputs("weight-only schemes")])
         packed = weight.bits <= 4
         grouping = fit_groups(weight)
         if grouping is None:
@@ -167,16 +170,20 @@ class WeightOnlyLinear(NpuLinearMethod):
         return rounded, None if offset is None else offset.expand(weight.outputs, -1).t()
 
     def _gather(self, linear: CanonicalLinear, grouping: Grouping) -> torch.Tensor | None:
-        """int64 [depth]: for every row of the prepared weight the input that multiplies it; K for a zero."""
-        permutation = linear.input_permutation
-        if grouping.positions is None:
-            return permutation
-        inputs = linear.weight.inputs
-        self.filled = grouping.depth > inputs
-        if permutation is None:
-            permutation = torch.arange(inputs, device=grouping.positions.device)
-        index = torch.full((grouping.depth,), inputs, dtype=torch.int64, device=permutation.device)
-        return index.index_copy_(0, grouping.positions, permutation)
+        """int64 [depth]: for every row of the prepared weight the column of x that multiplies it. The column after x's last
+        holds zeros."""
+        index = linear.input_permutation
+        if index is None and grouping.positions is None:
+            return None
+        inputs, device = linear.weight.inputs, linear.weight.scale.device
+        index = torch.arange(inputs, device=device) if index is None else index
+        zeros = int((index >= 0).sum())
+        index = torch.where(index < 0, zeros, index)
+        if grouping.positions is not None:
+            places = torch.full((grouping.depth,), zeros, dtype=torch.int64, device=device)
+            index = places.index_copy_(0, grouping.positions, index)
+        self.filled = bool((index == zeros).any())
+        return index
 
     def bias_dtype(self, act_dtype: torch.dtype) -> torch.dtype:
         return torch.float32 if act_dtype == torch.bfloat16 else act_dtype

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operators of our own, in the namespace ``npu_quant``: sequences of torch_npu operators that a graph must not take apart.
+
+- vllm-ascend fuses npu_add_rms_norm with the npu_dynamic_quant that follows, and its pattern does not look at keyword
+  arguments: a call that asks for int4 would become one that gives int8. Behind an operator of our own it is not seen.
+- npu_grouped_matmul overwrites an int8 input when the weight is int4, which its schema does not say. Here the input is
+  always made inside.
+- Some steps depend on how many tokens there are, which a graph must not see either.
+
+They run wherever their parts run: on an NPU by torch_npu, elsewhere by the emulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from vllm_npu_quant.layouts.int4 import INT4_PER_INT32, pack_pairs
+
+__all__ = ["NAMESPACE"]
+
+NAMESPACE = "npu_quant"
+
+#: npu_kronecker_quant is called with at most so many tokens at a time, as vllm-ascend does.
+KRONECKER_TOKENS = 32768
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Define the decorated function as an operator with this schema, for every device."""
+
+    def define(function: Callable[..., Any]) -> Callable[..., Any]:
+        name = schema.partition("(")[0]
+        _library.define(schema)
+        _library.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+        return function
+
+    return define
+
+
+def _packed_like(x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    packed = x.new_empty((x.shape[0], x.shape[1] // INT4_PER_INT32), dtype=torch.int32)
+    return packed, x.new_empty((x.shape[0],), dtype=torch.float32)
+
+
+@_operator("dynamic_quant_int4(Tensor x) -> (Tensor, Tensor)", _packed_like)
+def dynamic_quant_int4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int4 per token: ``x_scale = max|x| / 7``.
+
+    Args:
+        x: [M, K] in float16 or bfloat16, 8 divides K.
+
+    Returns:
+        int32 [M, K/8], eight integers in each; float32 [M].
+    """
+    return torch.ops.npu.npu_dynamic_quant(x, dst_type=torch.quint4x2)
+
+
+@_operator("clipped_quant_int4(Tensor x, float clip) -> (Tensor, Tensor)", _packed_like)
+def clipped_quant_int4(x: torch.Tensor, clip: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """int4 per token with a clip: ``x_scale = clip * max|x| / 7``, and larger inputs saturate."""
+    limit = x.abs().amax(dim=1, keepdim=True) * clip
+    return torch.ops.npu.npu_dynamic_quant(torch.clamp(x, -limit, limit), dst_type=torch.quint4x2)
+
+
+def _kronecker_fake(
+    x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, clip: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _packed_like(x)
+
+
+@_operator("kronecker_quant_int4(Tensor x, Tensor left, Tensor right, float clip) -> (Tensor, Tensor)", _kronecker_fake)
+def kronecker_quant_int4(
+    x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, clip: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``left @ x @ right`` for every token, then int4 with ``x_scale = clip * max / 7`` (npu_kronecker_quant).
+
+    Args:
+        x: [T, L * M]. left: [L, L]. right: [M, M], 8 divides M; L and M are at most 256.
+
+    Returns:
+        int32 [T, L * M / 8], float32 [T].
+    """
+    matrices = x.view(-1, left.shape[0], right.shape[0])
+    parts = [
+        torch.ops.npu.npu_kronecker_quant(part, left, right, clip_ratio=clip, dst_dtype=torch.int32)
+        for part in torch.split(matrices, KRONECKER_TOKENS)
+    ]
+    packed = parts[0][0] if len(parts) == 1 else torch.cat([part[0] for part in parts])
+    scale = parts[0][1] if len(parts) == 1 else torch.cat([part[1] for part in parts])
+    return packed.view(x.shape[0], -1), scale.view(-1)
+
+
+def _all_rows(x: torch.Tensor) -> torch.Tensor:
+    """The group list of one group that holds every row."""
+    return torch.full((1,), x.shape[0], dtype=torch.int64, device=x.device)
+
+
+def _int8_int4_fake(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], scales: Sequence[torch.Tensor], assists: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], weights[0].shape[-1] * INT4_PER_INT32))
+
+
+@_operator("int8_int4_linear(Tensor x, Tensor[] weights, Tensor[] scales, Tensor[] assists) -> Tensor", _int8_int4_fake)
+def int8_int4_linear(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], scales: Sequence[torch.Tensor], assists: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """int8 per token times int4, with one scale per channel or per 256 inputs (npu_grouped_matmul of one group).
+
+    Args:
+        x: [M, K] in float16 or bfloat16.
+        weights: parts along the inputs, each int32 [1, k, N/8], 256 divides k; together as many inputs as x or more, the
+            last of which are zeros.
+        scales: for each part int64 [1, 1, N] or [1, k/256, N] that hold float32 bits.
+        assists: for each part float32 [1, N], 8 * sum_k(w).
+
+    Returns:
+        [M, N] in x's dtype.
+    """
+    quantized, x_scale = torch.ops.npu.npu_dynamic_quant(x)
+    quantized = F.pad(quantized, (0, sum(weight.shape[1] for weight in weights) - x.shape[1]))
+    rows, total, first = _all_rows(x), None, 0
+    for weight, scale, assist in zip(weights, scales, assists, strict=True):
+        part = quantized if len(weights) == 1 else quantized[:, first : first + weight.shape[1]].contiguous()
+        first += weight.shape[1]
+        (out,) = torch.ops.npu.npu_grouped_matmul(
+            [part],
+            [weight],
+            bias=[assist],
+            scale=[scale],
+            per_token_scale=[x_scale],
+            group_list=rows,
+            split_item=2,
+            group_type=0,
+            group_list_type=1,
+            output_dtype=x.dtype,
+        )
+        total = out if total is None else total.to(torch.float32) + out
+    assert total is not None
+    return total.to(x.dtype)
+
+
+def _halves_fake(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, assist: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], weight.shape[-1] * INT4_PER_INT32))
+
+
+@_operator(
+    "int8_int4_linear_by_halves(Tensor x, Tensor weight, Tensor scale, Tensor assist, ScalarType dtype) -> Tensor",
+    _halves_fake,
+)
+def int8_int4_linear_by_halves(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, assist: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """int8 per token times int4, with a scale for any even number of inputs.
+
+    The int8 x int4 operator takes groups of 256 only. It works on int4 halves, ``x = 16 * high + low + 8`` with both in
+    [-8, 7], and so do we: the int4 x int4 operator takes other groups. Both halves go in one call, as twice the rows.
+
+        y = (16 * (high @ w) + low @ w + 8 * sum_k(w)) * x_scale
+
+    Args:
+        x: [M, K] in float16 or bfloat16.
+        weight: int32 [1, k, N/8], k at least K; the inputs after K are zeros. scale: int64 [1, G, N], float32 bits.
+        assist: float32 [N], 8 * sum_k(w).
+        dtype: what the two products come in, float16 or bfloat16.
+
+    Returns:
+        [M, N] in x's dtype.
+    """
+    quantized, x_scale = torch.ops.npu.npu_dynamic_quant(x)
+    quantized = F.pad(quantized, (0, weight.shape[1] - x.shape[1]))
+    halves = torch.cat((pack_pairs(quantized >> 4), pack_pairs((quantized & 15) - 8))).view(torch.int32)
+    (out,) = torch.ops.npu.npu_grouped_matmul(
+        [halves],
+        [weight],
+        scale=[scale],
+        group_list=_all_rows(halves),
+        split_item=2,
+        group_type=0,
+        group_list_type=1,
+        output_dtype=dtype,
+    )
+    high, low = out.to(torch.float32).chunk(2)
+    return ((16 * high + low + assist) * x_scale.unsqueeze(1)).to(x.dtype)
+
+
+def _int4_fake(
+    x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], weight.shape[-1] * INT4_PER_INT32), dtype=dtype)
+
+
+@_operator(
+    "int4_int4_matmul(Tensor x, Tensor x_scale, Tensor weight, Tensor scale, ScalarType dtype) -> Tensor", _int4_fake
+)
+def int4_int4_matmul(
+    x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """int4 per token times int4 with a scale for any even number of inputs (npu_grouped_matmul of one group).
+
+    Args:
+        x: int32 [M, K/8]. x_scale: float32 [M]. weight: int32 [1, K, N/8]. scale: int64 [1, G, N], float32 bits.
+
+    Returns:
+        [M, N] in ``dtype``.
+    """
+    (out,) = torch.ops.npu.npu_grouped_matmul(
+        [x],
+        [weight],
+        scale=[scale],
+        per_token_scale=[x_scale],
+        group_list=_all_rows(x),
+        split_item=2,
+        group_type=0,
+        group_list_type=1,
+        output_dtype=dtype,
+    )
+    return out
