@@ -19,6 +19,8 @@ from vllm_npu_quant.errors import NpuQuantError
 from vllm_npu_quant.formats.compressed_tensors import CompressedTensorsFormat
 from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight
 from vllm_npu_quant.layouts.compressed_tensors import (
+    act_order_to_canonical,
+    group_of_inputs,
     int_to_canonical,
     one_scale_per_row,
     packed_to_canonical,
@@ -363,3 +365,52 @@ def test_weights_are_the_librarys_own(name: str) -> None:
         wanted = compressor.decompress(state, scheme)["weight"]
         assert wanted.dtype == torch.float32
         assert torch.equal(linear.weight.dequantize(), wanted), layer
+
+
+# Activation order: groups that are not runs of neighbours (files of 2024; the library no longer writes them).
+
+
+@st.composite
+def act_order_layers(draw: st.DrawFn) -> tuple[dict[str, torch.Tensor], LayerSpec, np.ndarray]:
+    """A packed layer whose inputs belong to groups in any order, and its weight from the formula."""
+    group, groups = draw(st.sampled_from([8, 32, 64])), draw(st.integers(1, 4))
+    outputs, inputs = draw(st.integers(1, 5)), group * groups
+    symmetric = draw(st.booleans())
+    rng = np.random.default_rng(draw(st.integers(0, 2**31)))
+    values = rng.integers(-8, 8, (outputs, inputs)).astype(np.int8)
+    scale = rng.uniform(0.5, 2, (outputs, groups)).astype(np.float32)
+    zero = np.zeros_like(values[:, :groups]) if symmetric else rng.integers(-8, 8, (outputs, groups)).astype(np.int8)
+    g_idx = rng.permutation(np.arange(inputs) // group).astype(np.int32)
+    weight = WeightSpec(4, NumberKind.INT, Granularity.GROUP, group, symmetric)
+    tensors = {
+        "weight_packed": torch.from_numpy(pack(values, 4)),
+        "weight_scale": torch.from_numpy(scale),
+        "weight_shape": torch.tensor([outputs, inputs]),
+        "weight_g_idx": torch.from_numpy(g_idx),
+        "weight_zero_point": torch.from_numpy(zero),
+    }
+    wanted = (values.astype(np.float32) - zero[:, g_idx]) * scale[:, g_idx]
+    return tensors, LayerSpec("W4A16", Layout.CT_PACKED_ACT_ORDER, weight), wanted
+
+
+@given(act_order_layers())
+@settings(max_examples=80, deadline=None)
+def test_activation_order_only_permutes_the_inputs(case) -> None:
+    tensors, layer, wanted = case
+    linear = act_order_to_canonical(tensors, layer)
+    weight = linear.weight.dequantize().numpy()
+    order = linear.input_permutation
+    if order is None:
+        assert np.array_equal(weight, wanted)
+        return
+    kept = (order >= 0).numpy()
+    assert sorted(order[order >= 0].tolist()) == list(range(wanted.shape[1]))
+    assert np.array_equal(weight[:, kept], wanted[:, order.numpy()[kept]])
+
+
+def test_a_g_idx_that_says_nothing_is_the_order_of_the_inputs() -> None:
+    layer = LayerSpec("", Layout.CT_PACKED_ACT_ORDER, WeightSpec(4, NumberKind.INT, Granularity.GROUP, 4))
+    unused = torch.full((8,), -1, dtype=torch.int32)
+    assert group_of_inputs(unused, layer, 1).tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    used = torch.tensor([1, 0], dtype=torch.int32)
+    assert group_of_inputs(used, layer, 1) is used

@@ -10,16 +10,20 @@ activations ``x_q = clamp(round(x / input_scale + input_zero_point))``.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
 from vllm_npu_quant.errors import Finding, NpuQuantError
 from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight, StaticActivation
+from vllm_npu_quant.layouts.g_idx import arrange
 from vllm_npu_quant.layouts.int4 import row_blocks, unpack_pairs
 from vllm_npu_quant.layouts.tables import group_size_of
 from vllm_npu_quant.spec import Granularity, LayerSpec, WeightSpec
 
 __all__ = [
+    "act_order_to_canonical",
+    "group_of_inputs",
     "int_to_canonical",
     "one_scale_per_row",
     "packed_to_canonical",
@@ -85,6 +89,13 @@ def unpack_inputs(packed: torch.Tensor, bits: int) -> torch.Tensor:
     for place in range(per_word):
         values[..., place] = ((packed >> (bits * place)) & mask) - middle
     return values.flatten(-2)
+
+
+def group_of_inputs(stored: torch.Tensor, spec: LayerSpec, outputs: int) -> torch.Tensor:
+    """weight_g_idx int32 [K]; -1 everywhere, which producers write where they did not reorder, becomes k // group_size."""
+    if stored.numel() and bool((stored == -1).all()):
+        return torch.arange(stored.numel(), dtype=stored.dtype, device=stored.device) // max(group_size_of(spec), 1)
+    return stored
 
 
 def row_sums(weight: CanonicalWeight) -> torch.Tensor:
@@ -196,6 +207,31 @@ def packed_to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) ->
 
     weight = CanonicalWeight(packed.shape[0], inputs, rows, scale, zero, _group_size(spec, scale), bits)
     return CanonicalLinear(weight, bias=tensors.get("bias"))
+
+
+def act_order_to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> CanonicalLinear:
+    """Layout CT_PACKED_ACT_ORDER: CT_PACKED with weight_g_idx int32 [K] and the scales and zero points of all groups.
+
+    Raises:
+        NpuQuantError: as ``packed_to_canonical`` and ``arrange``.
+    """
+    linear = packed_to_canonical(tensors, spec)
+    plain = linear.weight
+    g_idx = tensors["weight_g_idx"].to(torch.int64)
+    arrangement = arrange(g_idx, group_size_of(spec) or plain.inputs, plain.scale.shape[1])
+    scale = plain.scale[:, arrangement.columns]
+    zero = None if plain.zero is None else plain.zero[:, arrangement.columns]
+    order = arrangement.permutation
+    if order is None:
+        weight = replace(plain, scale=scale, zero=zero, group_size=arrangement.group_size)
+        return replace(linear, weight=weight)
+    moved, filled = order.clamp(min=0), order < 0
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        return plain.rows(start, stop).index_select(1, moved).masked_fill_(filled, 0)
+
+    weight = CanonicalWeight(plain.outputs, order.numel(), rows, scale, zero, arrangement.group_size, plain.bits)
+    return replace(linear, weight=weight, input_permutation=order)
 
 
 def static_to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> CanonicalLinear:

@@ -366,7 +366,10 @@ LAYOUTS: dict[Layout, LayoutRow] = {
     ),
     Layout.CT_PACKED: LayoutRow(_ct_packed(Axis.GROUP), _CT + "packed_to_canonical"),
     Layout.CT_PACKED_ACT_ORDER: LayoutRow(
-        (*_ct_packed(Axis.ALL_GROUPS), TensorSpec("weight_g_idx", ("I32",), (IN,), "int32")),
+        (
+            *_ct_packed(Axis.ALL_GROUPS),
+            TensorSpec("weight_g_idx", ("I32", "I64"), (IN,), "int32", rearrange=_CT + "group_of_inputs"),
+        ),
         _CT + "act_order_to_canonical",
     ),
     Layout.FP8: LayoutRow(_fp8("weight_scale"), _FP8 + "to_canonical"),
