@@ -96,8 +96,10 @@ class Finding:
 MAX_RENDERED = 20
 
 
-class NpuQuantError(ValueError):
+class NpuQuantError(Exception):
     """A checkpoint or a request that cannot be served exactly as it says.
+
+    Not a ValueError: vLLM's pydantic configs catch those, and show their text among their own.
 
     Attributes:
         findings: every problem that was found, the errors first.
