@@ -25,11 +25,14 @@ from vllm_npu_quant.checkpoint import DESCRIPTION_MAX_BYTES, Checkpoint, find_lo
 from vllm_npu_quant.engine import platforms
 from vllm_npu_quant.engine.linear import CHECKPOINT_BIAS, NpuQuantLinearMethod
 from vllm_npu_quant.errors import Finding, NpuQuantError, Severity, raise_findings
+from vllm_npu_quant.formats.auto_round import AutoRoundFormat
+from vllm_npu_quant.formats.awq import AwqFormat
 from vllm_npu_quant.formats.base import QuantFormat
 from vllm_npu_quant.formats.check import check_checkpoint
 from vllm_npu_quant.formats.compressed_tensors import CompressedTensorsFormat
 from vllm_npu_quant.formats.detect import description_name, embedded_description
 from vllm_npu_quant.formats.fp8 import Fp8Format
+from vllm_npu_quant.formats.gptq import GptqFormat, compare_files
 from vllm_npu_quant.formats.modelslim import ModelSlimFormat, as_static
 from vllm_npu_quant.formats.resolve import LayerResolver
 from vllm_npu_quant.spec import LayerKind
@@ -335,5 +338,60 @@ class NpuFp8Config(NpuQuantConfig):
         return Fp8Format.from_config(self.raw, tensors=checkpoint.tensors if checkpoint else None)
 
 
+class NpuAwqConfig(NpuQuantConfig):
+    """AWQ checkpoints of AutoAWQ, GPTQModel and AutoRound."""
+
+    method_name = "npu_awq"
+    claims = frozenset({"awq"})
+    aliases = frozenset({"auto_awq", "awq_marlin"})
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return ["quant_config.json", "quantize_config.json"]  # vLLM reads them where config.json has nothing
+
+    def parse(self, folder: Path | None, checkpoint: Checkpoint | None) -> QuantFormat:
+        return AwqFormat.from_config(self.raw, tensors=checkpoint.tensors if checkpoint else None)
+
+
+class NpuGptqConfig(NpuQuantConfig):
+    """GPTQ checkpoints of AutoGPTQ, GPTQModel, optimum and AutoRound."""
+
+    method_name = "npu_gptq"
+    claims = frozenset({"gptq"})
+    aliases = frozenset({"auto_gptq", "gptq_marlin"})
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return ["quantize_config.json"]  # vLLM reads it where config.json has nothing
+
+    def parse(self, folder: Path | None, checkpoint: Checkpoint | None) -> QuantFormat:
+        if checkpoint is None:
+            return GptqFormat.from_config(self.raw)
+        found = GptqFormat.from_config(self.raw, tensors=checkpoint.tensors, read=checkpoint.read)
+        beside = "quantize_config.json"
+        if folder is not None and (folder / beside).is_file():
+            other = read_json(folder / beside)
+            found.findings += tuple(compare_files(self.raw, other, ("config.json", beside)))
+        return found
+
+
+class NpuAutoRoundConfig(NpuQuantConfig):
+    """AutoRound checkpoints."""
+
+    method_name = "npu_auto_round"
+    claims = frozenset({"auto-round", "auto_round", "intel/auto-round"})
+    aliases = frozenset({"inc"})
+
+    def parse(self, folder: Path | None, checkpoint: Checkpoint | None) -> QuantFormat:
+        return AutoRoundFormat.from_config(self.raw, tensors=checkpoint.tensors if checkpoint else None)
+
+
 #: Every config class, in the order in which vLLM asks them.
-CONFIGS: tuple[type[NpuQuantConfig], ...] = (ModelSlimConfig, NpuCompressedTensorsConfig, NpuFp8Config)
+CONFIGS: tuple[type[NpuQuantConfig], ...] = (
+    ModelSlimConfig,
+    NpuCompressedTensorsConfig,
+    NpuFp8Config,
+    NpuAwqConfig,
+    NpuGptqConfig,
+    NpuAutoRoundConfig,
+)

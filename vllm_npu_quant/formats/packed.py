@@ -287,7 +287,7 @@ class PackedFormat(RuleFormat):
                 )
             )
         optional = {name for name, tensor in known.items() if tensor.optional and name in named}
-        if not spec.weight.symmetric and "qzeros" in known:
+        if not spec.weight.symmetric and "qzeros" in known and known["qzeros"].optional:
             optional.add("qzeros")  # not optional then: the check of the layout reports its absence
         return LayerEntry(spec, frozenset(optional))
 
