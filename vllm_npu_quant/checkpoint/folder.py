@@ -9,9 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from vllm_npu_quant.checkpoint.json_files import (
     CONFIG_MAX_BYTES,
@@ -21,8 +19,10 @@ from vllm_npu_quant.checkpoint.json_files import (
 )
 from vllm_npu_quant.checkpoint.safetensors_header import Header, TensorInfo, read_header
 from vllm_npu_quant.checkpoint.text import near, shown, shown_name
-from vllm_npu_quant.checkpoint.values import map_tensor, to_float32
 from vllm_npu_quant.errors import Finding, NpuQuantError, Severity, nearest_names
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = ["Checkpoint", "find_local"]
 
@@ -46,6 +46,7 @@ class Checkpoint:
 
     Attributes:
         folder: the folder.
+        names: names of all its files, sorted.
         files: names of the weight files that vLLM would load, sorted.
         ignored: names of the other files with weights, and why vLLM would not load them.
         indexes: names of the index files.
@@ -56,6 +57,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.names: tuple[str, ...] = ()
         self.files: tuple[str, ...] = ()
         self.ignored: Mapping[str, str] = {}
         self.indexes: tuple[str, ...] = ()
@@ -123,6 +125,8 @@ class Checkpoint:
         if tensor is None:
             near = nearest_names(name, self.tensors)
             raise KeyError(f"no tensor {name!r} in {self.folder}" + (f"; nearest: {', '.join(near)}" if near else ""))
+        from vllm_npu_quant.checkpoint.values import map_tensor, to_float32  # NumPy, which headers do not need
+
         values = map_tensor(self.folder / tensor.file, tensor, self.sizes[tensor.file])
         return to_float32(values, tensor) if float32 else values
 
@@ -130,6 +134,7 @@ class Checkpoint:
 
     def _scan(self, names: list[str]) -> None:
         findings: list[Finding] = []
+        self.names = tuple(names)
         weights = fnmatch.filter(names, "*.safetensors")
         consolidated = fnmatch.filter(weights, "consolidated*.safetensors")
         ignored: dict[str, str] = {}
@@ -157,7 +162,7 @@ class Checkpoint:
         adapters = fnmatch.filter(files, "adapter_*.safetensors")
         if adapters and len(files) > len(adapters):
             findings.append(_adapter(adapters[0]))
-        headers = {name: read_header(self.folder / name) for name in files}
+        headers = {name: self._header(name) for name in files}
         for header in headers.values():
             findings.extend(header.findings)
         self.files = tuple(files)
@@ -167,6 +172,9 @@ class Checkpoint:
         for name, index in indexes.items():
             findings.extend(self._compare(name, index, headers, weights, indexes, vllm_index))
         self.findings = tuple(findings)
+
+    def _header(self, name: str) -> Header:
+        return read_header(self.folder / name)
 
     def _read_index(self, name: str, findings: list[Finding]) -> dict[str, str] | None:
         """The weight_map of an index: tensor name to file name. None where it cannot be used."""

@@ -11,9 +11,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-import numpy as np
 from pydantic import AfterValidator, BaseModel, StrictInt, ValidationError
 
 from vllm_npu_quant.errors import Finding
@@ -23,6 +22,9 @@ from vllm_npu_quant.formats.fp8 import config_findings, silent_finding, unknown_
 from vllm_npu_quant.formats.rules import FLOAT_DTYPES, RuleFormat, index_layers, is_embedding, stored_layers_of
 from vllm_npu_quant.layouts.tables import LAYOUTS
 from vllm_npu_quant.spec import FLOAT, Granularity, LayerSpec, Layout, WeightSpec
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = [
     "MAX_RULES",
@@ -91,7 +93,7 @@ PRODUCER_FIELDS = frozenset(
 _Model = TypeVar("_Model", bound=BaseModel)
 
 #: The values of a stored tensor.
-Reader = Callable[[str], np.ndarray]
+Reader = Callable[[str], "np.ndarray"]
 
 
 @dataclass(frozen=True)
