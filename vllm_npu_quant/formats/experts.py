@@ -14,7 +14,7 @@ __all__ = ["EXPERT_NAMES", "collect_experts", "split_expert"]
 #: The projections of an expert: gate, up, down, in the two spellings that checkpoints use.
 EXPERT_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
-_EXPERT = re.compile(r"(?P<layer>.*\.experts)\.(?P<number>0|[1-9][0-9]{0,5})\.(?P<projection>[^.]+)")
+_EXPERT = re.compile(r"(?P<layer>.*\.experts)\.(?P<number>0|[1-9][0-9]{0,18})\.(?P<projection>[^.]+)")
 
 
 def split_expert(layer: str) -> tuple[str, str, str] | None:

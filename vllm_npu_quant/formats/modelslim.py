@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, TypeAdapter, ValidationError
@@ -19,8 +20,18 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, TypeAda
 from vllm_npu_quant.errors import Finding, Severity, nearest_names
 from vllm_npu_quant.formats.base import FLOAT_ENTRY, ExpertsEntry, LayerEntry, QuantFormat
 from vllm_npu_quant.formats.check import FindingLimit, StoredTensor
+from vllm_npu_quant.formats.experts import collect_experts, split_expert
+from vllm_npu_quant.formats.fp8 import Fp8Use, fp8_spec, fp8_weight
 from vllm_npu_quant.layouts.tables import LAYOUTS
-from vllm_npu_quant.spec import ActivationSpec, Granularity, LayerSpec, Layout, WeightSpec
+from vllm_npu_quant.spec import (
+    ActivationSpec,
+    Granularity,
+    LayerSpec,
+    Layout,
+    NumberKind,
+    TransformSpec,
+    WeightSpec,
+)
 
 __all__ = ["DESCRIPTION_FILE", "DescriptionHeader", "ModelSlimFormat", "is_description_file"]
 
@@ -52,9 +63,35 @@ class DescriptionHeader(BaseModel):
 
 _TENSOR_TYPES = TypeAdapter(dict[StrictStr, StrictStr])
 
+
+class _RotatedLayers(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    layers: tuple[StrictStr, ...] = ()
+
+
+class _QuarotMetadata(BaseModel):
+    """``metadata.quarot``: the layers whose input is rotated at run time. Their matrices are in no other list."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    heads_rotation: _RotatedLayers = _RotatedLayers()
+    kronecker_rotation: _RotatedLayers = _RotatedLayers()
+
+
 _PER_TOKEN = ActivationSpec(8, dynamic=True, granularity=Granularity.TOKEN)
+_INT4_PER_TOKEN = ActivationSpec(4, dynamic=True, granularity=Granularity.TOKEN)
 _STATIC_INT8 = ActivationSpec(8, dynamic=False, granularity=Granularity.TENSOR, symmetric=False)
 _INT8 = WeightSpec(8)
+_INT4 = WeightSpec(4)
+
+
+class _Packing(str, Enum):
+    """How 4-bit integers lie in a stored weight."""
+
+    NONE = "one per byte"
+    OUTPUTS = "two outputs per byte"
+    INPUTS = "two inputs per byte"
 
 
 @dataclass(frozen=True)
@@ -62,25 +99,67 @@ class _Type:
     """A type string of the description.
 
     Attributes:
-        layout, weight, activation: what it means for a layer.
+        layout, weight, activation: what it means for a layer. The layout of 4-bit weights depends on how they are packed.
         grouped: whether scales may be per group of inputs.
+        packed: how files of version 1.0.0 pack the weight where its scales are per channel, and per group.
+        needs: tensors that are optional in the layout, and that this type needs.
     """
 
     layout: Layout
     weight: WeightSpec | None
     activation: ActivationSpec | None = None
     grouped: bool = False
+    packed: tuple[_Packing, _Packing] = (_Packing.NONE, _Packing.NONE)
+    needs: frozenset[str] = frozenset()
 
 
 #: The type strings that stand for a quantized Linear or expert. "W8A8_MIX" holds the tensors of both W8A8 and
-#: W8A8_DYNAMIC: it runs dynamic, except on a decode node of a prefill/decode-disaggregated deployment.
+#: W8A8_DYNAMIC: it runs dynamic, except on a decode node of a prefill/decode-disaggregated deployment. "W8A8S" is W8A8 of
+#: weights that were made sparse.
 TYPES: dict[str, _Type] = {
     "W8A8": _Type(Layout.MODELSLIM_STATIC, _INT8, _STATIC_INT8),
+    "W8A8S": _Type(Layout.MODELSLIM_STATIC, _INT8, _STATIC_INT8),
     "W8A8_DYNAMIC": _Type(Layout.MODELSLIM_INT, _INT8, _PER_TOKEN, grouped=True),
-    "W8A8_MIX": _Type(Layout.MODELSLIM_STATIC, _INT8, _PER_TOKEN),
+    "W8A8_MIX": _Type(Layout.MODELSLIM_STATIC, _INT8, _PER_TOKEN, needs=frozenset({"weight_scale", "weight_offset"})),
     "W8A16": _Type(Layout.MODELSLIM_INT, _INT8, grouped=True),
+    "W4A16": _Type(Layout.MODELSLIM_INT, _INT4, grouped=True, packed=(_Packing.INPUTS, _Packing.OUTPUTS)),
+    "W4A8_DYNAMIC": _Type(
+        Layout.MODELSLIM_INT, _INT4, _PER_TOKEN, grouped=True, packed=(_Packing.OUTPUTS, _Packing.OUTPUTS)
+    ),
+    "W4A4_DYNAMIC": _Type(Layout.MODELSLIM_INT, _INT4, _INT4_PER_TOKEN, grouped=True),
+    "W4A4_FLATQUANT_DYNAMIC": _Type(
+        Layout.MODELSLIM_INT,
+        _INT4,
+        _INT4_PER_TOKEN,
+        grouped=True,
+        needs=frozenset({"left_trans", "clip_ratio"}),
+    ),
+    "WFP8AFP8_DYNAMIC": _Type(Layout.FP8, fp8_weight(Granularity.CHANNEL), _PER_TOKEN),
 }
 FLOAT_TYPE = "FLOAT"
+#: Types of tensors that are what they were: "W16A16S" is float that was made sparse.
+FLOAT_TYPES = frozenset({FLOAT_TYPE, "W16A16S"})
+
+#: (packed along, two levels of scales) -> layout of a 4-bit weight.
+_INT4_LAYOUTS = {
+    (_Packing.NONE, False): Layout.MODELSLIM_INT,
+    (_Packing.OUTPUTS, False): Layout.MODELSLIM_PACKED_N,
+    (_Packing.INPUTS, False): Layout.MODELSLIM_PACKED_K,
+    (_Packing.NONE, True): Layout.MODELSLIM_TWO_LEVEL,
+    (_Packing.OUTPUTS, True): Layout.MODELSLIM_TWO_LEVEL_PACKED,
+}
+
+_REFUSED = {
+    "W8A8SC": "compressed sparse weights are decompressed by Atlas 300I Duo (310P) only",
+    "W16A16SC": "compressed sparse weights are decompressed by Atlas 300I Duo (310P) only",
+    "NF4": "NPUs have no operator for NormalFloat weights",
+    "W8A8_TIMESTEP": "scales per diffusion step have no meaning for a language model",
+}
+
+#: Tensors of an input transform: those that give the size of its left side, of its right side, and the others.
+_LEFT = ("left_trans", "heads_rotation", "kronecker_rotation_m")
+_RIGHT = ("right_trans", "kronecker_rotation_n")
+_TRANSFORM = frozenset({*_LEFT, *_RIGHT, "clip_ratio"})
 #: Types of tensors that quantize something other than a layer's weight.
 KV_CACHE_TYPE = "C8"
 _NOT_SERVED = {
@@ -88,14 +167,37 @@ _NOT_SERVED = {
     "INT8_DYNAMIC": "a quantized sparse-attention indexer needs vllm-ascend's attention backend",
 }
 _KV_TENSORS = ("kv_cache_scale", "kv_cache_offset")
-
-_EXPERT_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+#: 8 * sum_k(w), which some int4 operators want. It is computed from the weights, for any number of ranks.
+_SCALE_BIAS = "scale_bias"
 
 _MAX_VALIDATION_ERRORS = 20
 
 
 #: Dtypes of tensors that the description calls FLOAT.
 _FLOAT_DTYPES = frozenset({"F16", "BF16", "F32", "F64"})
+
+
+_ONLY_950 = (
+    "microscaling formats (MXFP8, MXFP4) are computed by Ascend 950 (A5) only: Atlas A2, A3 and 310P have no instructions "
+    "for them"
+)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What the stored tensors tell about a layer besides its type.
+
+    Attributes:
+        group_size: inputs per scale, 0 for one scale per channel. packing: of a 4-bit weight.
+        left, right: sizes of the matrices of its input transform.
+        rotation: names of matrices that only metadata.quarot lists.
+    """
+
+    group_size: int = 0
+    packing: _Packing = _Packing.NONE
+    left: int = 0
+    right: int = 0
+    rotation: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -106,12 +208,14 @@ class ModelSlimFormat(QuantFormat):
         layers: entry of every layer outside of routed experts.
         experts: entry of every MoE layer's experts, by the name that ends in ".experts".
         kv_cache: whether the checkpoint carries KV-cache scales.
+        dropped: last name components of tensors that are not loaded.
         header: the description's own fields.
     """
 
     layers: dict[str, LayerEntry] = field(default_factory=dict)
     experts: dict[str, ExpertsEntry] = field(default_factory=dict)
     kv_cache: bool = False
+    dropped: tuple[str, ...] = ()
     header: dict[str, Any] = field(default_factory=dict)
     biased: frozenset[str] = field(default_factory=frozenset)
 
@@ -138,7 +242,7 @@ class ModelSlimFormat(QuantFormat):
         return self.biased
 
     def dropped_tensors(self) -> tuple[str, ...]:
-        return _KV_TENSORS if self.kv_cache else ()
+        return self.dropped
 
     @classmethod
     def from_description(
@@ -162,7 +266,8 @@ class ModelSlimFormat(QuantFormat):
         """
         builder = _Builder(source, tensors)
         header, types = builder.split(description)
-        builder.index(types, header.group_size)
+        builder.note_rotations(header)
+        builder.index(types)
         builder.check_header(header)
         builder.check_files(types)
         return cls(
@@ -172,6 +277,7 @@ class ModelSlimFormat(QuantFormat):
             layers=builder.layers,
             experts=builder.experts,
             kv_cache=builder.kv_cache,
+            dropped=(*(_KV_TENSORS if builder.kv_cache else ()), *((_SCALE_BIAS,) if builder.scale_bias else ())),
             header={"version": header.version, "group_size": header.group_size},
             biased=frozenset(builder.biased),
         )
@@ -189,6 +295,11 @@ class _Builder:
         self.norm_biases: list[str] = []
         self.biased: list[str] = []
         self.kv_cache = False
+        self.scale_bias = False
+        self.header = DescriptionHeader()
+        #: Layer -> names of the rotation matrices that metadata.quarot gives it.
+        self.rotations: dict[str, frozenset[str]] = {}
+        self.fp8 = Fp8Use.from_settings()
         self._entries: dict[tuple, LayerEntry | None] = {}
 
     def report(self, code: str, message: str, *, file: str = "", **fields: Any) -> None:
@@ -203,6 +314,7 @@ class _Builder:
         except ValidationError as error:
             self._report_validation(error)
             header = DescriptionHeader()
+        self.header = header
         try:
             return header, _TENSOR_TYPES.validate_python(tensors)
         except ValidationError as error:
@@ -219,7 +331,22 @@ class _Builder:
                 fix="re-export the checkpoint with msModelSlim, or correct the entry by hand",
             )
 
-    def index(self, types: Mapping[str, str], group_size: int) -> None:
+    def note_rotations(self, header: DescriptionHeader) -> None:
+        """Note the layers that ``metadata.quarot`` lists: their rotation matrices are stored, and described nowhere else."""
+        quarot = (header.metadata or {}).get("quarot")
+        if quarot is None:
+            return
+        try:
+            listed = _QuarotMetadata.model_validate(quarot)
+        except ValidationError as error:
+            self._report_validation(error)
+            return
+        for layer in listed.heads_rotation.layers:
+            self.rotations[layer] = frozenset({"heads_rotation"})
+        for layer in listed.kronecker_rotation.layers:
+            self.rotations[layer] = frozenset({"kronecker_rotation_m", "kronecker_rotation_n"})
+
+    def index(self, types: Mapping[str, str]) -> None:
         """Fill the layers and experts."""
         suffixes: dict[str, list[tuple[str, str]]] = {}
         for name, kind in types.items():
@@ -231,20 +358,22 @@ class _Builder:
                 listed.append((suffix, kind))
         by_experts: dict[str, dict[str, dict[str, LayerEntry]]] = {}
         for layer, listed in suffixes.items():
-            own_group = self._group_size(layer, group_size)
-            signature = (own_group, *listed)
+            shape = self._shape(layer, dict(listed))
+            signature = (shape, *listed)
             if signature in self._entries:
                 entry = self._entries[signature]
                 if entry is None:
-                    self._entry(layer, dict(listed), own_group)  # report it for this layer too
+                    self._entry(layer, dict(listed), shape)  # report it for this layer too
             else:
-                entry = self._entries[signature] = self._entry(layer, dict(listed), own_group)
+                entry = self._entries[signature] = self._entry(layer, dict(listed), shape)
             if entry is None:
                 continue
-            parent, is_expert, rest = layer.rpartition(".experts.")
-            if is_expert and rest[:1].isdigit() and rest.count(".") == 1:
-                number, _, projection = rest.partition(".")
-                by_experts.setdefault(parent + ".experts", {}).setdefault(projection, {})[number] = entry
+            if entry.spec.stored is not None:
+                self.fp8.add(dict(listed)["weight"])
+            expert = split_expert(layer)
+            if expert is not None:
+                parent, number, projection = expert
+                by_experts.setdefault(parent, {}).setdefault(projection, {})[number] = entry
                 continue
             self.layers[layer] = entry
             if "bias" in entry.tensors and not entry.spec.is_float:
@@ -252,19 +381,57 @@ class _Builder:
             if entry.spec.is_float and layer.endswith("norm") and ("bias", FLOAT_TYPE) in listed:
                 self.norm_biases.append(layer)
         for layer, projections in by_experts.items():
-            self._index_experts(layer, projections)
+            experts, findings = collect_experts(layer, projections, self.source)
+            for finding in findings:
+                self.found.add(finding)
+            if experts is not None:
+                self.experts[layer] = experts
+        for layer in sorted(self.rotations.keys() - suffixes.keys()):
+            self.report(
+                "undescribed-layer",
+                "metadata.quarot rotates the input of a layer that the description does not have",
+                layer=layer,
+                nearest=nearest_names(layer, suffixes),
+                fix="re-export the checkpoint with msModelSlim",
+            )
 
-    def _group_size(self, layer: str, described: int) -> int:
-        """The layer's group size from its tensors' shapes; the description's where the shapes are not known."""
+    def _shape(self, layer: str, types: Mapping[str, str]) -> _Shape:
+        """What the stored tensors tell about a layer; what the description says where they are not known."""
+        kind = TYPES.get(types.get("weight", ""))
+        rotation = self.rotations.get(layer, frozenset())
+        packed_files = self.header.version is not None
+        if kind is None:
+            return _Shape(rotation=rotation)
         if self.tensors is None:
-            return described
+            group = self.header.group_size if kind.grouped else 0
+            packing = kind.packed[group > 0] if packed_files else _Packing.NONE
+            return _Shape(group, packing, rotation=rotation)
         weight, scale = self.tensors.get(layer + ".weight"), self.tensors.get(layer + ".weight_scale")
-        if weight is None or scale is None or len(weight.shape) != 2 or len(scale.shape) != 2 or scale.shape[1] < 1:
-            return described if scale is None and weight is None else 0
-        groups = scale.shape[1]
-        return 0 if groups == 1 else -(-weight.shape[1] // groups)
+        second = self.tensors.get(layer + ".weight_scale_second", scale)
+        group, packing = 0, _Packing.NONE
+        if weight is None and scale is None:
+            group = self.header.group_size if kind.grouped else 0
+        elif _are_matrices(weight, scale, second) and kind.weight is not None:
+            assert weight is not None
+            assert scale is not None
+            assert second is not None
+            groups = second.shape[1]
+            if kind.weight.bits == 4 and 2 * weight.shape[0] == scale.shape[0]:
+                packing = _Packing.OUTPUTS
+            elif packed_files and kind.packed[0] is _Packing.INPUTS and groups == 1:
+                packing = _Packing.INPUTS
+            inputs = weight.shape[1] * (2 if packing is _Packing.INPUTS else 1)
+            group = 0 if groups == 1 else -(-inputs // groups)
+        left, right = (self._side(layer, {*names} & {*types, *rotation}) for names in (_LEFT, _RIGHT))
+        return _Shape(group, packing, left, right, rotation)
 
-    def _entry(self, layer: str, types: dict[str, str], group_size: int) -> LayerEntry | None:
+    def _side(self, layer: str, names: set[str]) -> int:
+        """The size of the stored square matrix with one of these names; 0 where there is none."""
+        assert self.tensors is not None
+        stored = (self.tensors.get(f"{layer}.{name}") for name in sorted(names))
+        return next((tensor.shape[0] for tensor in stored if tensor is not None and tensor.shape), 0)
+
+    def _entry(self, layer: str, types: dict[str, str], shape: _Shape) -> LayerEntry | None:
         """The entry of a layer with these tensors; None (after a finding) where there can be none."""
         kv = [name for name, kind in types.items() if kind == KV_CACHE_TYPE]
         if kv:
@@ -280,9 +447,33 @@ class _Builder:
                 fix="export the checkpoint without it",
             )
             return None
-        quantized = {kind for kind in types.values() if kind != FLOAT_TYPE}
+        if "mul_scale" in types and layer.endswith(".div"):
+            self.report(
+                "unsupported-scheme",
+                "the layer's input is scaled by a module of its own (smoothing that was not fused), which vLLM's model has "
+                "no place for",
+                layer=layer,
+                found=f"{layer}.mul_scale",
+                fix="export the checkpoint with smoothing that is fused into the preceding layer",
+            )
+            return None
+        quantized = {kind for kind in types.values() if kind not in FLOAT_TYPES}
         if not quantized:
+            if shape.rotation:
+                self._refuse_float_rotation(layer, shape)
+                return None
             return FLOAT_ENTRY
+        known = next((kind for kind in quantized if kind in _REFUSED or "MXFP" in kind), None)
+        if known is not None:
+            self.report(
+                "unsupported-scheme",
+                _REFUSED.get(known, _ONLY_950),
+                layer=layer,
+                found=known[:80],
+                fix="serve it on a chip that has this format, or export the checkpoint for Atlas A2 and A3: W8A8_DYNAMIC, "
+                "W4A8_DYNAMIC",
+            )
+            return None
         unknown = sorted(kind for kind in quantized if kind not in TYPES)
         if unknown:
             self.report(
@@ -306,16 +497,36 @@ class _Builder:
                 fix="re-export the checkpoint with msModelSlim",
             )
             return None
-        spec = _spec(scheme, group_size)
+        spec = _spec(scheme, shape, types, self.fp8.mode)
         self._check_tensors(layer, scheme, spec, types)
+        if spec.transform is not None and not spec.transform.left and not spec.transform.right:
+            self.report(
+                "unreadable-file",
+                "the sizes of the input transform's matrices are only in the weight files, which are not known yet",
+                layer=layer,
+                expected=f"{layer}.{'heads_rotation' if shape.rotation else 'left_trans'} in a weight file",
+                fix="download the checkpoint before it is served",
+            )
+            return None
+        if _SCALE_BIAS in types:
+            self.scale_bias = True
         optional = {tensor.name for tensor in LAYOUTS[spec.layout].tensors if tensor.optional}
-        return LayerEntry(spec, frozenset(optional & set(types)))
+        return LayerEntry(spec, frozenset(optional & {*types, *shape.rotation}))
+
+    def _refuse_float_rotation(self, layer: str, shape: _Shape) -> None:
+        self.report(
+            "unsupported-scheme",
+            "the input of a float layer is rotated at run time, which is served for quantized layers only",
+            layer=layer,
+            found=", ".join(sorted(shape.rotation)),
+            fix="quantize the layer, or export the checkpoint without online rotation",
+        )
 
     def _check_tensors(self, layer: str, scheme: str, spec: LayerSpec, types: Mapping[str, str]) -> None:
         """Compare the tensors that the description lists with those of the layout."""
         known = {tensor.name: tensor for tensor in LAYOUTS[spec.layout].tensors}
         for name, tensor in known.items():
-            if name not in types and (not tensor.optional or _needed(scheme, name)):
+            if name not in types and (not tensor.optional or name in TYPES[scheme].needs):
                 self.report(
                     "missing-tensor",
                     f"the description does not list {name}, which {scheme} needs",
@@ -336,60 +547,6 @@ class _Builder:
                     fix="update vllm-npu-quant, or re-export the checkpoint without it",
                 )
 
-    def _index_experts(self, layer: str, projections: Mapping[str, Mapping[str, LayerEntry]]) -> None:
-        names = next((family for family in _EXPERT_NAMES if set(family) == set(projections)), None)
-        if names is None:
-            self.report(
-                "undescribed-layer",
-                "the experts' projections have unexpected names",
-                layer=layer,
-                expected=" or ".join(" ".join(family) for family in _EXPERT_NAMES),
-                found=" ".join(sorted(projections)),
-                fix="check that the description is complete",
-            )
-            return
-        numbers = [set(map(int, projections[name])) for name in names]
-        count = max(map(max, numbers)) + 1
-        # The highest number is a stranger's: bound the work by what is listed, not by it.
-        absent = [
-            f"{layer}.{number}.{name}"
-            for name, present in zip(names, numbers, strict=True)
-            if len(present) != count
-            for number in range(min(count, len(present) + 4))
-            if number not in present
-        ]
-        if absent:
-            self.report(
-                "undescribed-layer",
-                "the description leaves out experts",
-                layer=layer,
-                expected=f"experts 0 to {count - 1} with {', '.join(names)}",
-                found="no " + ", ".join(absent[:6]),
-                fix="re-export the checkpoint with msModelSlim",
-            )
-            return
-        entries = []
-        for name in names:
-            by_entry: dict[LayerEntry, list[str]] = {}
-            for number, entry in projections[name].items():
-                by_entry.setdefault(entry, []).append(number)
-            if len(by_entry) > 1:
-                self.report(
-                    "fused-shards-disagree",
-                    "the experts of one layer are quantized differently",
-                    layer=f"{layer}.*.{name}",
-                    expected="one scheme for all experts",
-                    found="; ".join(
-                        f"{entry.spec.scheme} for experts {', '.join(members[:4])}"
-                        + (" ..." if len(members) > 4 else "")
-                        for entry, members in by_entry.items()
-                    ),
-                    fix="re-export the checkpoint with one scheme for the experts of a layer",
-                )
-            entries.append(next(iter(by_entry)))
-        gate, up, down = entries
-        self.experts[layer] = ExpertsEntry(count, gate, up, down, names)
-
     def check_files(self, types: Mapping[str, str]) -> None:
         """Compare the description with the names and dtypes of the stored tensors, where they are known."""
         if self.tensors is None:
@@ -399,7 +556,7 @@ class _Builder:
         biased = set(self.biased)
         for name in sorted(missing):
             layer, _, suffix = name.rpartition(".")
-            if (types[name] != FLOAT_TYPE and suffix in layouts) or (suffix == "bias" and layer in biased):
+            if (types[name] not in FLOAT_TYPES and suffix in layouts) or (suffix == "bias" and layer in biased):
                 continue  # the check of the layer's layout reports it, with its shape
             self.report(
                 "missing-tensor",
@@ -411,7 +568,9 @@ class _Builder:
                 fix="download the checkpoint again, or re-export it",
             )
         for name in sorted(self.tensors.keys() - types.keys()):
-            layer = name.rpartition(".")[0]
+            layer, _, suffix = name.rpartition(".")
+            if suffix in self.rotations.get(layer, ()):
+                continue
             entry = self.layers.get(layer)
             quantized = entry is not None and not entry.spec.is_float
             self.report(
@@ -426,10 +585,10 @@ class _Builder:
             )
         for name, kind in types.items():
             stored = self.tensors.get(name)
-            if kind == FLOAT_TYPE and stored is not None and stored.dtype not in _FLOAT_DTYPES:
+            if kind in FLOAT_TYPES and stored is not None and stored.dtype not in _FLOAT_DTYPES:
                 self.report(
                     "wrong-dtype",
-                    "the description calls this tensor FLOAT",
+                    f"the description calls this tensor {kind}",
                     layer=name.rpartition(".")[0],
                     file=stored.file,
                     expected=", ".join(sorted(_FLOAT_DTYPES)),
@@ -439,6 +598,11 @@ class _Builder:
 
     def check_header(self, header: DescriptionHeader) -> None:
         """Findings about what the description says besides its tensors."""
+        for finding in self.fp8.findings:
+            self.found.add(finding)
+        about_fp8 = self.fp8.finding(self.source)
+        if about_fp8 is not None:
+            self.found.add(about_fp8)
         for field_name in ("fa_quant_type", "indexer_quant_type"):
             value = getattr(header, field_name)
             if value and value != FLOAT_TYPE:
@@ -458,21 +622,29 @@ class _Builder:
             )
 
 
-def _spec(scheme: str, group_size: int) -> LayerSpec:
+def _are_matrices(*tensors: StoredTensor | None) -> bool:
+    return all(tensor is not None and len(tensor.shape) == 2 and tensor.shape[1] >= 1 for tensor in tensors)
+
+
+def _spec(scheme: str, shape: _Shape, types: Mapping[str, str], fp8_mode: str) -> LayerSpec:
     kind = TYPES[scheme]
     weight = kind.weight
-    if weight is not None and kind.grouped and group_size > 0:
-        weight = WeightSpec(weight.bits, weight.kind, Granularity.GROUP, group_size, weight.symmetric)
-    return LayerSpec(scheme, kind.layout, weight, kind.activation)
-
-
-def _needed(scheme: str, tensor: str) -> bool:
-    """Whether a type needs a tensor that is optional in its layout."""
-    return scheme == "W8A8_MIX" and tensor in ("weight_scale", "weight_offset")
+    assert weight is not None
+    if weight.kind is NumberKind.FLOAT:
+        return fp8_spec(scheme, weight, kind.layout, activation=True, mode=fp8_mode)
+    if kind.grouped and shape.group_size > 0:
+        weight = WeightSpec(weight.bits, weight.kind, Granularity.GROUP, shape.group_size, weight.symmetric)
+    layout = kind.layout
+    if weight.bits == 4:
+        layout = _INT4_LAYOUTS.get((shape.packing, "weight_scale_second" in types), layout)
+    transform = None
+    if shape.rotation or not _TRANSFORM.isdisjoint(types):
+        transform = TransformSpec(shape.left, shape.right, "clip_ratio" in types)
+    return LayerSpec(scheme, layout, weight, kind.activation, transform=transform)
 
 
 def as_static(spec: LayerSpec) -> LayerSpec:
     """The spec of a W8A8_MIX layer where it runs with its static input scale; other specs are returned as they are."""
     if spec.scheme != "W8A8_MIX":
         return spec
-    return LayerSpec(spec.scheme, spec.layout, spec.weight, _STATIC_INT8)
+    return replace(spec, activation=_STATIC_INT8)
