@@ -16,6 +16,7 @@ from vllm_npu_quant.spec import ActivationSpec, Granularity, LayerKind, LayerSpe
 __all__ = ["ROWS", "Row", "find_row", "select"]
 
 _LINEAR = frozenset({LayerKind.LINEAR, LayerKind.LM_HEAD})
+_MOE = frozenset({LayerKind.FUSED_MOE})
 _CHANNEL = frozenset({Granularity.CHANNEL, Granularity.TENSOR})
 _CHANNEL_GROUP = _CHANNEL | {Granularity.GROUP}
 
@@ -198,6 +199,17 @@ ROWS: tuple[Row, ...] = (
         act_dynamic=None,
         method="vllm_npu_quant.methods.dequantized:DequantizedLinear",
         operators=(),
+    ),
+    Row(
+        "W8A8 dynamic",
+        _MOE,
+        weight_bits=frozenset({8}),
+        weight_granularity=_CHANNEL,
+        weight_symmetric=True,
+        act=8,
+        act_dynamic=True,
+        method="vllm_npu_quant.methods.moe_w8a8:W8A8DynamicExperts",
+        operators=("npu_grouped_matmul",),
     ),
 )
 

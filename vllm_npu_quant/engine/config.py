@@ -249,15 +249,9 @@ class NpuQuantConfig(QuantizationConfig):
         specs = [resolved.w13.spec, resolved.w2.spec]
         if all(spec.is_float for spec in specs):
             return platforms.unquantized_moe(layer, tid2eid)
-        from vllm_npu_quant import dispatch
+        from vllm_npu_quant.engine.moe import NpuQuantMoEMethod
 
-        raise NpuQuantError(
-            [
-                dispatch.unsupported(LayerKind.FUSED_MOE, spec, layer=prefix, file=resolver.format.source)
-                for spec in dict.fromkeys(specs)
-                if not spec.is_float
-            ]
-        )
+        return NpuQuantMoEMethod(layer, resolved, resolver.format.source)
 
     def _resolver(self, prefix: str) -> LayerResolver:
         if self.resolver is None:

@@ -145,7 +145,7 @@ class NpuQuantLinearMethod(LinearMethodBase):
         smaller = gcd(part, group)
         self.group_repeats = group // smaller
         self.spec = replace(
-            self.spec, weight=_regrouped(self.spec.weight, smaller), stored=_regrouped(self.spec.stored, smaller)
+            self.spec, weight=regrouped(self.spec.weight, smaller), stored=regrouped(self.spec.stored, smaller)
         )
 
     def _act_order_findings(self, group: int, ranks: int) -> list[Finding]:
@@ -271,7 +271,7 @@ class NpuQuantLinearMethod(LinearMethodBase):
         """
         if not self.coverage:
             return
-        if _load_format() not in _UNWITNESSED_LOADS:
+        if load_is_checked():
             raise_findings(self._not_filled())
         canonical = self._canonical(layer)
         try:
@@ -385,7 +385,7 @@ def _vocabulary_loader(layer: nn.Module, load: Callable[..., Any]) -> Callable[.
     return weight_loader
 
 
-def _regrouped(weight: WeightSpec | None, group_size: int) -> WeightSpec | None:
+def regrouped(weight: WeightSpec | None, group_size: int) -> WeightSpec | None:
     return replace(weight, group_size=group_size) if weight is not None and weight.group_size else weight
 
 
@@ -417,6 +417,8 @@ def _parameter(tensor: TensorSpec, sizes: LayerSizes, weight_loader: Callable[..
     return kind(input_dim=along_inputs, output_dim=out, **common)
 
 
-def _load_format() -> str:
+def load_is_checked() -> bool:
+    """Whether parameters are filled through their weight loaders, so that what is missing can be told."""
     config = get_current_vllm_config_or_none()
-    return str(getattr(config.load_config, "load_format", "auto")) if config is not None else "auto"
+    load_format = getattr(config.load_config, "load_format", "auto") if config is not None else "auto"
+    return str(load_format) not in _UNWITNESSED_LOADS

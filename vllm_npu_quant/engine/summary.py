@@ -17,8 +17,9 @@ class LayerGroup:
     """Layers of one kind that share scheme and method.
 
     Attributes:
-        kind: layer kind ("linear"). scheme: the producer's name for the scheme, "FLOAT" for float layers.
-        method: the method class. operators: the torch_npu operators it calls, in order. count: how many layers.
+        kind: layer kind ("linear", "fused_moe"). scheme: the producer's name for the scheme, "FLOAT" for float layers.
+        method: the method class; of experts that mix two, "of w13 + of w2". operators: the torch_npu operators it calls, in
+            order. count: how many layers.
     """
 
     kind: str
@@ -32,7 +33,9 @@ def layer_groups(model: nn.Module) -> list[LayerGroup]:
     """The groups of one rank's model, the quantized ones first."""
     from vllm.model_executor.layers.linear import LinearBase
 
+    from vllm_npu_quant.engine import platforms
     from vllm_npu_quant.engine.linear import NpuQuantLinearMethod
+    from vllm_npu_quant.engine.moe import NpuQuantMoEMethod
 
     found: Counter[tuple[str, str, str, tuple[str, ...]]] = Counter()
     for module in model.modules():
@@ -40,6 +43,10 @@ def layer_groups(model: nn.Module) -> list[LayerGroup]:
         if isinstance(method, NpuQuantLinearMethod):
             row = method.row
             found[(method.kind.value, method.spec.scheme, row.method_name, row.operators)] += 1
+        elif isinstance(method, NpuQuantMoEMethod) and platforms.is_moe(module):
+            found[("fused_moe", method.scheme, method.method_classes, method.operators)] += 1
+        elif platforms.is_moe(module):
+            found[("fused_moe", "FLOAT", type(method).__name__, ())] += 1
         elif isinstance(module, LinearBase):
             found[("linear", "FLOAT", type(method).__name__, ())] += 1
     groups = [LayerGroup(*key, count=count) for key, count in found.items()]

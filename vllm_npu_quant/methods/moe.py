@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The routed experts of a MoE layer: two grouped matrix products, and the chain of operators around them.
+
+    routing     npu_moe_init_routing_v2   tokens sorted by expert, quantized per token on the way where w13 takes int8
+    w13         npu_grouped_matmul        gate and up, side by side
+    activation  npu_dequant_swiglu_quant  or npu_swiglu, and the quantization that w2 asks for
+    w2          npu_grouped_matmul        down
+    combine     npu_moe_token_unpermute   the sum over a token's experts, weighted
+
+w13 and w2 are two methods that know nothing of each other, so that a layer may mix any two schemes. The combine operator is
+npu_moe_token_unpermute, as in vllm-ascend, which found npu_moe_finalize_routing less accurate.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from math import lcm
+from typing import Any, ClassVar
+
+import torch
+from torch.nn import functional as F
+
+from vllm_npu_quant.errors import Finding, NpuQuantError
+from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight
+from vllm_npu_quant.methods.base import bad_zero_points, permuted_inputs, transformed_inputs
+
+__all__ = ["Experts", "FusedExperts", "GroupedMethod", "GroupedSizes", "Input", "Placement", "operators_of"]
+
+
+class Input(Enum):
+    """What a grouped method multiplies its weights with."""
+
+    #: The model's dtype.
+    FLOAT = "float"
+    #: int8 with a scale per token.
+    INT8 = "int8"
+    #: int4 with a scale per token, eight in an int32.
+    INT4 = "int4"
+
+
+@dataclass(frozen=True)
+class Experts:
+    """One of the two products, for all experts of this rank.
+
+    Attributes:
+        count: E, the experts of this rank.
+        shards: the weights of an expert: 2 for w13 (gate and up, whose outputs lie side by side), 1 for w2.
+        outputs, inputs: N of one shard, and K.
+        device: where the tensors live.
+        canonical: gives the shards of one expert. They are computed anew at every call: ask once.
+    """
+
+    count: int
+    shards: int
+    outputs: int
+    inputs: int
+    device: torch.device
+    canonical: Callable[[int], Sequence[CanonicalLinear]]
+
+    def zeros(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """Zeros [E, shards, ...] or, with the shards beside each other in a later dimension, [E, ...]."""
+        return torch.zeros(self.count, *shape, dtype=dtype, device=self.device)
+
+    def __iter__(self) -> Iterator[tuple[int, int, CanonicalLinear]]:
+        """(expert, shard, weight), one expert after the other."""
+        for expert in range(self.count):
+            for shard, linear in enumerate(self.canonical(expert)):
+                yield expert, shard, linear
+
+
+@dataclass(frozen=True)
+class GroupedSizes:
+    """The sizes of the operator's weight: those of the layer, filled up with zeros to what the operators ask for.
+
+    Attributes:
+        inputs: rows of every expert's weight. outputs: columns of one shard.
+    """
+
+    inputs: int
+    outputs: int
+
+
+class GroupedMethod(ABC):
+    """The arithmetic of one grouped product. ``prefix`` ("w13_", "w2_") stands before the names of its tensors."""
+
+    takes: ClassVar[Input]
+    #: Inputs and outputs of the prepared weight are multiples of these.
+    inputs_multiple: ClassVar[int] = 1
+    outputs_multiple: ClassVar[int] = 1
+    #: Whether the product can come as int32, to be scaled by the activation operator.
+    gives_int32: ClassVar[bool] = False
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+
+    def depth_multiple(self, group_size: int) -> int:
+        """What the inputs of the prepared weight are a multiple of.
+
+        Args:
+            group_size: inputs per scale; 0 for one scale per channel.
+        """
+        return lcm(self.inputs_multiple, group_size or 1)
+
+    @abstractmethod
+    def prepare(self, experts: Experts, sizes: GroupedSizes, act_dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """The tensors that ``matmul`` needs, named without the prefix.
+
+        Raises:
+            NpuQuantError: for values that the scheme does not allow.
+        """
+
+    def finish(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Casts to the NPU's memory formats, once the checkpoint's tensors are gone: a cast needs room for a copy."""
+        return tensors
+
+    @abstractmethod
+    def matmul(
+        self, layer: Any, x: torch.Tensor, x_scale: torch.Tensor | None, counts: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The products of sorted rows with their experts' weights.
+
+        Args:
+            layer: an object that has the prepared tensors as attributes.
+            x: [M, K] as ``takes`` says; it may be overwritten.
+            x_scale: float32 [M] where x is quantized.
+            counts: int64 [E], the rows of each expert; together at most M.
+            dtype: of the result.
+
+        Returns:
+            [M, shards * N]; rows after the last expert's hold anything.
+        """
+
+    def tensor(self, layer: Any, name: str) -> Any:
+        """A prepared tensor, or None where this layer has none of that name."""
+        return getattr(layer, self.prefix + name, None)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which experts this rank has.
+
+    Attributes:
+        count: experts of the whole layer.
+        first, last: the range of this rank's experts, last excluded.
+        to_local: int32 [count], for experts that are no range: the number that an expert has on this rank, or a number
+            past the last where it is on another.
+    """
+
+    count: int
+    first: int
+    last: int
+    to_local: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, count: int, expert_map: torch.Tensor | None) -> Placement:
+        """From vLLM's map of expert numbers: int [count], the number on this rank, or -1."""
+        if expert_map is None:
+            return cls(count, 0, count)
+        mapped = expert_map.tolist()
+        local = [expert for expert, number in enumerate(mapped) if number >= 0]
+        if local and [mapped[expert] for expert in local] == list(range(len(local))):
+            first, last = local[0], local[-1] + 1
+            if last - first == len(local):
+                return cls(count, first, last)
+        to_local = torch.where(expert_map < 0, len(local), expert_map).to(torch.int32)
+        return cls(len(local) + 1, 0, len(local), to_local)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every expert is on this rank."""
+        return self.to_local is None and (self.first, self.last) == (0, self.count)
+
+
+class FusedExperts:
+    """The chain for one layer.
+
+    ``y[t] = sum_j topk_weights[t, j] * down(silu(gate(x[t])) * up(x[t]))`` with the weights of expert ``topk_ids[t, j]``,
+    over the experts and the part of the inner dimension that this rank has: ranks sum their results.
+    """
+
+    def __init__(self, w13: GroupedMethod, w2: GroupedMethod, hidden: int, inner: int, groups: tuple[int, int]) -> None:
+        """
+        Args:
+            hidden: outputs of the layer. inner: outputs of gate and of up on this rank.
+            groups: inputs per scale of w13 and w2; 0 for one scale per channel.
+        """
+        self.w13 = w13
+        self.w2 = w2
+        self.hidden = hidden
+        inner = _up(inner, lcm(w13.outputs_multiple, w2.depth_multiple(groups[1])))
+        self.w13_sizes = GroupedSizes(_up(hidden, w13.depth_multiple(groups[0])), inner)
+        self.w2_sizes = GroupedSizes(inner, _up(hidden, w2.outputs_multiple))
+
+    def apply(
+        self,
+        layer: Any,
+        placement: Placement,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        topk_ids: torch.Tensor,
+    ) -> torch.Tensor:
+        """The layer's output on this rank, not reduced.
+
+        Args:
+            layer: has the prepared tensors as attributes.
+            x: [T, hidden] in float16 or bfloat16.
+            topk_weights: [T, k]; None where they were multiplied into x already, for k = 1.
+            topk_ids: [T, k] expert numbers of the whole layer.
+        """
+        tokens, k = topk_ids.shape
+        if tokens == 0:
+            return x.new_empty((0, self.hidden))
+        ids = topk_ids.to(torch.int32)
+        if placement.to_local is not None:
+            ids = placement.to_local[ids.to(torch.int64)]
+        rows, row_index, counts, row_scale = torch.ops.npu.npu_moe_init_routing_v2(
+            F.pad(x, (0, self.w13_sizes.inputs - self.hidden)).contiguous(),
+            ids.contiguous(),
+            active_num=tokens * k,
+            expert_num=placement.count,
+            expert_tokens_num_type=1,
+            expert_tokens_num_flag=True,
+            quant_mode=1 if self.w13.takes is Input.INT8 else -1,
+            active_expert_range=[placement.first, placement.last],
+            row_idx_type=0,
+        )
+        counts = counts.to(torch.int64)
+        if self.w13.takes is Input.INT4:
+            rows, row_scale = torch.ops.npu.npu_dynamic_quant(rows, dst_type=torch.quint4x2)
+        elif self.w13.takes is Input.FLOAT:
+            row_scale = None
+        inner, inner_scale = self._activated(layer, rows, row_scale, counts, x.dtype)
+        y = self.w2.matmul(layer, inner, inner_scale, counts, x.dtype)
+        weights = None if topk_weights is None else topk_weights.to(x.dtype)
+        if not placement.whole:
+            row_index, weights = _without_absent(y, row_index, counts, weights, (tokens, k))
+        y = torch.ops.npu.npu_moe_token_unpermute(y, row_index, probs=weights)
+        return y[:, : self.hidden].contiguous() if y.shape[1] > self.hidden else y
+
+    def _activated(
+        self,
+        layer: Any,
+        rows: torch.Tensor,
+        row_scale: torch.Tensor | None,
+        counts: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """silu(gate) * up, quantized as w2 takes it: [M, inner] and float32 [M]."""
+        if self.w2.takes is Input.INT8:
+            if self.w13.gives_int32:
+                product = self.w13.matmul(layer, rows, None, counts, torch.int32)
+                return torch.ops.npu.npu_dequant_swiglu_quant(
+                    product,
+                    weight_scale=self.w13.tensor(layer, "weight_scale"),
+                    activation_scale=row_scale,
+                    group_index=counts,
+                    activate_left=True,
+                    quant_mode=1,
+                )
+            product = self.w13.matmul(layer, rows, row_scale, counts, dtype)
+            return torch.ops.npu.npu_dequant_swiglu_quant(product, activate_left=True, quant_mode=1)
+        inner = torch.ops.npu.npu_swiglu(self.w13.matmul(layer, rows, row_scale, counts, dtype))
+        if self.w2.takes is Input.INT4:
+            return torch.ops.npu.npu_dynamic_quant(inner, dst_type=torch.quint4x2)
+        return inner, None
+
+
+def operators_of(w13: GroupedMethod, w2: GroupedMethod) -> tuple[str, ...]:
+    """The torch_npu operators that the chain calls, in order."""
+    quantizes = ("npu_dynamic_quant",)
+    return (
+        "npu_moe_init_routing_v2",
+        *(quantizes if w13.takes is Input.INT4 else ()),
+        "npu_grouped_matmul",
+        "npu_dequant_swiglu_quant" if w2.takes is Input.INT8 else "npu_swiglu",
+        *(quantizes if w2.takes is Input.INT4 else ()),
+        "npu_grouped_matmul",
+        "npu_moe_token_unpermute",
+    )
+
+
+def _without_absent(
+    y: torch.Tensor,
+    row_index: torch.Tensor,
+    counts: torch.Tensor,
+    weights: torch.Tensor | None,
+    shape: tuple[int, int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row numbers and weights where some of a token's experts are on other ranks: these read row 0 with the weight 0.
+
+    Row 0 is anybody's; only where this rank has no row at all nothing was written to it, and 0 * NaN is NaN.
+    """
+    present = row_index >= 0
+    y[:1].masked_fill_(counts.sum() == 0, 0)
+    mask = present.view(shape).to(y.dtype)
+    return row_index.clamp(min=0), mask if weights is None else weights * mask
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def check_plain(linear: CanonicalLinear, operator: str, *, symmetric: bool = False) -> CanonicalWeight:
+    """The weight of an expert that brings nothing with it for which the chain has no place.
+
+    Raises:
+        NpuQuantError: for an input permutation, an input transform, or a bias; for zero points where ``symmetric``.
+    """
+    if linear.input_permutation is not None:
+        raise NpuQuantError([permuted_inputs(operator)])
+    if linear.transform is not None:
+        raise NpuQuantError([transformed_inputs(operator)])
+    if linear.bias is not None:
+        raise NpuQuantError([expert_bias()])
+    if symmetric and linear.weight.zero is not None:
+        raise NpuQuantError([bad_zero_points(operator)])
+    return linear.weight
+
+
+def expert_bias() -> Finding:
+    """The finding for experts that have a bias."""
+    return Finding(
+        "unsupported-scheme",
+        "routed experts with a bias are not served",
+        expected="experts without bias",
+        found="a bias",
+        fix="export the experts without bias (no asymmetric smoothing of their inputs), or as float",
+    )
