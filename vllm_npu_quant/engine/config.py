@@ -137,6 +137,10 @@ class NpuQuantConfig(QuantizationConfig):
             return None
         return cls.method_name
 
+    def fetch(self, model_name: str, revision: str | None) -> None:
+        """Bring to this host what ``parse`` reads besides config.json, where a model is only on a hub."""
+        return
+
     def parse(self, folder: Path | None, checkpoint: Checkpoint | None) -> QuantFormat:
         """The format object of this checkpoint; findings are inside it.
 
@@ -152,6 +156,8 @@ class NpuQuantConfig(QuantizationConfig):
         Raises:
             NpuQuantError: with every problem that was found.
         """
+        if not os.path.isdir(model_name):
+            self.fetch(model_name, revision)
         folder = find_local(model_name, revision=revision)
         checkpoint = Checkpoint.open(folder) if folder is not None else None
         if checkpoint is not None and not os.path.isdir(model_name) and _incomplete(checkpoint):
@@ -289,6 +295,25 @@ class ModelSlimConfig(NpuQuantConfig):
     @classmethod
     def serves(cls, quantization_config: Mapping[str, Any]) -> bool:
         return embedded_description(quantization_config)
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        # Named by hand, it is the description beside config.json that counts, and the files are checked against it.
+        if user_quant == cls.method_name and settings.plugin_enabled():
+            return cls.method_name
+        return super().override_quantization_method(hf_quant_cfg, user_quant, hf_config)
+
+    def fetch(self, model_name: str, revision: str | None) -> None:
+        """Bring the description of a hub id to this host: vLLM downloads it only with the weights."""
+        from huggingface_hub import hf_hub_download
+
+        from vllm_npu_quant.engine.registration import hub_files
+
+        name = description_name(hub_files(model_name, revision))
+        if name is not None:
+            hf_hub_download(model_name, name, revision=revision)
 
     def parse(self, folder: Path | None, checkpoint: Checkpoint | None) -> QuantFormat:
         description, source = self.raw, "config.json"

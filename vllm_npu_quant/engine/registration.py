@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from vllm.logger import init_logger
 
 from vllm_npu_quant import settings
 
-__all__ = ["register_all"]
+__all__ = ["hub_files", "register_all"]
 
 logger = init_logger("vllm.npu_quant")
 
@@ -63,77 +64,63 @@ def _wrap_create_model_config() -> None:
 def _detect(model: str, revision: str | None, asked: str | None) -> str | None:
     """The quantization method for a model: what was asked for, or "modelslim" where a description says so.
 
-    On an Ascend host a checkpoint whose schemes vllm-ascend all serves stays with vllm-ascend, which detects it itself.
+    Raises:
+        NpuQuantError: contradictory-evidence where a description and config.json, or what was asked for, name two formats.
     """
-    if asked is not None:
-        if asked.lower() == "ascend" and (not settings.ascend_host() or settings.takeover()):
-            return "modelslim"
-        return asked
-    name = _description_of(model, revision)
-    if name is None:
-        return None
-    why = "VLLM_NPU_QUANT_TAKEOVER=1" if settings.takeover() else ""
-    if settings.ascend_host() and not why:
-        from vllm_npu_quant.ascend.ownership import serves_modelslim
+    from vllm_npu_quant.errors import NpuQuantError
+    from vllm_npu_quant.formats.detect import contradiction, embedded_description
 
-        theirs, why = serves_modelslim(_schemes(model, revision, name))
-        if theirs:
-            logger.info("%s (%s) is left to vllm-ascend, which serves all of its schemes", model, name)
-            return None
-        why = f"vllm-ascend does not serve {why}"
-    logger.info("%s is a ModelSlim checkpoint (%s): quantization=modelslim%s", model, name, f"; {why}" if why else "")
+    named = (asked or "").lower()
+    if named == "ascend":
+        return asked if settings.ascend_host() else "modelslim"
+    if named == "modelslim":
+        return named
+    name, config = _evidence(model, revision)
+    if name is None or (config is not None and embedded_description(config)):
+        return asked
+    if config is not None:
+        if asked is not None:
+            return asked  # vLLM compares it with config.json
+        method = str(config.get("quant_method") or "")[:80]
+        raise NpuQuantError([contradiction(f"quantization_config of {method!r}", name)])
+    if asked is not None:
+        # vLLM would quantize the integers once more, or load them as floats.
+        fix = "leave quantization= out, or remove the description if it does not belong to the weight files"
+        raise NpuQuantError([contradiction(f"quantization={asked[:80]!r}", name, fix=fix)])
+    logger.info("%s is a ModelSlim checkpoint (%s): quantization=modelslim", model, name)
     return "modelslim"
 
 
-def _schemes(model: str, revision: str | None, name: str) -> set[tuple[str, str]]:
-    """(scheme, "linear" or "moe") of every quantized layer that a description lists."""
-    from vllm_npu_quant.checkpoint import DESCRIPTION_MAX_BYTES, read_json
-    from vllm_npu_quant.formats.modelslim import ModelSlimFormat
+def _evidence(model: str, revision: str | None) -> tuple[str | None, Mapping[str, Any] | None]:
+    """The name of the model's description file, and config.json's quantization config, where it has them.
 
-    path = os.path.join(model, name)
-    if not os.path.isdir(model):
-        from huggingface_hub import hf_hub_download
-
-        path = hf_hub_download(model, name, revision=revision)
-    found = ModelSlimFormat.from_description(read_json(path, max_bytes=DESCRIPTION_MAX_BYTES), name)
-    schemes = {(entry.spec.scheme, "linear") for entry in found.layers.values() if not entry.spec.is_float}
-    for experts in found.experts.values():
-        entries = (experts.gate, experts.up, experts.down)
-        schemes |= {(entry.spec.scheme, "moe") for entry in entries if not entry.spec.is_float}
-    # What this version does not know is not a reason to take the checkpoint from vllm-ascend.
-    unknown = (finding.found for finding in found.findings if finding.code == "unknown-scheme")
-    return schemes | {(scheme, "linear") for scheme in unknown}
-
-
-def _description_of(model: str, revision: str | None) -> str | None:
-    """The name of the model's description file, where it has one."""
-    from vllm_npu_quant.checkpoint import read_json
+    config.json is read only beside a description: it is vLLM's to read otherwise.
+    """
+    from vllm_npu_quant.checkpoint import DESCRIPTION_MAX_BYTES, find_local, read_json
     from vllm_npu_quant.formats.detect import description_name, quantization_config
 
-    if os.path.isdir(model):
-        name = description_name(os.listdir(model))
-        config = os.path.join(model, "config.json")
-        if name is None or not os.path.isfile(config):
-            return name
-        # config.json then decides through override_quantization_method; detect() says where the two contradict.
-        if quantization_config(read_json(config, max_bytes=256 << 20)) is not None:
-            from vllm_npu_quant.formats.detect import detect
+    hub = [] if os.path.isdir(model) else hub_files(model, revision)
+    folder = None if hub else find_local(model, revision=revision)
+    name = description_name(hub or (os.listdir(folder) if folder is not None else ()))
+    if name is None:
+        return None, None
+    if folder is None:
+        from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
-            detect(model)
-            return None
-        return name
-    return _hub_description(model, revision)
+        config = get_hf_file_to_dict("config.json", model, revision)
+    else:
+        file = folder / "config.json"
+        # It may hold a whole description itself.
+        config = read_json(file, max_bytes=DESCRIPTION_MAX_BYTES) if file.is_file() else None
+    return name, quantization_config(config) if isinstance(config, Mapping) else None
 
 
-def _hub_description(model: str, revision: str | None) -> str | None:
-    """The same for a hub id: from its list of files, or from the cache where the hub is not reached."""
+def hub_files(model: str, revision: str | None) -> list[str]:
+    """The names of a hub model's files; none where the hub is not reached, which is vLLM's to report."""
     from vllm.transformers_utils.repo_utils import list_repo_files
 
-    from vllm_npu_quant.formats.detect import description_name
-
     try:
-        names = list_repo_files(model, revision=revision)
+        return list_repo_files(model, revision=revision)
     except Exception as error:
         logger.debug("No list of files for %s: %s", model, error)
-        return None
-    return description_name(names)
+        return []
