@@ -134,7 +134,7 @@ class NpuQuantLinearMethod(LinearMethodBase):
     def _fit_groups(self, inputs: int, part: int) -> None:
         """Where ranks cut a group of inputs, take a smaller group that they do not cut, and repeat its scale: exact."""
         group = group_size_of(self.spec)
-        self.group_repeats = 1
+        self.inputs = inputs
         if not group or part == inputs:
             return
         if any(tensor.axis_of(Axis.ALL_GROUPS) is not None for tensor in self.tensors):
@@ -143,7 +143,6 @@ class NpuQuantLinearMethod(LinearMethodBase):
         if part % group == 0:
             return
         smaller = gcd(part, group)
-        self.group_repeats = group // smaller
         self.spec = replace(
             self.spec, weight=regrouped(self.spec.weight, smaller), stored=regrouped(self.spec.stored, smaller)
         )
@@ -192,9 +191,10 @@ class NpuQuantLinearMethod(LinearMethodBase):
         def weight_loader(param: torch.Tensor, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             found = list(loaded_weight.shape)
             try:
-                loaded_weight = self._adapted(tensor, loaded_weight)
+                loaded_weight = self._adapted(tensor, loaded_weight, args[0] if args else None)
                 # Fused shards have the same inputs: what belongs to the inputs is loaded for each, and must be equal.
-                before = param.data.clone() if tensor.dims == (IN,) and self.coverage[name].started else None
+                shared = tensor.dims == (IN,) and not tensor.optional
+                before = param.data.clone() if shared and self.coverage[name].started else None
                 with WriteWitness(param, self.coverage[name]):
                     result = load(param, loaded_weight, *args, **kwargs)
                 if before is not None and not torch.equal(before, param.data):
@@ -228,7 +228,15 @@ class NpuQuantLinearMethod(LinearMethodBase):
             fix="re-export the checkpoint without activation order (desc_act)",
         )
 
-    def _adapted(self, tensor: TensorSpec, loaded: torch.Tensor) -> torch.Tensor:
+    def _group_repeats(self, shard: Any) -> int:
+        """How often a scale of this fused shard is repeated: its groups may be larger than the layer's."""
+        group = group_size_of(self.spec)
+        entries = self.resolved.entries
+        number = {"q": 0, "k": 1, "v": 2}.get(shard, shard) if len(entries) > 1 else 0
+        own = group_size_of(entries[number if isinstance(number, int) else 0].spec)
+        return 1 if not group else (own or -(-self.inputs // group) * group) // group
+
+    def _adapted(self, tensor: TensorSpec, loaded: torch.Tensor, shard: Any = None) -> torch.Tensor:
         """The loaded tensor in a dtype that the parameter holds exactly, and with this rank's groups."""
         found = _NAMES.get(loaded.dtype, str(loaded.dtype))
         if found not in tensor.dtypes:
@@ -254,8 +262,12 @@ class NpuQuantLinearMethod(LinearMethodBase):
             except NpuQuantError as error:
                 raise self._located(error) from error
         groups = tensor.as_loaded().axis_of(Axis.GROUP)
-        if groups is not None and self.group_repeats > 1:
-            adapted = adapted.repeat_interleave(self.group_repeats, dim=groups)
+        repeats = self._group_repeats(shard) if groups is not None else 1
+        if groups is not None and repeats > 1:
+            adapted = adapted.repeat_interleave(repeats, dim=groups)
+            # The last group may be shorter than the others.
+            length = -(-self.inputs // group_size_of(self.spec))
+            adapted = adapted.narrow(groups, 0, min(length, adapted.shape[groups]))
         # A tensor may carry the id of its fused shard, which a conversion loses.
         if adapted is not loaded and hasattr(loaded, "shard_id"):
             adapted.shard_id = loaded.shard_id  # type: ignore[attr-defined]

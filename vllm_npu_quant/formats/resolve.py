@@ -10,14 +10,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import gcd
 from typing import Any
 
+from vllm_npu_quant.dispatch import describe
 from vllm_npu_quant.errors import Finding, NpuQuantError, nearest_names
 from vllm_npu_quant.formats.base import ExpertsEntry, LayerEntry, QuantFormat
-from vllm_npu_quant.spec import LayerSpec
+from vllm_npu_quant.spec import Granularity, LayerSpec, Layout
 
 __all__ = ["FUSED_FAMILIES", "LayerResolver", "ResolvedExperts", "ResolvedLayer"]
+
+#: Layouts whose scales are repeated at load where fused shards have different groups, and which always store zero points.
+_REGROUPED = frozenset({Layout.GPTQ, Layout.GPTQ_V2, Layout.AWQ_GEMM})
 
 #: Fused layers of vLLM's models and their shards, in the order of the fused weight's rows.
 FUSED_FAMILIES: dict[str, tuple[str, ...]] = {
@@ -50,7 +55,7 @@ class ResolvedLayer:
 
     Attributes:
         prefix: its name in vLLM's model.
-        spec: the quantization that all its shards share.
+        spec: the quantization that holds for all its shards.
         shards: the names of the checkpoint layers it holds, in row order.
         entries: their entries.
     """
@@ -80,6 +85,38 @@ class ResolvedExperts:
     @property
     def w2(self) -> LayerEntry:
         return self.entry.down
+
+
+def joint_spec(specs: Sequence[LayerSpec]) -> LayerSpec | None:
+    """One spec that holds the numbers of all these layers, or None.
+
+    Weight-only layers may differ in their group sizes, since a scale repeated for a common divisor changes nothing, and in
+    symmetry, since a symmetric layer is an asymmetric one with zero points in the middle. The adapter repeats the scales.
+    """
+    kinds = list(dict.fromkeys(specs))
+    if len(kinds) == 1:
+        return kinds[0]
+    weights = []
+    for spec in kinds:
+        weight = spec.weight
+        if weight is None or spec.activation is not None or spec.stored is not None or spec.layout not in _REGROUPED:
+            return None
+        weights.append(weight)
+    size = gcd(*(weight.group_size for weight in weights))
+    symmetric = all(weight.symmetric for weight in weights)
+    joint = {
+        replace(
+            spec,
+            weight=replace(
+                weight,
+                granularity=Granularity.GROUP if size else Granularity.CHANNEL,
+                group_size=size,
+                symmetric=symmetric,
+            ),
+        )
+        for spec, weight in zip(kinds, weights, strict=True)
+    }
+    return joint.pop() if len(joint) == 1 else None
 
 
 @dataclass
@@ -132,10 +169,10 @@ class LayerResolver:
         if missing:
             raise NpuQuantError([self._undescribed(prefix, missing, partly=len(missing) < len(wanted))])
         hits = [hit for hit in found if hit is not None]
-        specs = list(dict.fromkeys(entry.spec for _, entry in hits))
-        if len(specs) > 1:
-            raise NpuQuantError([self._disagree(prefix, [(name, entry.spec.scheme) for name, entry in hits])])
-        return ResolvedLayer(prefix, specs[0], tuple(name for name, _ in hits), tuple(entry for _, entry in hits))
+        spec = joint_spec([entry.spec for _, entry in hits])
+        if spec is None:
+            raise NpuQuantError([self._disagree(prefix, [(name, describe(entry.spec)) for name, entry in hits])])
+        return ResolvedLayer(prefix, spec, tuple(name for name, _ in hits), tuple(entry for _, entry in hits))
 
     def describes(self, prefix: str) -> bool:
         """Whether the config has an entry for the layer, or for any of its shards."""

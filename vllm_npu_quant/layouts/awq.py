@@ -13,6 +13,7 @@ import torch
 
 from vllm_npu_quant.errors import Finding, NpuQuantError
 from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight
+from vllm_npu_quant.layouts.gptq import bytes_of
 from vllm_npu_quant.layouts.tables import group_size_of
 from vllm_npu_quant.spec import LayerSpec
 
@@ -28,7 +29,7 @@ _MIDDLE = 8
 
 def unpack(words: torch.Tensor) -> torch.Tensor:
     """int32 [R, C] to uint8 [R, 8 * C], values in [0, 15]."""
-    as_bytes = words.contiguous().view(torch.uint8).unflatten(-1, (-1, 4))
+    as_bytes = bytes_of(words)
     nibbles = torch.stack((as_bytes & 15, as_bytes >> 4), dim=-1).flatten(-2)
     return nibbles[..., _NIBBLE].flatten(-2)
 

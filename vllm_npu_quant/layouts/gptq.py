@@ -26,6 +26,7 @@ from vllm_npu_quant.spec import LayerSpec, Layout
 __all__ = [
     "act_order_to_canonical",
     "any_g_idx",
+    "bytes_of",
     "checked_g_idx",
     "pack",
     "to_canonical",
@@ -37,6 +38,13 @@ __all__ = [
 _V2 = frozenset({Layout.GPTQ_V2, Layout.GPTQ_V2_ACT_ORDER})
 
 
+def bytes_of(words: torch.Tensor) -> torch.Tensor:
+    """int32 [...] to uint8 [..., 4], the lowest byte first, which is memory order on the little-endian hosts of NPUs."""
+    # A dimension of length 1 may have any stride, which view() does not take.
+    plain = torch.empty(words.shape, dtype=torch.int32, device=words.device).copy_(words)
+    return plain.view(torch.uint8).unflatten(-1, (-1, 4))
+
+
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     """int32 [W, C] to uint8 [W * 32 / bits, C]: the values follow each other along the first dimension.
 
@@ -46,8 +54,7 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     """
     if bits == 3:
         return _unpack_3_bits(words)
-    # Bytes in memory order are the words' bytes from the lowest, on the little-endian hosts that NPUs have.
-    as_bytes = words.contiguous().view(torch.uint8).unflatten(-1, (-1, 4)).movedim(-1, 1)
+    as_bytes = bytes_of(words).movedim(-1, 1)
     if bits == 8:
         return as_bytes.flatten(0, 1)
     mask = (1 << bits) - 1
