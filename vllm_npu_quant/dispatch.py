@@ -211,6 +211,72 @@ ROWS: tuple[Row, ...] = (
         method="vllm_npu_quant.methods.moe_w8a8:W8A8DynamicExperts",
         operators=("npu_grouped_matmul",),
     ),
+    Row(
+        "W8A16",
+        _MOE,
+        weight_bits=frozenset({8}),
+        weight_granularity=_CHANNEL,
+        act=None,
+        act_dynamic=None,
+        method="vllm_npu_quant.methods.moe_weight_only:WeightOnlyExperts",
+        operators=("npu_grouped_matmul",),
+    ),
+    # npu_grouped_matmul takes scales per group for int4 only: floats of the model's dtype, made at load.
+    Row(
+        "W8A16 group, dequantized",
+        _MOE,
+        weight_bits=frozenset({8}),
+        weight_granularity=frozenset({Granularity.GROUP}),
+        act=None,
+        act_dynamic=None,
+        method="vllm_npu_quant.methods.moe_weight_only:FloatExperts",
+        operators=("npu_grouped_matmul",),
+    ),
+    # Offsets per group are undocumented, and used by vllm-ascend and SGLang.
+    Row(
+        "W4A16",
+        _MOE,
+        weight_bits=frozenset({2, 3, 4}),
+        weight_granularity=_CHANNEL_GROUP,
+        act=None,
+        act_dynamic=None,
+        method="vllm_npu_quant.methods.moe_weight_only:WeightOnlyExperts",
+        operators=("npu_grouped_matmul",),
+    ),
+    Row(
+        "W4A8",
+        _MOE,
+        weight_bits=frozenset({4}),
+        weight_granularity=_CHANNEL_GROUP,
+        weight_symmetric=True,
+        act=8,
+        act_dynamic=True,
+        method="vllm_npu_quant.methods.moe_int4:W4A8DynamicExperts",
+        operators=("npu_grouped_matmul",),
+    ),
+    Row(
+        "W4A4",
+        _MOE,
+        weight_bits=frozenset({4}),
+        weight_granularity=_CHANNEL_GROUP,
+        weight_symmetric=True,
+        act=4,
+        act_dynamic=True,
+        method="vllm_npu_quant.methods.moe_int4:W4A4DynamicExperts",
+        operators=("npu_dynamic_quant", "npu_grouped_matmul"),
+    ),
+    # Float experts beside quantized ones, and what is dequantized at load.
+    Row(
+        "float",
+        _MOE,
+        weight_bits=frozenset({16}),
+        weight_kind=NumberKind.FLOAT,
+        weight_granularity=_CHANNEL,
+        act=None,
+        act_dynamic=None,
+        method="vllm_npu_quant.methods.moe_weight_only:FloatExperts",
+        operators=("npu_grouped_matmul",),
+    ),
 )
 
 
@@ -252,6 +318,7 @@ def describe(spec: LayerSpec) -> str:
     text = f"{spec.scheme}: {_describe_weight(spec.weight)}"
     if spec.stored is not None:
         text += f" (stored as {_describe_weight(spec.stored)})"
+    text += ", input transform" if spec.transform is not None else ""
     act = spec.activation
     if act is None:
         return text + ", activation not quantized"

@@ -234,7 +234,7 @@ class FusedExperts:
             row_scale = None
         inner, inner_scale = self._activated(layer, rows, row_scale, counts, x.dtype)
         y = self.w2.matmul(layer, inner, inner_scale, counts, x.dtype)
-        weights = None if topk_weights is None else topk_weights.to(x.dtype)
+        weights = topk_weights
         if not placement.whole:
             row_index, weights = _without_absent(y, row_index, counts, weights, (tokens, k))
         y = torch.ops.npu.npu_moe_token_unpermute(y, row_index, probs=weights)
@@ -293,9 +293,8 @@ def _without_absent(
 
     Row 0 is anybody's; only where this rank has no row at all nothing was written to it, and 0 * NaN is NaN.
     """
-    present = row_index >= 0
     y[:1].masked_fill_(counts.sum() == 0, 0)
-    mask = present.view(shape).to(y.dtype)
+    mask = (row_index >= 0).view(shape).to(torch.float32)
     return row_index.clamp(min=0), mask if weights is None else weights * mask
 
 

@@ -15,7 +15,9 @@ from vllm_npu_quant.methods.moe import Experts, GroupedMethod, GroupedSizes, Inp
 __all__ = ["W8A8DynamicExperts", "place_int8"]
 
 #: FRACTAL_NZ tiles of int8 are 16 x 32. With a float32 scale, the operator gives bfloat16 for FRACTAL_NZ weights only.
-NZ_INPUTS, NZ_OUTPUTS = 16, 32
+NZ_INPUTS = 16
+#: npu_dequant_swiglu_quant takes an inner dimension that 64 divides.
+OUTPUTS_MULTIPLE = 64
 
 
 def place_int8(target: torch.Tensor, first: int, weight: CanonicalWeight) -> None:
@@ -29,7 +31,7 @@ class W8A8DynamicExperts(GroupedMethod):
 
     takes = Input.INT8
     inputs_multiple = NZ_INPUTS
-    outputs_multiple = NZ_OUTPUTS
+    outputs_multiple = OUTPUTS_MULTIPLE
     gives_int32 = True
 
     def prepare(self, experts: Experts, sizes: GroupedSizes, act_dtype: torch.dtype) -> dict[str, torch.Tensor]:

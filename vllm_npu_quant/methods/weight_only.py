@@ -26,7 +26,7 @@ from vllm_npu_quant.methods.base import (
     transformed_inputs,
 )
 
-__all__ = ["Grouping", "WeightOnlyLinear", "fit_groups"]
+__all__ = ["Grouping", "WeightOnlyLinear", "antiquant_parameters", "fit_groups"]
 
 #: antiquant_group_size is a multiple of this, and smaller than K.
 GROUP_MULTIPLE = 32
@@ -94,6 +94,36 @@ def _changes(weight: CanonicalWeight) -> list[int]:
     return [(int(i) + 1) * weight.group_size for i in differ.nonzero().flatten()]
 
 
+def antiquant_parameters(
+    weight: CanonicalWeight, columns: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """antiquant_scale and antiquant_offset, [G, N] in the activation's dtype; no offset where all zero points are 0.
+
+    Args:
+        columns: for every group of the operator, the group of the checkpoint that it takes its scale from.
+
+    Raises:
+        NpuQuantError: operator-limit for scales, bad-value for zero points that the dtype does not hold.
+    """
+    scale, zero = weight.scale, weight.zero
+    if columns is not None:
+        scale = scale[:, columns]
+        zero = None if zero is None else zero[:, columns]
+    rounded = scale.to(dtype)
+    findings = []
+    # float16 has too little range for some scales; a scale rounded in its last bit is what the operator works with.
+    error = torch.linalg.vector_norm(rounded.to(torch.float32) - scale)
+    if not bool(error <= 2**-7 * torch.linalg.vector_norm(scale)):
+        findings.append(_bad_scale(scale, dtype))
+    offset = None if zero is None else (-zero).to(dtype)
+    if offset is not None and zero is not None and not torch.equal(offset.to(torch.float32), -zero):
+        findings.append(_bad_zero(dtype))
+    if findings:
+        raise NpuQuantError(findings)
+    rounded = rounded.expand(weight.outputs, -1).t()
+    return rounded, None if offset is None else offset.expand(weight.outputs, -1).t()
+
+
 class WeightOnlyLinear(NpuLinearMethod):
     """``y = x @ ((w_q + antiquant_offset) * antiquant_scale).T + bias`` (npu_weight_quant_batchmatmul).
 
@@ -127,7 +157,7 @@ class WeightOnlyLinear(NpuLinearMethod):
             raise NpuQuantError([_bad_group(weight.group_size)])
         if grouping.depth > MAX_INPUTS:
             raise NpuQuantError([too_many_inputs("npu_weight_quant_batchmatmul", grouping.depth)])
-        scale, offset = self._scales(weight, grouping, context.act_dtype)
+        scale, offset = antiquant_parameters(weight, grouping.columns, context.act_dtype)
         self.outputs = weight.outputs
         self.group_size = grouping.size
         self.pieces = split_outputs(weight.outputs)
@@ -146,28 +176,6 @@ class WeightOnlyLinear(NpuLinearMethod):
         if gather is not None:
             tensors["input_index"] = gather
         return tensors
-
-    def _scales(
-        self, weight: CanonicalWeight, grouping: Grouping, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """antiquant_scale and antiquant_offset, [G, N] in the activation's dtype."""
-        scale, zero = weight.scale, weight.zero
-        if grouping.columns is not None:
-            scale = scale[:, grouping.columns]
-            zero = None if zero is None else zero[:, grouping.columns]
-        rounded = scale.to(dtype)
-        findings = []
-        # float16 has too little range for some scales; a scale rounded in its last bit is what the operator works with.
-        error = torch.linalg.vector_norm(rounded.to(torch.float32) - scale)
-        if not bool(error <= 2**-7 * torch.linalg.vector_norm(scale)):
-            findings.append(_bad_scale(scale, dtype))
-        offset = None if zero is None else (-zero).to(dtype)
-        if offset is not None and zero is not None and not torch.equal(offset.to(torch.float32), -zero):
-            findings.append(_bad_zero(dtype))
-        if findings:
-            raise NpuQuantError(findings)
-        rounded = rounded.expand(weight.outputs, -1).t()
-        return rounded, None if offset is None else offset.expand(weight.outputs, -1).t()
 
     def _gather(self, linear: CanonicalLinear, grouping: Grouping) -> torch.Tensor | None:
         """int64 [depth]: for every row of the prepared weight the column of x that multiplies it. The column after x's last
