@@ -1,9 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantized checkpoints on Huawei Ascend NPUs with vLLM, and the same arithmetic on a CPU.
 
-Importing this package imports neither torch nor vllm.
+Importing this package imports neither torch nor vllm, nor does any of the functions that answer from config files and
+headers: ``inspect``, ``check``, ``plan``, ``matrix``.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from vllm_npu_quant._version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from vllm_npu_quant.errors import Finding, NpuQuantError, Severity
+    from vllm_npu_quant.inspection import CheckReport, Overview, check, inspect
+
+__all__ = [
+    "CheckReport",
+    "Finding",
+    "NpuQuantError",
+    "Overview",
+    "Severity",
+    "__version__",
+    "check",
+    "inspect",
+]
+
+_HOMES = {
+    "CheckReport": "inspection",
+    "Finding": "errors",
+    "NpuQuantError": "errors",
+    "Overview": "inspection",
+    "Severity": "errors",
+    "check": "inspection",
+    "inspect": "inspection",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

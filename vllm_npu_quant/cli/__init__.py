@@ -1,1 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The command line. Each command builds typed data (``vllm_npu_quant.inspection``), then prints it as text or as JSON."""
+
+from __future__ import annotations
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """The console script ``vllm-npu-quant``."""
+    from vllm_npu_quant.cli.app import app
+
+    app(prog_name="vllm-npu-quant")

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands. Exit codes: 0 fine, 1 findings, 2 wrong use or unreadable."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vllm_npu_quant.errors import Finding, NpuQuantError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="Know before you load: quantized checkpoints for vLLM on Ascend NPUs. No command here needs an NPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or the id of a model of the hub.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+DeviceOption = Annotated[str | None, typer.Option(help="a2, a3, a5 or 310p: apply this chip's rules, too.")]
+TpOption = Annotated[int, typer.Option("--tp", min=1, max=4096, help="Tensor-parallel size.")]
+EpOption = Annotated[int, typer.Option("--ep", min=1, max=4096, help="Expert-parallel size.")]
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+
+def _print_json(data: dict[str, Any]) -> None:
+    # ASCII, so that no terminal and no pipe stumbles over a stranger's text.
+    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+
+
+@contextmanager
+def _refusals(command: str, as_json: bool) -> Iterator[None]:
+    """Turn what a user can cause into words and an exit code."""
+    try:
+        yield
+    except NpuQuantError as error:
+        _refuse(command, as_json, error.findings)
+        unreadable = any(finding.code == "unreadable-file" for finding in error.findings)
+        raise typer.Exit(2 if unreadable else 1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except BrokenPipeError:  # the reader, head for example, has seen enough
+        sys.stdout = None  # type: ignore[assignment]
+        raise typer.Exit(0) from None
+
+
+def _refuse(command: str, as_json: bool, findings: tuple[Finding, ...]) -> None:
+    if as_json:
+        from vllm_npu_quant.cli.data import plain, wrapped
+
+        _print_json(wrapped(command, {"error": True, "findings": plain(findings)}))
+        return
+    from vllm_npu_quant.cli.render import findings_text
+
+    findings_text(_console(stderr=True), findings)
+
+
+def _usage(message: str) -> typer.BadParameter:
+    return typer.BadParameter(message)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from vllm_npu_quant._version import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Know before you load: quantized checkpoints for vLLM on Ascend NPUs."""
+
+
+@app.command()
+def inspect(
+    model: ModelArgument,
+    layers: Annotated[bool, typer.Option("--layers", help="List every layer.")] = False,
+    as_json: JsonOption = False,
+    revision: RevisionOption = None,
+) -> None:
+    """What a checkpoint is: format, schemes, and the NPU method class and operators of its layers."""
+    from vllm_npu_quant.inspection.overview import inspect as look
+
+    with _refusals("inspect", as_json):
+        overview = look(model, revision=revision)
+        if as_json:
+            from vllm_npu_quant.cli.data import inspect_data
+
+            _print_json(inspect_data(overview, layers=layers))
+        else:
+            from vllm_npu_quant.cli.render import inspect_text
+
+            inspect_text(_console(), overview, layers=layers)
+
+
+@app.command()
+def check(
+    model: ModelArgument,
+    tp: TpOption = 1,
+    ep: EpOption = 1,
+    device: DeviceOption = None,
+    values: Annotated[
+        bool, typer.Option("--values", help="Read the weights, too: scales, zero points, ranges of integers.")
+    ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Warnings count as findings.")] = False,
+    as_json: JsonOption = False,
+    revision: RevisionOption = None,
+) -> None:
+    """Everything that could go wrong with a checkpoint, at once. Exit code 1 where something would."""
+    from vllm_npu_quant.inspection.checks import check as run_check
+
+    _known_device(device)
+    with _refusals("check", as_json), _progress(values and not as_json) as progress:
+        report = run_check(model, tp=tp, ep=ep, device=device, values=values, revision=revision, progress=progress)
+    with _refusals("check", as_json):
+        if as_json:
+            from vllm_npu_quant.cli.data import check_data
+
+            _print_json(check_data(report, strict=strict))
+        else:
+            from vllm_npu_quant.cli.render import check_text
+
+            check_text(_console(), report, strict=strict)
+    if not report.passed(strict=strict):
+        unreadable = not report.readable and any(finding.code == "unreadable-file" for finding in report.findings)
+        raise typer.Exit(2 if unreadable else 1)
+
+
+def _known_device(device: str | None) -> None:
+    if device is None:
+        return
+    from vllm_npu_quant.inspection.chips import chip_of
+
+    try:
+        chip_of(device)
+    except ValueError as error:
+        raise _usage(str(error)) from None
+
+
+@contextmanager
+def _progress(wanted: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A progress bar on stderr, where that is a terminal."""
+    if not wanted or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("reading weights"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda _, done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The JSON that ``--json`` prints: one object per command, with its name and a version.
+
+Fields are only added while the version stays the same; a field that changes its meaning or goes away raises it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from typing import Any
+
+from vllm_npu_quant import dispatch
+from vllm_npu_quant._version import __version__
+from vllm_npu_quant.errors import Finding
+from vllm_npu_quant.inspection.checks import CheckReport
+from vllm_npu_quant.inspection.layers import Layer
+from vllm_npu_quant.inspection.overview import Overview
+
+__all__ = ["VERSION", "check_data", "inspect_data", "plain", "wrapped"]
+
+#: Version of the JSON objects.
+VERSION = 1
+
+
+def wrapped(command: str, data: dict[str, Any]) -> dict[str, Any]:
+    """A command's data with what every object has."""
+    return {"schema": f"vllm-npu-quant/{command}", "version": VERSION, "tool_version": __version__, **data}
+
+
+def plain(value: Any) -> Any:
+    """A value of the API as JSON has it: dataclasses as objects, enums as their values, tuples as arrays."""
+    if isinstance(value, Enum):
+        return value.value
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(plain(item) for item in value)
+    return value
+
+
+def inspect_data(overview: Overview, *, layers: bool) -> dict[str, Any]:
+    data = {
+        "model": overview.model,
+        "architecture": overview.architecture,
+        "dtype": overview.dtype,
+        "format": overview.format,
+        "decided_by": overview.decided_by,
+        "producer": overview.producer,
+        "files": overview.files,
+        "bytes": overview.nbytes,
+        "tensors": overview.tensors,
+        "schemes": [
+            {("bytes" if key == "nbytes" else key): value for key, value in plain(scheme).items()}
+            for scheme in overview.schemes
+        ],
+    }
+    if layers:
+        data["layers"] = [layer_data(layer) for layer in overview.layers]
+    return wrapped("inspect", data)
+
+
+def layer_data(layer: Layer) -> dict[str, Any]:
+    return {
+        "name": layer.name,
+        "kind": layer.kind,
+        "count": layer.count,
+        "scheme": layer.scheme,
+        "spec": dispatch.describe(layer.spec).partition(": ")[2],
+        "method": layer.method,
+        "operators": list(layer.operators),
+        "outputs": layer.outputs,
+        "inputs": layer.inputs,
+        "bytes": layer.nbytes,
+        "reason": layer.reason,
+    }
+
+
+def finding_data(finding: Finding) -> dict[str, Any]:
+    return plain(finding)
+
+
+def check_data(report: CheckReport, *, strict: bool) -> dict[str, Any]:
+    return wrapped(
+        "check",
+        {
+            "model": report.model,
+            "format": report.format,
+            "readable": report.readable,
+            "values": report.values,
+            "strict": strict,
+            "passed": report.passed(strict=strict),
+            "findings": [finding_data(finding) for finding in report.findings],
+        },
+    )

@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be known about a checkpoint before it is loaded, as typed objects. Imports neither torch nor vllm.
+
+The command line renders these objects; ``vllm_npu_quant.inspect`` and the others return them.
+"""
+
+from __future__ import annotations
+
+from vllm_npu_quant.inspection.checks import CheckReport, check
+from vllm_npu_quant.inspection.layers import Layer, Scheme
+from vllm_npu_quant.inspection.model import Model, open_model
+from vllm_npu_quant.inspection.overview import Overview, inspect
+
+__all__ = ["CheckReport", "Layer", "Model", "Overview", "Scheme", "check", "inspect", "open_model"]

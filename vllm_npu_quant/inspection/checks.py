@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``check``: everything that could go wrong with a checkpoint, before it is loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from vllm_npu_quant import dispatch
+from vllm_npu_quant.errors import Finding, NpuQuantError, Severity
+from vllm_npu_quant.formats.base import QuantFormat
+from vllm_npu_quant.formats.check import FindingLimit, check_checkpoint
+from vllm_npu_quant.formats.resolve import FUSED_FAMILIES, LayerResolver
+from vllm_npu_quant.formats.rules import is_embedding
+from vllm_npu_quant.inspection.chips import chip_findings
+from vllm_npu_quant.inspection.layers import Layer, layers_of
+from vllm_npu_quant.inspection.model import Model, open_model
+from vllm_npu_quant.inspection.overview import dtype_of
+from vllm_npu_quant.inspection.parallel import parallel_findings
+from vllm_npu_quant.spec import LayerKind
+
+__all__ = ["CheckReport", "check"]
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What is wrong, or worth knowing.
+
+    Attributes:
+        model: as the user named it.
+        format: the quantization format; empty for a float checkpoint, and where it could not be found out.
+        findings: the errors first.
+        readable: whether the checkpoint could be read so far that its layers were looked at.
+        values: whether values were read, and not only headers.
+    """
+
+    model: str
+    format: str
+    findings: tuple[Finding, ...]
+    readable: bool
+    values: bool = False
+
+    def count(self, severity: Severity) -> int:
+        return sum(finding.severity is severity for finding in self.findings)
+
+    def passed(self, *, strict: bool = False) -> bool:
+        """Whether there is no error, and with ``strict`` no warning."""
+        worst = [Severity.ERROR, Severity.WARNING] if strict else [Severity.ERROR]
+        return self.readable and not any(finding.severity in worst for finding in self.findings)
+
+
+def check(
+    model: str | os.PathLike[str] | Model,
+    *,
+    tp: int = 1,
+    ep: int = 1,
+    device: str | None = None,
+    values: bool = False,
+    revision: str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> CheckReport:
+    """Everything that could go wrong with a checkpoint. Never raises for what is wrong with it.
+
+    Args:
+        model: a folder, a hub id, or an opened model.
+        tp: tensor-parallel size. ep: expert-parallel size; 1 for none.
+        device: "a2", "a3", "a5" or "310p"; None for no chip's rules.
+        values: read the weights, too: scales, zero points and ranges of integers.
+        revision: branch, tag or commit of a hub id.
+        progress: called with (layer, layers done, layers in all) while values are read.
+
+    Raises:
+        ValueError: for sizes below 1.
+    """
+    if tp < 1 or ep < 1:
+        raise ValueError("tp and ep are at least 1")
+    try:
+        opened = model if isinstance(model, Model) else open_model(model, revision=revision)
+    except NpuQuantError as error:
+        return CheckReport(os.fspath(model) if not isinstance(model, Model) else model.name, "", error.findings, False)
+    if opened.format is None:
+        return _report(opened, [*opened.findings, *opened.checkpoint.findings], readable=False)
+    quant_format = opened.format
+    findings = [*opened.findings, *quant_format.findings, *check_checkpoint(quant_format, opened.checkpoint)]
+    layers = layers_of(quant_format, opened.checkpoint)
+    findings += served_findings(layers, quant_format)
+    findings += fused_findings(quant_format)
+    findings += parallel_findings(opened, layers, tp=tp, ep=ep)
+    if device is not None:
+        findings += chip_findings(device, layers, dtype_of(opened), quant_format.source)
+    if values:
+        from vllm_npu_quant.inspection.values import value_findings
+
+        findings += value_findings(opened, layers, progress)
+    return _report(opened, findings, readable=True, values=values)
+
+
+def _report(opened: Model, findings: Iterable[Finding], *, readable: bool, values: bool = False) -> CheckReport:
+    """The report with every finding once, the errors first."""
+    order = list(Severity)
+    unique = sorted(dict.fromkeys(findings), key=lambda finding: order.index(finding.severity))
+    name = opened.format.name if opened.format is not None and opened.format.name != "float" else ""
+    return CheckReport(opened.name, name, tuple(unique), readable, values)
+
+
+def served_findings(layers: Iterable[Layer], quant_format: QuantFormat) -> list[Finding]:
+    """Layers that no method class serves."""
+    found = FindingLimit(8)
+    for layer in layers:
+        if layer.spec.is_float:
+            continue
+        if is_embedding(layer.name):
+            found.add(
+                Finding(
+                    "unsupported-scheme",
+                    "quantized embedding tables are not served",
+                    layer=layer.name,
+                    file=quant_format.source,
+                    expected="a float embedding",
+                    found=layer.spec.scheme,
+                    fix="export the embedding as float",
+                )
+            )
+        elif layer.row is None:
+            finding = dispatch.unsupported(LayerKind(layer.kind), layer.spec, file=quant_format.source)
+            found.add(replace(finding, layer=layer.name))
+        elif layer.kind == LayerKind.FUSED_MOE.value:
+            for finding in _expert_findings(layer, quant_format):
+                found.add(finding)
+    return found.close()
+
+
+def _expert_findings(layer: Layer, quant_format: QuantFormat) -> Iterable[Finding]:
+    """What is served for Linear layers and not for experts."""
+    if layer.spec.layout.value.endswith("act_order"):
+        yield Finding(
+            "unsupported-scheme",
+            "experts with activation order would need the input sorted anew for every expert",
+            layer=layer.name,
+            file=quant_format.source,
+            expected="desc_act false",
+            found=layer.spec.scheme,
+            fix="re-export the checkpoint without activation order (desc_act=False, actorder weight or none)",
+        )
+    if "bias" in layer.tensors:
+        yield Finding(
+            "unsupported-scheme",
+            "quantized experts are served without a bias",
+            layer=layer.name,
+            file=quant_format.source,
+            expected="no bias",
+            found=f"{layer.name}.bias",
+            fix="export the experts of this model as float",
+        )
+
+
+def fused_findings(quant_format: QuantFormat) -> list[Finding]:
+    """Shards that vLLM fuses and the checkpoint quantizes differently, by the generic families.
+
+    A model class can override the families; only layers whose shards are all there are looked at.
+    """
+    found = FindingLimit(8)
+    resolver = LayerResolver(quant_format)
+    last_shards = {shards[-1]: (fused, shards) for fused, shards in FUSED_FAMILIES.items()}
+    for name in list(quant_format.layer_names()):
+        parent, dot, last = name.rpartition(".")
+        prefix = name
+        if last in last_shards:
+            fused, shards = last_shards[last]
+            if any(quant_format.find(parent + dot + shard) is None for shard in shards):
+                continue
+            prefix = parent + dot + fused
+        elif quant_format.find_experts(name) is None:
+            continue
+        try:
+            resolver.resolve_experts(name) if prefix == name else resolver.resolve(prefix)
+        except NpuQuantError as error:
+            for finding in error.findings:
+                found.add(finding)
+    return found.close()

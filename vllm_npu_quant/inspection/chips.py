@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the Ascend chips have: which operator takes what, and the published numbers. One table each, with sources.
+
+Operators: "产品支持情况" (supported products) and the argument tables of torch_npu's own pages,
+github.com/Ascend/op-plugin, docs/zh/custom_APIs/torch_npu/torch_npu-<operator>.md, read in the versions of 2026. Read, not
+run: nothing here was measured on a chip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from vllm_npu_quant.dispatch import ROWS, Row
+from vllm_npu_quant.errors import Finding, Severity
+from vllm_npu_quant.formats.check import FindingLimit
+from vllm_npu_quant.inspection.layers import Layer
+from vllm_npu_quant.spec import LayerKind
+
+__all__ = ["CHIPS", "Chip", "Support", "chip_findings", "chip_of", "support"]
+
+
+@dataclass(frozen=True)
+class Number:
+    """A published number.
+
+    Attributes:
+        value: in bytes, bytes per second or operations per second.
+        source: where it is published.
+    """
+
+    value: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Chip:
+    """An Ascend product line, as far as its numbers are published.
+
+    Attributes:
+        key: the name on the command line. name: the products.
+        dtypes: the model dtypes that its quantized operators take.
+        memory: device memory of what vLLM calls one device, in bytes. bandwidth: bytes per second of that memory.
+        fp16: operations per second in float16 or bfloat16. int8: the same in int8.
+        remark: what a reader has to know about these numbers.
+    """
+
+    key: str
+    name: str
+    dtypes: tuple[str, ...]
+    memory: Number | None = None
+    bandwidth: Number | None = None
+    fp16: Number | None = None
+    int8: Number | None = None
+    remark: str = ""
+
+
+_BOTH = ("bfloat16", "float16")
+
+#: None stands for a number for which no document worth citing was found.
+CHIPS: dict[str, Chip] = {
+    "a2": Chip("a2", "Atlas A2 (Ascend 910B)", _BOTH),
+    "a3": Chip("a3", "Atlas A3 (Ascend 910C)", _BOTH),
+    "a5": Chip("a5", "Ascend 950", _BOTH),
+    "310p": Chip("310p", "Atlas inference series (Ascend 310P)", ("float16",)),
+}
+
+
+def chip_of(device: str) -> Chip:
+    """The chip of this name.
+
+    Raises:
+        ValueError: for any other name; the message lists them.
+    """
+    chip = CHIPS.get(device.strip().lower())
+    if chip is None:
+        raise ValueError(f"there is no device {device[:40]!r}; the devices are {', '.join(CHIPS)}")
+    return chip
+
+
+#: Operator -> chip -> whether its page lists the product. A chip that is left out: the pages that were read do not say.
+OPERATORS: dict[str, dict[str, bool]] = {
+    "npu_dynamic_quant": {"a2": True, "a3": True, "a5": True, "310p": False},
+    "npu_dynamic_quant_asymmetric": {"a2": True, "a3": True, "310p": False},
+    "npu_quantize": {"a2": True, "a3": True, "a5": True, "310p": True},
+    "npu_quant_matmul": {"a2": True, "a3": True, "a5": True, "310p": True},
+    "npu_weight_quant_batchmatmul": {"a2": True, "a3": True, "310p": True},
+    "npu_grouped_matmul": {"a2": True, "a3": True, "a5": True, "310p": True},
+    # The newest page lists the 950 only; vllm-ascend calls it on A2 and A3 (W4A4_FLATQUANT_DYNAMIC).
+    "npu_kronecker_quant": {"a2": True, "a3": True, "a5": True, "310p": False},
+    "npu_swiglu": {"a2": True, "a3": True, "a5": True},
+}
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether a chip's operators take what a dispatch row gives them.
+
+    Attributes:
+        served: None where the pages that were read do not say.
+        why: the reason, where it is not simply yes.
+    """
+
+    served: bool | None
+    why: str = ""
+
+
+def support(chip: Chip, row: Row) -> Support:
+    """Whether a chip takes the layers of a dispatch row, by the operators' pages."""
+    unknown = []
+    for operator in row.operators:
+        listed = OPERATORS.get(operator, {}).get(chip.key)
+        if listed is False:
+            return Support(False, f"{operator} is not listed for it")
+        if listed is None:
+            unknown.append(operator)
+    if chip.key == "310p":
+        if "npu_grouped_matmul" in row.operators:
+            return Support(False, "npu_grouped_matmul takes no quantized weights on it")
+        if "npu_weight_quant_batchmatmul" in row.operators and min(row.weight_bits) < 8:
+            return Support(False, "npu_weight_quant_batchmatmul takes int8 weights only on it")
+        if "npu_quant_matmul" in row.operators and row.act_dynamic:
+            return Support(False, "npu_quant_matmul takes no pertoken_scale on it")
+    if unknown:
+        return Support(None, f"the page of {unknown[0]} does not list it")
+    return Support(True)
+
+
+def chip_findings(device: str, layers: Sequence[Layer], dtype: str, source: str) -> list[Finding]:
+    """What of a checkpoint a chip does not take.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    chip = chip_of(device)
+    found = FindingLimit(8)
+    quantized = [layer for layer in layers if layer.row is not None]
+    if quantized and dtype == "bfloat16" and dtype not in chip.dtypes:
+        found.add(
+            Finding(
+                "operator-limit",
+                f"the quantized operators of {chip.name} take float16 only, and config.json says bfloat16",
+                file="config.json",
+                expected=" or ".join(chip.dtypes),
+                found=dtype,
+                fix="pass --dtype float16",
+                severity=Severity.WARNING,
+            )
+        )
+    for finding in _by_row(chip, quantized, source):
+        found.add(finding)
+    return found.close()
+
+
+def _by_row(chip: Chip, layers: Iterable[Layer], source: str) -> Iterable[Finding]:
+    """One finding for all layers of a row that the chip does not take."""
+    by_row: dict[Row, list[Layer]] = {}
+    for layer in layers:
+        if layer.row is not None:
+            by_row.setdefault(layer.row, []).append(layer)
+    for row, members in by_row.items():
+        answer = support(chip, row)
+        if answer.served:
+            continue
+        kind = LayerKind(members[0].kind)
+        others = [
+            other.name
+            for other in dict.fromkeys(ROWS)
+            if kind in other.kinds and support(chip, other).served and other.operators
+        ]
+        count = sum(layer.count for layer in members)
+        yield Finding(
+            "unsupported-scheme" if answer.served is False else "operator-limit",
+            f"{chip.name}: {answer.why}, and {count:,} layers with {row.name} need it",
+            layer=members[0].name,
+            file=source,
+            expected="one of " + ", ".join(dict.fromkeys(others)) if others else "float layers",
+            found=f"{row.name} ({', '.join(row.operators)})",
+            fix="use another chip, or export these layers with another scheme"
+            if answer.served is False
+            else "run one layer on the chip before relying on it",
+            severity=Severity.ERROR if answer.served is False else Severity.WARNING,
+        )

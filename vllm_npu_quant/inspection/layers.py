@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint's layers with what each becomes: kind, scheme, method class, operators, sizes, bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from vllm_npu_quant import dispatch
+from vllm_npu_quant.checkpoint import Checkpoint, TensorInfo
+from vllm_npu_quant.formats.base import ExpertsEntry, LayerEntry, QuantFormat
+from vllm_npu_quant.formats.rules import FLOAT_DTYPES, RuleFormat, is_embedding
+from vllm_npu_quant.layouts.tables import Axis, tensors_of
+from vllm_npu_quant.spec import FLOAT, LayerKind, LayerSpec, Layout
+
+__all__ = ["OTHER", "Layer", "Scheme", "layers_of", "schemes_of"]
+
+#: The kind of everything that no quantization method is asked for: norms, embeddings, lone parameters.
+OTHER = "other"
+
+#: A layer that holds tensors in a quantized dtype, and that nothing describes in a way that is understood.
+UNKNOWN = LayerSpec("UNKNOWN", Layout.FLOAT)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of the checkpoint; of routed experts, one projection of all of them.
+
+    Attributes:
+        name: its name, with * for the number of an expert.
+        kind: "linear", "fused_moe", "lm_head", or "other".
+        count: how many checkpoint layers it stands for: the experts, else 1.
+        spec: its quantization.
+        row: the dispatch row that serves it; None for float layers, and where none does.
+        outputs, inputs: N and K of one of them; 0 where they are not known.
+        nbytes: bytes of all its stored tensors.
+        reason: why it is float; empty where it is quantized.
+        tensors: the optional tensors that the checkpoint stores.
+    """
+
+    name: str
+    kind: str
+    count: int
+    spec: LayerSpec
+    row: dispatch.Row | None
+    outputs: int
+    inputs: int
+    nbytes: int
+    reason: str = ""
+    tensors: frozenset[str] = frozenset()
+
+    @property
+    def method(self) -> str:
+        """The NPU method class's name; empty where there is none."""
+        return self.row.method_name if self.row is not None else ""
+
+    @property
+    def operators(self) -> tuple[str, ...]:
+        return self.row.operators if self.row is not None else ()
+
+    @property
+    def scheme(self) -> str:
+        return self.spec.scheme
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Layers of one kind with one scheme.
+
+    Attributes:
+        scheme: the producer's name, "FLOAT" for float. kind: as in Layer. spec: in words.
+        method: the NPU method class; empty for float layers and where none serves it.
+        operators: the operators that it calls.
+        served: whether there is a method class, or none is needed.
+        layers: how many checkpoint layers. nbytes: their stored bytes. parameters: their weights' elements.
+        reason: why they are float.
+    """
+
+    scheme: str
+    kind: str
+    spec: str
+    method: str
+    operators: tuple[str, ...]
+    served: bool
+    layers: int
+    nbytes: int
+    parameters: int
+    reason: str = ""
+
+
+def layers_of(quant_format: QuantFormat, checkpoint: Checkpoint) -> list[Layer]:
+    """Every layer of the checkpoint, in the order of the files. Linear in the number of tensors."""
+    tensors = checkpoint.tensors
+    sizes: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        layer = name.rpartition(".")[0]
+        sizes[layer] = sizes.get(layer, 0) + tensor.nbytes
+    found: list[Layer] = []
+    moe: dict[str, ExpertsEntry] = {}
+    for name in quant_format.layer_names():
+        experts = quant_format.find_experts(name)
+        if experts is not None:
+            moe[name] = experts
+            continue
+        entry = quant_format.find(name)
+        if entry is not None:
+            found.append(_layer(name, entry, quant_format, tensors, sizes.pop(name, 0)))
+    for name, experts in moe.items():
+        found += _experts(name, experts, quant_format, tensors, sizes)
+    unknown = _not_float(sizes, tensors)
+    found += [
+        Layer(name or "(no layer)", OTHER, 1, UNKNOWN if name in unknown else FLOAT, None, 0, 0, nbytes)
+        for name, nbytes in sizes.items()
+    ]
+    return found
+
+
+def _not_float(layers: Mapping[str, int], tensors: Mapping[str, TensorInfo]) -> set[str]:
+    """Those of the layers that hold a tensor in a quantized dtype, although no entry describes them."""
+    return {
+        layer
+        for name, tensor in tensors.items()
+        if tensor.dtype not in FLOAT_DTYPES and (layer := name.rpartition(".")[0]) in layers
+    }
+
+
+def _layer(
+    name: str, entry: LayerEntry, quant_format: QuantFormat, tensors: Mapping[str, TensorInfo], nbytes: int
+) -> Layer:
+    spec = entry.spec
+    outputs, inputs = _sizes(name, entry, tensors)
+    last = name.rpartition(".")[2]
+    if spec.is_float and (not outputs or is_embedding(name)):
+        return Layer(name, OTHER, 1, spec, None, outputs, inputs, nbytes)
+    kind = LayerKind.LM_HEAD if last == "lm_head" else LayerKind.LINEAR
+    row = None if spec.is_float else dispatch.find_row(kind, spec)
+    reason = _why_float(name, quant_format) if spec.is_float else ""
+    return Layer(name, kind.value, 1, spec, row, outputs, inputs, nbytes, reason, entry.tensors)
+
+
+def _experts(
+    name: str,
+    experts: ExpertsEntry,
+    quant_format: QuantFormat,
+    tensors: Mapping[str, TensorInfo],
+    sizes: dict[str, int],
+) -> Iterable[Layer]:
+    for projection, entry in zip(experts.names, (experts.gate, experts.up, experts.down), strict=True):
+        outputs, inputs = _sizes(f"{name}.0.{projection}", entry, tensors)
+        nbytes = sum(sizes.pop(f"{name}.{number}.{projection}", 0) for number in range(experts.count))
+        row = None if entry.spec.is_float else dispatch.find_row(LayerKind.FUSED_MOE, entry.spec)
+        reason = _why_float(f"{name}.0.{projection}", quant_format) if entry.spec.is_float else ""
+        yield Layer(
+            f"{name}.*.{projection}",
+            LayerKind.FUSED_MOE.value,
+            experts.count,
+            entry.spec,
+            row,
+            outputs,
+            inputs,
+            nbytes,
+            reason,
+            entry.tensors,
+        )
+
+
+def _sizes(layer: str, entry: LayerEntry, tensors: Mapping[str, TensorInfo]) -> tuple[int, int]:
+    """N and K from the stored weight; zeros where it has not two dimensions."""
+    if entry.spec.is_float:
+        weight = tensors.get(layer + ".weight")
+        return (weight.shape[0], weight.shape[1]) if weight is not None and len(weight.shape) == 2 else (0, 0)
+    wanted = tensors_of(entry.spec, entry.tensors)[0]
+    weight = tensors.get(f"{layer}.{wanted.name}")
+    if weight is None or len(weight.shape) != len(wanted.dims):
+        return 0, 0
+    lengths = {dim.axis: dim.elements(length) for dim, length in zip(wanted.dims, weight.shape, strict=True)}
+    return lengths.get(Axis.OUT, 0), lengths.get(Axis.IN, 0)
+
+
+def _why_float(name: str, quant_format: QuantFormat) -> str:
+    """Why a layer with a weight matrix is float."""
+    if quant_format.name == "float":
+        return "the checkpoint is not quantized"
+    if isinstance(quant_format, RuleFormat):
+        ruled = quant_format.rule(name)
+        if ruled is not None and not ruled.spec.is_float:
+            return "no rule excludes it, and it is stored as float"
+        return f"{quant_format.source} excludes it, or it is excluded by convention"
+    return f"{quant_format.source} says FLOAT"
+
+
+def schemes_of(layers: Iterable[Layer]) -> list[Scheme]:
+    """The layers by kind and scheme; quantized first, then by bytes."""
+    groups: dict[tuple[object, ...], Scheme] = {}
+    for layer in layers:
+        spec = "" if layer.kind == OTHER else dispatch.describe(layer.spec).partition(": ")[2]
+        key = (layer.kind, layer.scheme, spec, layer.method, layer.reason)
+        parameters = layer.count * layer.outputs * layer.inputs
+        known = groups.get(key)
+        if known is None:
+            groups[key] = Scheme(
+                layer.scheme,
+                layer.kind,
+                spec,
+                layer.method,
+                layer.operators,
+                layer.row is not None or (layer.spec.is_float and layer.spec != UNKNOWN),
+                layer.count,
+                layer.nbytes,
+                parameters,
+                layer.reason,
+            )
+        else:
+            groups[key] = replace(
+                known,
+                layers=known.layers + layer.count,
+                nbytes=known.nbytes + layer.nbytes,
+                parameters=known.parameters + parameters,
+            )
+    return sorted(groups.values(), key=lambda group: (group.scheme == "FLOAT", group.kind == OTHER, -group.nbytes))

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model by its folder or its hub id: the config files and the headers of the weight files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_npu_quant.checkpoint import Checkpoint
+from vllm_npu_quant.errors import Finding, NpuQuantError, Severity
+from vllm_npu_quant.formats.base import QuantFormat
+from vllm_npu_quant.formats.detect import Detection
+from vllm_npu_quant.formats.open import describe_folder, format_of
+
+__all__ = ["Model", "open_model"]
+
+
+@dataclass
+class Model:
+    """An opened model.
+
+    Attributes:
+        name: as the user named it.
+        checkpoint: the weight files' headers.
+        detection: which format, and which file says so; None where that could not be found out.
+        format: the format; None likewise.
+        findings: what kept the format from being found out.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    detection: Detection | None = None
+    format: QuantFormat | None = None
+    findings: tuple[Finding, ...] = field(default_factory=tuple)
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """config.json; empty where there is none."""
+        return self.detection.model if self.detection is not None else {}
+
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The part of config.json that describes the language model."""
+        for key in ("text_config", "llm_config", "language_config"):
+            value = self.config.get(key)
+            if isinstance(value, Mapping) and value:
+                return value
+        thinker = self.config.get("thinker_config")
+        if isinstance(thinker, Mapping) and isinstance(thinker.get("text_config"), Mapping):
+            return thinker["text_config"]
+        return self.config
+
+    def size(self, *names: str) -> int:
+        """A positive integer of the language model's config under any of these names; 0 where there is none."""
+        for name in names:
+            value = self.text_config.get(name)
+            if type(value) is int and 0 < value < 1 << 40:
+                return value
+        return 0
+
+    def require_format(self) -> QuantFormat:
+        """The format.
+
+        Raises:
+            NpuQuantError: what kept it from being found out.
+        """
+        if self.format is None:
+            raise NpuQuantError(self.findings)
+        return self.format
+
+
+def open_model(model: str | os.PathLike[str], *, revision: str | None = None) -> Model:
+    """Open a folder, or a model of a hub: its config files and the headers of its weight files, no weight.
+
+    A hub's files are taken from the local cache where they are all there; else configs are downloaded to the cache and
+    headers are read by range requests.
+
+    Raises:
+        NpuQuantError: unreadable-file, where there is no such folder and no such model. Everything else is in ``findings``.
+    """
+    name = os.fspath(model)
+    if os.path.isdir(name) or looks_like_path(name):
+        checkpoint = Checkpoint.open(name)
+    else:
+        from vllm_npu_quant.inspection.hub import open_hub
+
+        checkpoint = open_hub(name, revision=revision)
+    opened = Model(name, checkpoint)
+    try:
+        opened.detection = describe_folder(checkpoint)
+        opened.format = format_of(checkpoint, opened.detection)
+    except NpuQuantError as error:
+        opened.findings = error.findings
+    if opened.format is not None and "config.json" not in checkpoint.names and not checkpoint.findings:
+        opened.findings += (
+            Finding(
+                "unreadable-file",
+                "the folder has no config.json, which vLLM needs",
+                file="config.json",
+                expected="config.json beside the weights",
+                fix="copy it from the model that the checkpoint was made from",
+                severity=Severity.WARNING,
+            ),
+        )
+    return opened
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a model's name can only be a path, so that no hub is asked."""
+    return (
+        name.startswith((".", "/", "~", "\\"))
+        or name.count("/") > 1
+        or "\\" in name
+        or os.path.exists(name)
+        or not name
+    )

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``inspect``: what a checkpoint is, and what each of its layers becomes."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from vllm_npu_quant.inspection.layers import Layer, Scheme, layers_of, schemes_of
+from vllm_npu_quant.inspection.model import Model, open_model
+
+__all__ = ["Overview", "inspect"]
+
+
+@dataclass(frozen=True)
+class Overview:
+    """What a checkpoint is.
+
+    Attributes:
+        model: as the user named it.
+        architecture: the model class that config.json names.
+        dtype: the dtype that config.json names.
+        format: the quantization format, "" for a float checkpoint. decided_by: the file that says so.
+        producer: the tool that made the checkpoint and its version, where a file says it.
+        files: number of weight files. nbytes: bytes of all tensors. tensors: number of tensors.
+        schemes: layers by kind and scheme.
+        layers: every layer.
+    """
+
+    model: str
+    architecture: str
+    dtype: str
+    format: str
+    decided_by: str
+    producer: str
+    files: int
+    nbytes: int
+    tensors: int
+    schemes: tuple[Scheme, ...]
+    layers: tuple[Layer, ...]
+
+
+def inspect(model: str | os.PathLike[str] | Model, *, revision: str | None = None) -> Overview:
+    """What a checkpoint is, from its config files and the headers of its weight files.
+
+    Args:
+        model: a folder, a hub id, or an opened model.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        NpuQuantError: where the checkpoint cannot be read, or its format is not known.
+    """
+    opened = model if isinstance(model, Model) else open_model(model, revision=revision)
+    quant_format = opened.require_format()
+    layers = layers_of(quant_format, opened.checkpoint)
+    architectures = opened.config.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else ""
+    detection = opened.detection
+    assert detection is not None
+    return Overview(
+        model=opened.name,
+        architecture=first[:80] if isinstance(first, str) else "",
+        dtype=dtype_of(opened),
+        format="" if quant_format.name == "float" else quant_format.name,
+        decided_by=detection.file,
+        producer=producer_of(opened),
+        files=len(opened.checkpoint.files),
+        nbytes=opened.checkpoint.total_bytes,
+        tensors=len(opened.checkpoint.tensors),
+        schemes=tuple(schemes_of(layers)),
+        layers=tuple(layers),
+    )
+
+
+def dtype_of(model: Model) -> str:
+    """The dtype that config.json names ("bfloat16"); empty where it names none."""
+    for config in (model.text_config, model.config):
+        for key in ("dtype", "torch_dtype"):
+            value = config.get(key)
+            if isinstance(value, str) and value:
+                return value.removeprefix("torch.")[:20]
+    return ""
+
+
+def producer_of(model: Model) -> str:
+    """The tool that made the checkpoint, and its version, where a file says it."""
+    detection = model.detection
+    if detection is None or model.format is None or model.format.name == "float":
+        return ""
+    config = detection.config
+
+    def text(key: str) -> str:
+        value = config.get(key)
+        return value[:40] if isinstance(value, str) else ""
+
+    name = model.format.name
+    if name == "modelslim":
+        return f"msModelSlim, description {text('version')}" if text("version") else "msModelSlim"
+    if text("autoround_version"):
+        return f"AutoRound {text('autoround_version')}"
+    meta = config.get("meta")
+    quantizer = meta.get("quantizer") if isinstance(meta, dict) else None
+    if isinstance(quantizer, list) and quantizer:
+        quantizer = quantizer[0]
+    if isinstance(quantizer, str) and quantizer:
+        return quantizer[:60].replace(":", " ")
+    if name == "compressed-tensors" and text("version"):
+        return f"compressed-tensors {text('version')}"
+    return text("provider")

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensor and expert parallelism: which sizes cut a checkpoint's layers into whole parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import gcd
+
+from vllm_npu_quant.errors import Finding, Severity
+from vllm_npu_quant.formats.check import FindingLimit
+from vllm_npu_quant.inspection.layers import OTHER, Layer
+from vllm_npu_quant.inspection.model import Model
+from vllm_npu_quant.layouts.tables import Axis, group_size_of, tensors_of
+from vllm_npu_quant.spec import LayerKind
+
+__all__ = ["SIZES", "cut_of", "fitting_sizes", "kv_heads", "parallel_findings"]
+
+#: Parallel sizes that are tried for "sizes that work".
+SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 40, 48, 64)
+
+#: Last components of layers whose inputs are cut; every rank then has all outputs, and the results are summed.
+ROW_PARALLEL = frozenset({"o_proj", "out_proj", "down_proj", "w2", "wo", "c_proj", "fc2", "dense_4h_to_h", "dense"})
+#: Last components of layers that every rank has whole.
+REPLICATED = frozenset(
+    {
+        "gate",
+        "router",
+        "shared_expert_gate",
+        "q_a_proj",
+        "kv_a_proj_with_mqa",
+        "wq_a",
+        "wkv",
+        "wkv_a",
+        "indexer",
+        "wk",
+        "weights_proj",
+        "eh_proj",
+    }
+)
+#: With activation order, a rank fills its part of every group up to 32 inputs, and the weight may double at most.
+_ACT_ORDER_FILL = 32
+
+
+def cut_of(layer: Layer) -> Axis | None:
+    """The dimension that tensor parallelism cuts, by the layer's name; None where every rank has the whole layer."""
+    last = layer.name.rpartition(".")[2]
+    if layer.kind == OTHER:
+        return Axis.OUT if "embed_tokens" in layer.name else None
+    if last in REPLICATED or ".indexer." in layer.name:
+        return None
+    return Axis.IN if last in ROW_PARALLEL else Axis.OUT
+
+
+def kv_heads(model: Model) -> int:
+    """Key-value heads of the config; 0 where they are not known or the model has latent attention."""
+    if model.size("kv_lora_rank"):
+        return 0
+    return model.size("num_key_value_heads", "multi_query_group_num", "num_kv_heads") or model.size(
+        "num_attention_heads", "n_head"
+    )
+
+
+def fitting_sizes(model: Model, layers: Sequence[Layer]) -> tuple[int, ...]:
+    """The tensor-parallel sizes of SIZES that cut every layer into whole parts."""
+    return tuple(size for size in SIZES if not parallel_findings(model, layers, tp=size, ep=1, fitting=False))
+
+
+def parallel_findings(
+    model: Model, layers: Sequence[Layer], *, tp: int, ep: int, fitting: bool = True
+) -> list[Finding]:
+    """What stands in the way of ``tp`` tensor-parallel ranks, of which ``ep`` share the experts.
+
+    Args:
+        fitting: whether to look for the sizes that work; else the first obstacle is enough.
+    """
+    found = FindingLimit(8)
+    if tp > 1:
+        problems = [*_heads(model, tp), *_layers(layers, tp, ep)]
+        works = ""
+        if problems and fitting:
+            sizes = [str(size) for size in fitting_sizes(model, layers) if size <= max(2 * tp, 16)]
+            works = "use a tensor-parallel size that works: " + ", ".join(sizes)
+        for layer, message, expected, what in problems:
+            found.add(
+                Finding("cannot-shard", message, layer, "config.json" if not layer else "", expected, what, fix=works)
+            )
+    if ep > 1:
+        for finding in _experts(layers, ep):
+            found.add(finding)
+    return found.close()
+
+
+def _heads(model: Model, tp: int) -> Iterable[tuple[str, str, str, str]]:
+    heads, keys = model.size("num_attention_heads", "n_head"), kv_heads(model)
+    if heads and heads % tp:
+        yield "", "the attention heads cannot be divided among the ranks", f"a divisor of {heads}", f"tp {tp}"
+    elif keys and keys % tp and tp % keys:
+        yield (
+            "",
+            "the key-value heads can neither be divided among the ranks nor repeated on them",
+            f"a divisor or a multiple of {keys}",
+            f"tp {tp}",
+        )
+
+
+def _layers(layers: Iterable[Layer], tp: int, ep: int) -> Iterable[tuple[str, str, str, str]]:
+    for layer in layers:
+        axis = cut_of(layer)
+        if axis is None or not layer.outputs or layer.kind in (OTHER, LayerKind.LM_HEAD.value):
+            continue  # vLLM pads the vocabulary
+        if ep > 1 and layer.kind == LayerKind.FUSED_MOE.value:
+            continue  # experts are divided among the ranks, not cut
+        length = layer.outputs if axis is Axis.OUT else layer.inputs
+        last = layer.name.rpartition(".")[2]
+        if length % tp and last not in ("k_proj", "v_proj", "qkv_proj"):  # their heads may be repeated
+            what = "outputs" if axis is Axis.OUT else "inputs"
+            yield layer.name, f"its {what} cannot be divided among the ranks", f"a divisor of {length}", f"tp {tp}"
+            continue
+        if not layer.spec.is_float and length % tp == 0:
+            yield from _packed(layer, axis, length // tp, tp)
+
+
+def _packed(layer: Layer, axis: Axis, part: int, tp: int) -> Iterable[tuple[str, str, str, str]]:
+    """Whether a rank's part holds whole packed elements, and enough of each group with activation order."""
+    group = group_size_of(layer.spec)
+    tensors = tensors_of(layer.spec, layer.tensors)
+    for tensor in tensors:
+        for dim in tensor.as_loaded().dims:
+            if dim.axis is axis and dim.pack > 1 and part % dim.pack:
+                yield (
+                    layer.name,
+                    f"{tensor.name} packs {dim.pack} numbers along {dim.axis.value}, and a rank would get a part",
+                    f"a size per rank divisible by {dim.pack}",
+                    f"{part} per rank",
+                )
+    scattered = any(dim.axis is Axis.ALL_GROUPS for tensor in tensors for dim in tensor.dims)
+    if axis is Axis.IN and group and scattered and tp > max(1, 2 * group // _ACT_ORDER_FILL):
+        yield (
+            layer.name,
+            "with activation order (desc_act), the inputs of each group are spread over all ranks, and a rank fills its part "
+            "of a group up to 32",
+            f"at most {max(1, 2 * group // _ACT_ORDER_FILL)} ranks for groups of {group}",
+            f"tp {tp}",
+        )
+    elif axis is Axis.IN and group and part % group and gcd(part, group) < 2:
+        yield (
+            layer.name,
+            f"a rank's part of the inputs shares no divisor with the groups of {group}",
+            "a size per rank that shares a divisor with the group size",
+            f"{part} per rank",
+        )
+
+
+def _experts(layers: Iterable[Layer], ep: int) -> Iterable[Finding]:
+    counts = dict.fromkeys(layer.count for layer in layers if layer.kind == LayerKind.FUSED_MOE.value)
+    if not counts:
+        yield Finding(
+            "cannot-shard",
+            "the checkpoint has no routed experts to divide",
+            expected="ep 1",
+            found=f"ep {ep}",
+            fix="leave --ep out",
+            severity=Severity.WARNING,
+        )
+    for count in counts:
+        if count % ep:
+            sizes = ", ".join(str(size) for size in range(1, min(count, 64) + 1) if count % size == 0)
+            yield Finding(
+                "cannot-shard",
+                "the experts cannot be divided evenly among the expert-parallel ranks",
+                expected=f"a divisor of {count}",
+                found=f"ep {ep}",
+                fix=f"use an expert-parallel size that works: {sizes}",
+            )
