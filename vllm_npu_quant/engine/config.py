@@ -34,7 +34,7 @@ from vllm_npu_quant.formats.detect import description_name, embedded_description
 from vllm_npu_quant.formats.fp8 import Fp8Format
 from vllm_npu_quant.formats.gptq import GptqFormat, compare_files
 from vllm_npu_quant.formats.modelslim import ModelSlimFormat, as_static
-from vllm_npu_quant.formats.resolve import LayerResolver
+from vllm_npu_quant.formats.resolve import LayerResolver, ResolvedLayer
 from vllm_npu_quant.spec import LayerKind
 
 if TYPE_CHECKING:
@@ -220,6 +220,8 @@ class NpuQuantConfig(QuantizationConfig):
         resolver.packed = self.packed_modules_mapping
         resolved = resolver.resolve(prefix)
         if resolved.spec.is_float:
+            if "bias" in resolved.listed_tensors() and not getattr(layer, "has_bias", True):
+                raise NpuQuantError([_lost_bias(resolved, resolver.format.source)])
             return platforms.unquantized_linear() if kind is LayerKind.LINEAR else None
         spec = as_static(resolved.spec) if _is_kv_consumer() else resolved.spec
         return NpuQuantLinearMethod(resolved, spec, kind, resolver.format.source)
@@ -323,6 +325,21 @@ class ModelSlimConfig(NpuQuantConfig):
                 raise NpuQuantError([_no_description(folder)])
             description, source = read_json(os.path.join(folder, name), max_bytes=DESCRIPTION_MAX_BYTES), name
         return ModelSlimFormat.from_description(description, source, checkpoint.tensors if checkpoint else None)
+
+
+def _lost_bias(resolved: ResolvedLayer, source: str) -> Finding:
+    """vLLM drops a bias without a word where the model class has none. Asymmetric smoothing gives such a bias to layers."""
+    return Finding(
+        "unsupported-scheme",
+        "the checkpoint gives this float layer a bias, which the model class does not have: its effect would be lost",
+        layer=resolved.prefix,
+        file=source,
+        expected="a quantized layer, or a float layer without a bias",
+        found=", ".join(
+            f"{name}.bias" for name, entry in zip(resolved.shards, resolved.entries, strict=True) if entry.tensors
+        ),
+        fix="re-export the checkpoint with this layer quantized, or with symmetric smoothing",
+    )
 
 
 def _no_description(folder: Path | None) -> Finding:

@@ -62,7 +62,7 @@ TORCH_DTYPES = {
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 #: Load formats that fill parameters without their weight loaders.
-_UNWITNESSED_LOADS = frozenset({"dummy", "sharded_state"})
+UNWITNESSED_LOADS = frozenset({"dummy", "sharded_state"})
 
 
 def load_object(path: str) -> Any:
@@ -433,4 +433,4 @@ def load_is_checked() -> bool:
     """Whether parameters are filled through their weight loaders, so that what is missing can be told."""
     config = get_current_vllm_config_or_none()
     load_format = getattr(config.load_config, "load_format", "auto") if config is not None else "auto"
-    return str(load_format) not in _UNWITNESSED_LOADS
+    return str(load_format) not in UNWITNESSED_LOADS

@@ -27,6 +27,7 @@ def register_all() -> None:
     from vllm.model_executor.layers.quantization import register_quantization_config
 
     from vllm_npu_quant.engine.config import CONFIGS
+    from vllm_npu_quant.engine.loading import wrap_load_model
 
     if not settings.ascend_host():
         from vllm_npu_quant import emulation
@@ -37,6 +38,7 @@ def register_all() -> None:
     for config in CONFIGS:
         register_quantization_config(config.method_name)(config)
     _wrap_create_model_config()
+    wrap_load_model()
     _done = True
 
 

@@ -24,6 +24,7 @@ from vllm_npu_quant.formats.experts import collect_experts, split_expert
 from vllm_npu_quant.formats.fp8 import Fp8Use, fp8_spec, fp8_weight
 from vllm_npu_quant.layouts.tables import LAYOUTS
 from vllm_npu_quant.spec import (
+    FLOAT,
     ActivationSpec,
     Granularity,
     LayerSpec,
@@ -169,6 +170,9 @@ _NOT_SERVED = {
 _KV_TENSORS = ("kv_cache_scale", "kv_cache_offset")
 #: 8 * sum_k(w), which some int4 operators want. It is computed from the weights, for any number of ranks.
 _SCALE_BIAS = "scale_bias"
+
+#: A float layer whose bias is listed: the model must have a place for it.
+_BIASED_FLOAT_ENTRY = LayerEntry(FLOAT, frozenset({"bias"}))
 
 _MAX_VALIDATION_ERRORS = 20
 
@@ -462,7 +466,7 @@ class _Builder:
             if shape.rotation:
                 self._refuse_float_rotation(layer, shape)
                 return None
-            return FLOAT_ENTRY
+            return _BIASED_FLOAT_ENTRY if "bias" in types else FLOAT_ENTRY
         known = next((kind for kind in quantized if kind in _REFUSED or "MXFP" in kind), None)
         if known is not None:
             self.report(

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM's loaders do not say about a quantized checkpoint: which float parameters got nothing, and which biases of
+norms found no place.
+
+Quantized layers count what arrives themselves (engine.coverage). vLLM checks the other parameters of float models only, and
+drops a bias that no parameter takes without a word.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.utils import PPMissingLayer
+
+from vllm_npu_quant.engine.config import NpuQuantConfig
+from vllm_npu_quant.engine.linear import UNWITNESSED_LOADS
+from vllm_npu_quant.engine.norm import NormBiasMethod
+from vllm_npu_quant.errors import Finding, nearest_names, raise_findings
+
+__all__ = ["check_loaded", "wrap_load_model"]
+
+
+def wrap_load_model() -> None:
+    """Let vLLM's model loaders run ``check_loaded`` once per model, before the layers are prepared. Idempotent."""
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    original = BaseModelLoader.load_model
+    if getattr(original, "_npu_quant", False):
+        return
+
+    @functools.wraps(original)
+    def load_model(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        config = vllm_config.quant_config
+        if not isinstance(config, NpuQuantConfig) or vllm_config.load_config.load_format in UNWITNESSED_LOADS:
+            return original(self, vllm_config, *args, **kwargs)
+        # vLLM's own tracking takes every parameter of a quantized layer for one that the checkpoint must hold. Where the
+        # user asked for that, it stays.
+        tracks = hasattr(self, "track_weights_loading") and getattr(self, "enable_weights_track", False) is None
+        if tracks:
+            self.enable_weights_track = True
+            self.track_weights_loading = functools.partial(check_loaded, config)
+        model = original(self, vllm_config, *args, **kwargs)
+        if not tracks:
+            check_loaded(config, model, None)
+        return model
+
+    load_model._npu_quant = True  # type: ignore[attr-defined]
+    BaseModelLoader.load_model = load_model  # type: ignore[method-assign]
+
+
+def check_loaded(config: NpuQuantConfig, model: nn.Module, loaded: set[str] | None, quantized: bool = True) -> None:
+    """Check what the loader filled.
+
+    Args:
+        config: the model's quantization.
+        model: one rank's model, or one pipeline stage of it.
+        loaded: the names of the parameters that were loaded; None where the model does not say.
+
+    Raises:
+        NpuQuantError: not-filled for float parameters without data, unexpected-tensor for norm biases without a place.
+    """
+    findings = _lost_biases(config, model)
+    if loaded is not None:
+        findings += _not_filled(config, model, loaded)
+    raise_findings(findings)
+
+
+def _not_filled(config: NpuQuantConfig, model: nn.Module, loaded: set[str]) -> list[Finding]:
+    """Float parameters that got nothing: the ones that vLLM checks in float models, and embeddings."""
+    exempt: set[int] = set()
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, NormBiasMethod):
+            exempt.add(id(module.bias))
+        elif hasattr(method, "process_weights_after_loading") and not _is_embedding(module):
+            exempt.update(map(id, module.parameters()))
+    names: dict[int, list[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(param), []).append(name)
+    return [
+        Finding(
+            "not-filled",
+            "a parameter received no data",
+            layer=aliases[0].rpartition(".")[0],
+            file=config.format.source if config.format is not None else "",
+            expected=aliases[0],
+            found="no tensor of the checkpoint that is loaded into it",
+            fix="check that the weight files are complete",
+        )
+        for param, aliases in names.items()
+        if param not in exempt and loaded.isdisjoint(aliases)
+    ]
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
+
+
+def _lost_biases(config: NpuQuantConfig, model: nn.Module) -> list[Finding]:
+    """Norm biases of the checkpoint that belong to this part of the model, and that no module has taken."""
+    quant_format, resolver = config.format, config.resolver
+    if quant_format is None or resolver is None or not quant_format.norm_biases:
+        return []
+    held: set[str] = set()
+    elsewhere: set[str] = set()
+    taken: set[str] = set()
+    kinds: dict[str, str] = {}
+    for name, module in model.named_modules():
+        for spelling in resolver.spellings(name):
+            if isinstance(module, PPMissingLayer):
+                elsewhere.add(spelling)
+                continue
+            held.add(spelling)
+            if spelling in quant_format.norm_biases:
+                kinds[spelling] = type(module).__name__
+                if _has_bias(module):
+                    taken.add(spelling)
+    return [
+        Finding(
+            "unexpected-tensor",
+            "the checkpoint gives this norm a bias, and the model has no place for it, so its effect would be lost",
+            layer=norm,
+            file=quant_format.source,
+            expected="an RMSNorm of this name, to which a bias is added",
+            found=f"a {kinds[norm]}" if norm in kinds else "no such module in the model",
+            nearest=() if norm in kinds else nearest_names(norm, held),
+            fix="re-export the checkpoint with symmetric smoothing, or for a model that vLLM knows under these names",
+        )
+        for norm in sorted(quant_format.norm_biases - taken - elsewhere)
+        # Layers of other ranks, and of the draft model in the same checkpoint, are not in this model.
+        if norm.rpartition(".")[0] in held
+    ]
+
+
+def _has_bias(module: nn.Module) -> bool:
+    method = getattr(module, "quant_method", None)
+    if isinstance(method, NormBiasMethod):
+        return method.loaded
+    return isinstance(getattr(module, "bias", None), torch.Tensor)
