@@ -134,7 +134,7 @@ class NpuQuantLinearMethod(LinearMethodBase):
     def _fit_groups(self, inputs: int, part: int) -> None:
         """Where ranks cut a group of inputs, take a smaller group that they do not cut, and repeat its scale: exact."""
         group = group_size_of(self.spec)
-        self.inputs = inputs
+        self.inputs, self.part = inputs, part
         if not group or part == inputs:
             return
         if any(tensor.axis_of(Axis.ALL_GROUPS) is not None for tensor in self.tensors):
@@ -317,9 +317,25 @@ class NpuQuantLinearMethod(LinearMethodBase):
             # The files were not known when the layer was made, so that vLLM's own parameter holds the bias.
             tensors["bias"] = layer.bias.data.to(torch.float32)
         try:
-            return load_object(LAYOUTS[self.spec.layout].to_canonical)(tensors, self.spec)
+            canonical = load_object(LAYOUTS[self.spec.layout].to_canonical)(tensors, self.spec)
         except NpuQuantError as error:
             raise self._located(error) from error
+        order = canonical.input_permutation
+        inputs = canonical.weight.inputs if order is None else int((order >= 0).sum())
+        if inputs != self.part:
+            raise NpuQuantError([self._wrong_inputs(inputs)])
+        return canonical
+
+    def _wrong_inputs(self, inputs: int) -> Finding:
+        return Finding(
+            "wrong-shape",
+            "the packed weight has room for more inputs than the layer has, and nothing says how many are meant",
+            layer=self.resolved.prefix,
+            file=self.source,
+            expected=f"{self.part} inputs on this rank",
+            found=f"{inputs}",
+            fix="re-export the layer as float, or with a number of inputs that fills whole words",
+        )
 
     def _located(self, error: NpuQuantError) -> NpuQuantError:
         """The error with this layer's name in findings that have none."""

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from vllm_npu_quant.errors import Finding, nearest_names
 from vllm_npu_quant.formats.base import LayerEntry, QuantFormat
 from vllm_npu_quant.layouts.tables import (
     ANY_LENGTH,
+    IN,
     Axis,
     LayerSizes,
     TensorSpec,
@@ -102,6 +104,7 @@ def check_layer(layer: str, entry: LayerEntry, tensors: Mapping[str, StoredTenso
     sizes = _sizes(entry.spec, wanted[0], weight)
     if sizes is None:
         return [*findings, _wrong_shape(layer, wanted[0], weight, f"{wanted[0].shape_text()} with 2 dimensions")]
+    sizes = _exact_inputs(sizes, layer, wanted, tensors)
     for tensor in wanted:
         stored = tensors.get(f"{layer}.{tensor.name}")
         if stored is None:
@@ -137,6 +140,19 @@ def _sizes(spec: LayerSpec, tensor: TensorSpec, weight: StoredTensor) -> LayerSi
         rows_per_scale=rows_per_scale_of(spec, outputs),
         transform=spec.transform or TransformSpec(),
     )
+
+
+def _exact_inputs(
+    sizes: LayerSizes, layer: str, wanted: Sequence[TensorSpec], tensors: Mapping[str, StoredTensor]
+) -> LayerSizes:
+    """The sizes with the inputs that an unpacked tensor has, where the packed weight has room for a few more."""
+    packed = next((dim for dim in wanted[0].dims if dim.axis is Axis.IN and dim.pack > 1), None)
+    for tensor in wanted if packed is not None else ():
+        stored = tensors.get(f"{layer}.{tensor.name}")
+        if stored is not None and tensor.dims == (IN,) and len(stored.shape) == 1 and packed is not None:
+            exact = replace(sizes, inputs=stored.shape[0])
+            return exact if packed.length(exact) == packed.length(sizes) else sizes
+    return sizes
 
 
 def _same_shape(tensor: TensorSpec, wanted: tuple[int, ...], stored: tuple[int, ...]) -> bool:

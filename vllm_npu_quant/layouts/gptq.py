@@ -49,7 +49,7 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     """int32 [W, C] to uint8 [W * 32 / bits, C]: the values follow each other along the first dimension.
 
     Args:
-        words: for 3 bits, W is a multiple of 3.
+        words: the stream; for 3 bits it is continued with zeros to a multiple of 3 words.
         bits: 2, 3, 4 or 8.
     """
     if bits == 3:
@@ -63,7 +63,7 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _unpack_3_bits(words: torch.Tensor) -> torch.Tensor:
-    stream = words.unflatten(0, (-1, 3))
+    stream = torch.nn.functional.pad(words, (0, 0, 0, -words.shape[0] % 3)).unflatten(0, (-1, 3))
     values = []
     for first in range(0, 96, 3):
         word, shift = divmod(first, 32)
@@ -103,14 +103,14 @@ def zeros_v1(stored: torch.Tensor, spec: LayerSpec, outputs: int) -> torch.Tenso
     """qzeros int32 [G, N * bits / 32], stored minus one, to uint8 [G, N]."""
     bits = _bits(spec)
     if bits == 3:
-        return (unpack(stored.t(), 3).t() + 1) & 7
+        return (zeros_v2(stored, spec, outputs) + 1) & 7
     ones = sum(1 << shift for shift in range(0, 32, bits))
     return zeros_v2(stored + ones, spec, outputs)  # int32 wraps around, as the subtraction did
 
 
 def zeros_v2(stored: torch.Tensor, spec: LayerSpec, outputs: int) -> torch.Tensor:
     """qzeros int32 [G, N * bits / 32] to uint8 [G, N]."""
-    return unpack(stored.t(), _bits(spec)).t()
+    return unpack(stored.t(), _bits(spec)).t()[:, :outputs]
 
 
 def checked_g_idx(stored: torch.Tensor, spec: LayerSpec, outputs: int) -> torch.Tensor:
@@ -157,7 +157,9 @@ def act_order_to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec)
 def _weight(tensors: Mapping[str, torch.Tensor], spec: LayerSpec, arrangement: Arrangement | None) -> CanonicalWeight:
     words, scale, bits = tensors["qweight"], tensors["scales"].t(), _bits(spec)
     middle = 1 << (bits - 1)
-    inputs, outputs = words.shape[0] * 32 // bits, words.shape[1]
+    outputs = words.shape[1]
+    # Words may have room for more inputs than there are.
+    inputs = tensors["g_idx"].numel() if "g_idx" in tensors else words.shape[0] * 32 // bits
     stored = tensors["qzeros"]
     zero = None
     if bool((stored != middle).any()):
@@ -166,7 +168,7 @@ def _weight(tensors: Mapping[str, torch.Tensor], spec: LayerSpec, arrangement: A
         zero = stored.t().to(torch.float32) - middle
 
     def rows(start: int, stop: int) -> torch.Tensor:
-        block = unpack(words[:, start:stop], bits)
+        block = unpack(words[:, start:stop], bits)[:inputs]
         return ((block ^ 128).view(torch.int8) if bits == 8 else block.view(torch.int8) - middle).t()
 
     if arrangement is None:

@@ -112,7 +112,7 @@ class Dim:
             Axis.ANY: ANY_LENGTH,
             Axis.FIXED: self.size,
         }[self.axis]
-        return -(-whole // self.pack) * self.words
+        return -(-whole * self.words // self.pack)
 
     def elements(self, length: int) -> int:
         """How many elements of the axis a stored dimension of this length holds."""
