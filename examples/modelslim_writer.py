@@ -4,9 +4,9 @@
     python examples/modelslim_writer.py MODEL_DIR OUT_DIR --scheme W8A8_DYNAMIC
 
 The weights are rounded to nearest, one scale per output channel: msModelSlim's "minmax", symmetric, "per_channel".
-Nothing is calibrated, so only schemes that need no calibration: W8A8_DYNAMIC (activations are quantized per token while
-the model runs) and W8A16 (activations stay float). Norms, embeddings, the head, MoE routers and MLA's kv_b_proj stay
-float.
+Only schemes that need no calibration: W8A8_DYNAMIC (activations are quantized per token while the model runs) and W8A16
+(activations stay float). Norms, embeddings, the head, MoE routers and MLA's kv_b_proj stay float. ``--smooth`` moves
+outliers of the activations into the weights first, which W8A8 of a real model needs: see smoothing.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.progress import track
 from safetensors import safe_open
 from safetensors_stream import SafetensorsStream, TensorSpec
+from smoothing import smooth
 
 __all__ = ["KEEP_FLOAT", "SCHEMES", "quantize_per_channel", "write_modelslim"]
 
@@ -41,6 +42,10 @@ PART_BYTES = 4 << 30
 
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pth", "*.pt", "*.gguf")
+
+
+#: (name, tensor) -> tensor.
+Edit = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,7 @@ def write_modelslim(
     keep_float: Sequence[str] = KEEP_FLOAT,
     part_bytes: int = PART_BYTES,
     like_producer: bool = False,
+    edit: Edit | None = None,
 ) -> Path:
     """Quantize the model in ``source`` into ``target``, unless ``target`` exists; returns ``target``.
 
@@ -107,6 +113,8 @@ def write_modelslim(
         part_bytes: size at which a new weight file is begun.
         like_producer: round as coarsely as msModelSlim does; the weight file is then byte for byte the one that it
             writes.
+        edit: given every name and float tensor, returns the tensor to quantize or write in its place, of the same
+            shape; for example ``smoothing.smooth(source)``.
 
     Raises:
         ValueError: for an unknown scheme, a source that is quantized already or weights that are not finite.
@@ -115,13 +123,13 @@ def write_modelslim(
         raise ValueError(f"scheme {scheme!r} is not one of {', '.join(SCHEMES)}")
 
     def build(unfinished: Path) -> None:
-        _write(source, unfinished, scheme, keep_float, part_bytes, like_producer)
+        _write(source, unfinished, scheme, keep_float, part_bytes, like_producer, edit or _unchanged)
 
     return build_once(target, build)
 
 
 def _write(
-    source: Path, target: Path, scheme: str, keep_float: Sequence[str], part_bytes: int, like_producer: bool
+    source: Path, target: Path, scheme: str, keep_float: Sequence[str], part_bytes: int, like_producer: bool, edit: Edit
 ) -> None:
     config = json.loads((source / "config.json").read_text())
     if "quantization_config" in config:
@@ -142,7 +150,7 @@ def _write(
     total = 0
     console = Console(stderr=True)
     todo = [(number, tensor) for number, part in enumerate(parts, 1) for tensor in part]
-    progress = iter(track(todo, f"quantize to {scheme}", console=console, transient=not console.is_terminal))
+    progress = iter(track(todo, f"quantize to {scheme}", console=console, disable=not console.is_terminal))
     for number, part in enumerate(parts, 1):
         file = f"quant_model_weights-{number:05d}-of-{len(parts):05d}.safetensors"
         outputs = [spec for tensor in part for spec in tensor.outputs()]
@@ -150,7 +158,7 @@ def _write(
             for tensor in part:
                 next(progress)
                 with safe_open(tensor.file, framework="pt") as handle:
-                    weight = handle.get_tensor(tied.get(tensor.name, tensor.name))
+                    weight = edit(tensor.name, handle.get_tensor(tied.get(tensor.name, tensor.name)))
                 _quantize_into(stream, tensor, weight, tensor.dtype if like_producer else torch.float32)
         for tensor in part:
             for spec in tensor.outputs():
@@ -173,6 +181,10 @@ def _write(
     for path in sorted(source.iterdir()):
         if path.is_file() and not any(fnmatchcase(path.name, pattern) for pattern in _WEIGHT_FILES):
             shutil.copyfile(path, target / path.name)
+
+
+def _unchanged(_: str, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _quantize_into(stream: SafetensorsStream, tensor: _Source, weight: torch.Tensor, dtype: torch.dtype) -> None:
@@ -252,11 +264,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--keep-float", nargs="*", default=KEEP_FLOAT, metavar="PATTERN", help="modules that are not quantized"
     )
+    parser.add_argument("--smooth", action="store_true", help="smooth the activations first, as smoothing.py says")
     options = parser.parse_args(arguments)
     if options.target.exists():
         parser.error(f"{options.target} exists")
     try:
-        write_modelslim(options.source, options.target, options.scheme, keep_float=options.keep_float)
+        edit = smooth(options.source) if options.smooth else None
+        write_modelslim(options.source, options.target, options.scheme, keep_float=options.keep_float, edit=edit)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

