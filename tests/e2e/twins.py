@@ -148,6 +148,15 @@ def _w4a16(weight: torch.Tensor, part: dict, tensors: Tensors, layer: str, descr
     return _grouped(weight, scale, part["weight_offset"])
 
 
+def _flatquant(weight: torch.Tensor, part: dict, tensors: Tensors, layer: str, *_: object) -> torch.Tensor:
+    """The stored weight belongs to L.T @ x @ R, with x as a matrix [L, M]; o_proj has no R."""
+    left = tensors[f"{layer}.left_trans"].float()
+    stored = _grouped(weight, part["weight_scale"], part["weight_offset"])
+    own = left @ stored.unflatten(1, (left.shape[0], -1))
+    right = tensors.get(f"{layer}.right_trans")
+    return (own if right is None else own @ right.float().T).flatten(1)
+
+
 def _fp8_rows(weight: torch.Tensor, part: dict, *_: object) -> torch.Tensor:
     return weight.float() * part["weight_scale"].float()
 
@@ -159,6 +168,7 @@ _MODELSLIM_KINDS: dict[str, Callable[..., torch.Tensor]] = {
     "W8A8_DYNAMIC": _per_row_or_group,
     "W8A16": _per_row_or_group,
     "W4A4_DYNAMIC": _per_row_or_group,
+    "W4A4_FLATQUANT_DYNAMIC": _flatquant,
     "W4A8_DYNAMIC": _w4a8,
     "W4A16": _w4a16,
     "WFP8AFP8_DYNAMIC": _fp8_rows,

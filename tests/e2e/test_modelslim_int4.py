@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ModelSlim checkpoints of 4-bit weights, sparse weights and FP8 through the real engine.
+
+Int4 activations cost so much accuracy that a limit on the error says little: those runs are compared with a float simulation
+of the same scheme in the same engine.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.e2e.twins import make_twin
+from tests.e2e.yardstick import Run, relative_error, run
+from tests.fixtures_index import FIXTURES, fixture, shared
+from vllm_npu_quant.errors import NpuQuantError
+from vllm_npu_quant.layouts.canonical import CanonicalLinear, InputTransform
+from vllm_npu_quant.methods import w4a4
+from vllm_npu_quant.methods.base import NpuLinearMethod, PrepareContext
+
+pytestmark = pytest.mark.engine
+
+#: Checkpoint -> (limit of the relative error, method classes of its eight Linear layers).
+CASES = {
+    "msmodelslim-qwen3-v0-w4a16-asym": (0.02, {"WeightOnlyLinear": 8}),
+    "msmodelslim-qwen3-v0-w4a16-g64": (0.02, {"WeightOnlyLinear": 8}),
+    "msmodelslim-qwen3-v0-w4a16-old": (0.02, {"WeightOnlyLinear": 8}),
+    "msmodelslim-qwen3fp32-w8a16-g128": (0.02, {"WeightOnlyLinear": 8}),
+    "msmodelslim-qwen3-w4a8-dynamic": (0.06, {"W4A8DynamicLinear": 8}),
+    "msmodelslim-qwen3-v0-w4a8-g64": (0.06, {"W4A8DynamicLinear": 8}),
+    "msmodelslim-qwen3-v0-w4a8-g64-old": (0.06, {"W4A8DynamicLinear": 8}),
+    "msmodelslim-qwen3-wfp8afp8": (0.06, {"W8A8DynamicLinear": 8}),
+    "msmodelslim-qwen3-w8a8c8": (0.06, {"W8A8DynamicLinear": 8}),
+    "msmodelslim-qwen3-v0-w8a8s": (0.12, {"W8A8StaticLinear": 8}),
+}
+INT4_ACTIVATIONS = {
+    "msmodelslim-qwen3-w4a4-dynamic": {"W4A4DynamicLinear": 8},
+    "msmodelslim-qwen3-w4a4-laos": {"W4A4DynamicLinear": 2, "W8A8DynamicLinear": 6},
+    "msmodelslim-qwen3-w4a4-flatquant": {"W4A4DynamicLinear": 8},
+}
+
+
+def checkpoint(name: str) -> Path:
+    return fixture(name) if (FIXTURES / name).is_dir() else shared(name)
+
+
+@pytest.fixture(scope="module")
+def twin_run(tmp_path_factory: pytest.TempPathFactory):
+    @cache
+    def twin(name: str) -> Run:
+        folder = make_twin(checkpoint(name), tmp_path_factory.mktemp("twin") / name)
+        return run(folder, plugin=False)
+
+    return twin
+
+
+@cache
+def quantized(name: str) -> Run:
+    return run(checkpoint(name))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_its_float_twin(name: str, twin_run) -> None:
+    limit, methods = CASES[name]
+    result = quantized(name)
+    assert result.methods == methods
+    assert relative_error(result, twin_run(name)) <= limit
+
+
+class FloatSimulation(NpuLinearMethod):
+    """int4 activations in float32: ``x_scale = clip * max|x| / 7``, ``x_q = clamp(round(x / x_scale), -8, 7)``."""
+
+    def prepare(self, linear: CanonicalLinear, context: PrepareContext) -> dict[str, torch.Tensor]:
+        self.transform = linear.transform
+        return {"weight": linear.weight.dequantize()}
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        tokens = x.float().reshape(-1, x.shape[-1])
+        clip = 1.0
+        if self.transform is not None:
+            tokens, clip = simulated_transform(tokens, self.transform), self.transform.clip
+        scale = clip * tokens.abs().amax(1, keepdim=True) / 7
+        y = (torch.round(tokens / scale).clamp(-8, 7) * scale) @ layer.weight.T
+        return (y if bias is None else y + bias.float()).to(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def simulated_transform(tokens: torch.Tensor, transform: InputTransform) -> torch.Tensor:
+    left, right = transform.left, transform.right
+    assert left is not None
+    matrices = tokens.view(tokens.shape[0], left.shape[0], -1)
+    matrices = matrices if right is None else matrices @ right
+    return (left.T @ matrices).flatten(1)
+
+
+@pytest.mark.parametrize("name", INT4_ACTIVATIONS)
+def test_int4_activations_are_as_good_as_their_simulation(name: str, twin_run, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = quantized(name)
+    assert result.methods == INT4_ACTIVATIONS[name]
+    monkeypatch.setattr(w4a4, "W4A4DynamicLinear", FloatSimulation)
+    simulated = relative_error(run(checkpoint(name)), twin_run(name))
+    assert relative_error(result, twin_run(name)) <= 1.1 * simulated
+
+
+@pytest.mark.tp2
+@pytest.mark.parametrize("name", [*CASES, *INT4_ACTIVATIONS])
+def test_two_ranks_agree_with_the_twin_too(name: str, twin_run) -> None:
+    """Packed weights are cut at whole bytes, groups at the ranks' border; FlatQuant's matrices want the inputs of both."""
+    both = run(checkpoint(name), tensor_parallel_size=2)
+    if name in CASES:
+        assert relative_error(both, twin_run(name)) <= CASES[name][0]
+    else:
+        assert relative_error(both, twin_run(name)) <= 1.1 * relative_error(quantized(name), twin_run(name))
+
+
+@pytest.mark.parametrize("name", ["msmodelslim-qwen3-w8a8-mxfp8", "msmodelslim-qwen3-w4a4-mxfp4"])
+def test_formats_of_other_chips_are_refused_by_name(name: str) -> None:
+    with pytest.raises(NpuQuantError, match="Ascend 950") as caught:
+        run(checkpoint(name))
+    assert caught.value.codes == ("unsupported-scheme",)
