@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "emulation"), str(HERE.parents[1])]
 
 import cann_stub  # noqa: E402
-from op_cases import CASES, Case  # noqa: E402
+from op_cases import CASES, Case, check_operator  # noqa: E402
 
 from vllm_npu_quant import emulation  # noqa: E402
 
@@ -37,11 +37,8 @@ def schemas() -> dict[str, str]:
 
 def check(case: Case) -> str:
     """'' or what is wrong."""
-    packet, _, overload_name = case.operator.partition(".")
-    operator = getattr(getattr(torch.ops.npu, packet), overload_name or "default")
-    utils = ("test_schema", "test_faketensor") if case.functional else ("test_faketensor",)
     try:
-        torch.library.opcheck(operator, case.args, case.kwargs, test_utils=utils)
+        check_operator(case)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""

@@ -35,8 +35,9 @@ class Array:
 
 @dataclass(frozen=True)
 class Expected:
-    """An output. ``slack``: absolute error allowed on top of half a ulp. ``written``: False where the device writes nothing,
-    and the emulation must leave garbage (NaN, or bytes of 0x7f)."""
+    """An output. ``slack``: absolute error allowed, for floats on top of half a ulp; for integers it is 0, or 1 where the
+    exact value lies so close to a tie that float32 steps decide. ``written``: False where the device writes nothing, and
+    the emulation must leave garbage (NaN, or bytes of 0x7f)."""
 
     values: np.ndarray
     dtype: str
@@ -83,8 +84,8 @@ def mismatch(actual: Array, expected: Expected) -> str | None:
         )
         garbage = np.isnan(actual.values)
     else:
-        good = actual.values == expected.values
-        garbage_value = {"int8": 0x7F, "uint8": 0x7F, "int32": 0x7F7F7F7F, "int64": 0x7F7F7F7F7F7F7F7F}[expected.dtype]
+        good = np.abs(actual.values - expected.values) <= expected.slack
+        garbage_value = {"int32": 0x7F7F7F7F, "int64": 0x7F7F7F7F7F7F7F7F}.get(expected.dtype, 0x7F)
         garbage = actual.values == garbage_value
     bad = np.where(written, ~good, ~garbage)
     if not bad.any():
@@ -567,6 +568,524 @@ def npu_swiglu(x: Array, dim: int = -1):
     first, second = np.split(x.values, 2, axis=dim)
     y = silu(first) * second
     return [Expected(y, x.dtype, 16 * EPS32 * np.abs(y))]
+
+
+def doubtful(
+    function: Callable[[np.ndarray], np.ndarray], values: np.ndarray, error: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """(function(values), 1 where values that are off by ``error`` give another result), for a rising integer function."""
+    return function(values), (function(values - error) != function(values + error)).astype(np.int64)
+
+
+def _int8(values: np.ndarray) -> np.ndarray:
+    return to_int(values, -128, 127)
+
+
+def _dynamic_rows(values: np.ndarray, error: Any, dtype: str = "int8") -> tuple[Expected, np.ndarray, np.ndarray]:
+    """(int8 rows, scales max / 127, relative error of the scales) of float64 rows with the given absolute error."""
+    top = np.abs(values).max(axis=-1, keepdims=True)
+    safe = np.where(top == 0, 1.0, top)
+    relative = np.broadcast_to(error, values.shape).max(axis=-1, keepdims=True) / safe + 4 * EPS32
+    scaled = values * 127 / safe
+    integers, slack = doubtful(
+        _int8, scaled, np.abs(scaled) * relative + np.broadcast_to(error, values.shape) * 127 / safe
+    )
+    return Expected(integers, dtype, slack), top[..., 0] / 127, relative[..., 0]
+
+
+def _covered(group_index: np.ndarray, counts: bool) -> np.ndarray:
+    """The group of every row that is in one."""
+    sizes = group_index if counts else np.diff(group_index, prepend=0)
+    return np.repeat(np.arange(len(sizes)), sizes)
+
+
+def _rows(values: np.ndarray, total: int) -> np.ndarray:
+    """Zero rows after ``values``, which are not written."""
+    return np.concatenate([values, np.zeros((total - len(values), *values.shape[1:]), dtype=values.dtype)])
+
+
+def _variant(x: np.ndarray, left: bool, mode: int, limit: float, alpha: float, shift: float) -> np.ndarray:
+    if mode == 1:
+        gate, up = x[:, ::2], x[:, 1::2]
+    else:
+        first, second = np.split(x, 2, axis=1)
+        gate, up = (first, second) if left else (second, first)
+    if mode == 0:
+        return silu(gate) * up
+    gate = np.minimum(gate, limit)
+    return gate / (1 + np.exp(-alpha * gate)) * (np.clip(up, -limit, limit) + shift)
+
+
+def npu_dequant_swiglu_quant(
+    x: Array,
+    *,
+    weight_scale=None,
+    activation_scale=None,
+    bias=None,
+    quant_scale=None,
+    quant_offset=None,
+    group_index=None,
+    activate_left=False,
+    quant_mode=0,
+    swiglu_mode=0,
+    clamp_limit=7.0,
+    glu_alpha=1.702,
+    glu_bias=1.0,
+    dst_type=None,
+):
+    total = x.shape[0]
+    group = np.zeros(total, dtype=int) if group_index is None else _covered(group_index.values, True)
+    values = x.values[: len(group)].astype(np.float64)
+    if bias is not None and bias.dtype == "int32":
+        values = values + bias.values
+    if weight_scale is not None:
+        values = values * np.atleast_2d(weight_scale.values)[group]
+    if activation_scale is not None:
+        values = values * activation_scale.values.reshape(-1, 1)[: len(group)]
+    if bias is not None and bias.dtype != "int32":
+        values = values + bias.values
+    y = _variant(values, activate_left, swiglu_mode, clamp_limit, glu_alpha, glu_bias)
+    # silu passes relative errors of its input on, times 1 + |x|.
+    spread = 1 + np.abs(values).reshape(len(group), 2, -1).max(axis=1) if swiglu_mode != 1 else 1 + np.abs(values).max()
+    error = 16 * EPS32 * spread * (np.abs(y) + np.abs(values).max() * EPS32)
+    written = np.arange(total) < len(group)
+    if quant_mode == 0:
+        factor = quant_scale.values.reshape(
+            -1, quant_scale.values.size // (1 if group_index is None else group_index.values.size)
+        )
+        z, error = y / factor[group], error / np.abs(factor[group])
+        if quant_offset is not None:
+            z = z + quant_offset.values
+        integers, slack = doubtful(_int8, z, error + 4 * EPS32 * np.abs(z))
+        out = Expected(_rows(integers, total), "int8", _rows(slack, total), written[:, None])
+        return [out, Expected(np.zeros(total), "float32", 0, np.zeros(total, dtype=bool))]
+    if quant_scale is not None:
+        factor = np.atleast_2d(quant_scale.values)[group]
+        y, error = y * factor, error * np.abs(factor)
+    rows, scale, relative = _dynamic_rows(y, error)
+    out = Expected(_rows(rows.values, total), "int8", _rows(rows.slack, total), written[:, None])
+    return [out, Expected(_rows(scale, total), "float32", _rows(scale * relative, total), written)]
+
+
+def npu_swiglu_quant(
+    x: Array,
+    *,
+    smooth_scales=None,
+    offsets=None,
+    group_index=None,
+    activate_left=False,
+    quant_mode=0,
+    group_list_type=0,
+    dst_type=None,
+):
+    shape = x.shape[:-1]
+    flat = x.values.reshape(-1, x.shape[-1])
+    total = len(flat)
+    group = np.zeros(total, dtype=int) if group_index is None else _covered(group_index.values, group_list_type == 1)
+    y = _variant(flat[: len(group)], activate_left, 0, 0, 0, 0)
+
+    def of_rows(array):
+        return array.values[group].reshape(len(group), -1)
+
+    if smooth_scales is not None:
+        y = y * of_rows(smooth_scales)
+    error = 32 * EPS32 * np.abs(y)
+    written = (np.arange(total) < len(group)).reshape(shape)
+    if quant_mode == 0:
+        z = y if offsets is None else y + of_rows(offsets)
+        integers, slack = doubtful(_int8, z, error + 2 * EPS32 * np.abs(z))
+        scale = Expected(np.zeros(shape), "float32", 0, np.zeros(shape, dtype=bool))
+    else:
+        rows, step, relative = _dynamic_rows(y, error)
+        integers, slack = rows.values, rows.slack
+        with np.errstate(divide="ignore"):
+            multiplier = _rows(1 / step, total).reshape(shape)
+        finite = np.where(np.isfinite(multiplier), multiplier, 0)
+        scale = Expected(multiplier, "float32", finite * _rows(relative, total).reshape(shape), written)
+    full = (*shape, -1)
+    out = Expected(_rows(integers, total).reshape(full), "int8", _rows(slack, total).reshape(full), written[..., None])
+    return [out, scale]
+
+
+def npu_add_rms_norm_quant(
+    x1,
+    x2,
+    gamma,
+    scales1,
+    zero_points1,
+    beta=None,
+    scales2=None,
+    zero_points2=None,
+    *,
+    epsilon=1e-6,
+    div_mode=True,
+):
+    value, slack, _, x = added_and_normalized(x1, x2, gamma, epsilon)
+    # y is rounded to the input's dtype; where that is in doubt, so is the integer.
+    y = rounded(x1.dtype, value)
+    either = np.maximum(np.abs(rounded(x1.dtype, value - slack) - y), np.abs(rounded(x1.dtype, value + slack) - y))
+    if beta is not None:
+        y = y + beta.values
+
+    def quantized(scales, zero_points):
+        if scales is None:
+            return Expected(np.zeros(x.shape), "int8", 0, np.zeros(x.shape, dtype=bool))
+        z = y / scales.values if div_mode else y * scales.values
+        error = either / np.abs(scales.values) if div_mode else either * np.abs(scales.values)
+        if zero_points is not None:
+            z = z + zero_points.values
+        integers, in_doubt = doubtful(_int8, z, error + 4 * EPS32 * (np.abs(z) + 1))
+        return Expected(integers, "int8", in_doubt)
+
+    return [quantized(scales1, zero_points1), quantized(scales2, zero_points2), Expected(x, x1.dtype)]
+
+
+# ------------------------------------------------------------------------------------------------------- microscaling
+
+
+def float_codes(exponent_bits: int, mantissa_bits: int) -> np.ndarray:
+    """The numbers of a small float format in the order of their codes, sign bit 0."""
+    bias = 2 ** (exponent_bits - 1) - 1
+    codes = np.arange(2 ** (exponent_bits + mantissa_bits))
+    exponent, mantissa = codes >> mantissa_bits, codes & (2**mantissa_bits - 1)
+    fraction = mantissa / 2**mantissa_bits
+    return np.where(
+        exponent == 0, fraction * 2.0 ** (1 - bias), (1 + fraction) * 2.0 ** (exponent.astype(float) - bias)
+    )
+
+
+def nearest_code(values: np.ndarray, codes: np.ndarray, largest: float) -> np.ndarray:
+    """The code of the nearest number, an even code for a tie, saturating at ``largest``."""
+    usable = codes[codes <= largest]
+    distance = np.abs(np.minimum(np.abs(values), largest)[..., None] - usable)
+    tied = distance == distance.min(axis=-1, keepdims=True)
+    even = np.arange(len(usable)) % 2 == 0
+    return np.argmax(tied * (1 + even), axis=-1)
+
+
+_MX_FORMATS = {
+    23: ("float8_e5m2", 5, 2, 15, 57344.0),
+    291: ("float8_e5m2", 5, 2, 15, 57344.0),
+    24: ("float8_e4m3fn", 4, 3, 8, 448.0),
+    292: ("float8_e4m3fn", 4, 3, 8, 448.0),
+    296: ("uint8", 2, 1, 2, 6.0),
+}
+
+
+def npu_dynamic_mx_quant(x: Array, *, axis=-1, dst_type=296, block_size=32, scale_alg=0):
+    name, exponent_bits, mantissa_bits, emax, largest = _MX_FORMATS[dst_type]
+    columns = x.shape[-1]
+    codes = float_codes(exponent_bits, mantissa_bits)
+    out = np.zeros(x.shape, dtype=np.int64)
+    blocks = -(-columns // block_size)
+    scales = np.zeros((*x.shape[:-1], blocks + blocks % 2), dtype=np.int64)
+    for index in range(blocks):
+        part = x.values[..., index * block_size : (index + 1) * block_size]
+        top = np.abs(part).max(axis=-1, keepdims=True)
+        with np.errstate(divide="ignore"):
+            if scale_alg == 0:
+                exponent = np.floor(np.log2(top)) - emax
+            else:
+                exponent = np.ceil(np.log2(f32(top / largest).astype(np.float64)))
+        exponent = np.clip(exponent, -127, 127)
+        scales[..., index] = exponent[..., 0] + 127
+        scaled = part * 2.0**-exponent
+        sign = np.signbit(scaled).astype(np.int64) << (exponent_bits + mantissa_bits)
+        out[..., index * block_size : (index + 1) * block_size] = nearest_code(scaled, codes, largest) | sign
+    if dst_type == 296:
+        out = out[..., 0::2] | (out[..., 1::2] << 4)
+    return [Expected(out, name), Expected(scales.reshape(*x.shape[:-1], -1, 2), "uint8")]
+
+
+# ------------------------------------------------------------------------------------- grouped matmul, SwiGLU, quantize
+
+
+def _int8_twice(values: np.ndarray) -> np.ndarray:
+    return to_int(rounded("float16", values), -128, 127)
+
+
+def _grouped_swiglu(x, weight, weight_scale, x_scale, bounds, assist=None, smooth_scale=None):
+    outputs, scales, slacks, errors = [], [], [], []
+    for expert, start, end in bounds:
+        if start == end:
+            continue
+        rows, token = x.values[start:end], x_scale.values[start:end, None]
+        if weight.dtype == "int8":
+            product = (rows @ weight.values[expert]) * token * weight_scale.values[expert]
+            error = 4 * EPS32 * np.abs(product)
+        elif x.dtype == "int8":
+            factors = low_word_as_float(weight_scale.values[expert]).reshape(-1, weight_scale.shape[-1])
+            (c,) = _int8_int4(rows, nibbles(weight.values[expert]), factors, assist.values[expert], token, "float32")
+            product, error = c.values, c.slack
+        else:
+            factors = low_word_as_float(weight_scale.values[expert]).astype(np.float64)
+            factors = factors.reshape(-1, weight_scale.shape[-1])
+            left, right = nibbles(rows), nibbles(weight.values[expert])
+            right = right * np.repeat(factors, right.shape[0] // factors.shape[0], axis=0)
+            product = left @ right * token
+            error = 16 * EPS32 * (np.abs(left) @ np.abs(right) * token)
+        gate, up = np.split(product, 2, axis=1)
+        gate_error, up_error = np.split(np.broadcast_to(error, product.shape), 2, axis=1)
+        y = silu(gate) * up
+        error = 1.2 * gate_error * np.abs(up) + np.abs(silu(gate)) * up_error + 16 * EPS32 * np.abs(y)
+        if smooth_scale is not None:
+            factor = smooth_scale.values[expert]
+            y, error = y * factor, error * np.abs(factor) + EPS32 * np.abs(y * factor)
+        top = np.abs(y).max(axis=1, keepdims=True)
+        safe = np.where(top == 0, 1.0, top)
+        relative = error.max(axis=1, keepdims=True) / safe + 4 * EPS32
+        scaled = y * 127 / safe
+        integers, slack = doubtful(_int8_twice, scaled, np.abs(scaled) * relative + error * 127 / safe)
+        outputs.append(integers)
+        slacks.append(slack)
+        scales.append(top[:, 0] / 127)
+        errors.append((top * relative)[:, 0] / 127)
+    total = len(x.values)
+    width = weight_scale.shape[-1] // 2
+    integers = np.concatenate([np.zeros((0, width), dtype=np.int64), *outputs])
+    written = np.arange(total) < len(integers)
+    slack = np.concatenate([np.zeros((0, width), dtype=np.int64), *slacks])
+    scale, error = (np.concatenate([np.zeros(0), *parts]) for parts in (scales, errors))
+    return [
+        Expected(_rows(integers, total), "int8", _rows(slack, total), written[:, None]),
+        Expected(_rows(scale, total), "float32", _rows(error, total), written),
+    ]
+
+
+def npu_grouped_matmul_swiglu_quant(x, weight, group_list, weight_scale, x_scale, *, bias=None):
+    outputs = _grouped_swiglu(x, weight, weight_scale, x_scale, groups_of(group_list.values, 0), bias)
+    return [*outputs, Expected(np.zeros(()), "float32", 0, np.zeros((), dtype=bool))]
+
+
+def npu_grouped_matmul_swiglu_quant_v2(
+    x,
+    weight,
+    weight_scale,
+    x_scale,
+    group_list,
+    *,
+    smooth_scale=None,
+    weight_assist_matrix=None,
+    dequant_mode=0,
+    group_list_type=0,
+):
+    bounds = groups_of(group_list.values, group_list_type)
+    assist = weight_assist_matrix[0] if weight_assist_matrix else None
+    return _grouped_swiglu(x, weight[0], weight_scale[0], x_scale, bounds, assist, smooth_scale)
+
+
+# -------------------------------------------------------------------------------------------------------------- routing
+
+
+def _softmax(x: np.ndarray) -> np.ndarray:
+    shifted = np.exp(x - x.max(axis=-1, keepdims=True))
+    return shifted / shifted.sum(axis=-1, keepdims=True)
+
+
+def npu_moe_gating_top_k_softmax(x: Array, finished=None, k=1):
+    scores = _softmax(x.values)
+    order = np.argsort(-scores, axis=-1, kind="stable")[..., :k]
+    y = np.take_along_axis(scores, order, axis=-1)
+    experts = order if finished is None else np.where(finished.values[..., None], x.shape[-1], order)
+    tokens = order.size // k
+    rows = np.array([[j * tokens + i for j in range(k)] for i in range(tokens)]).reshape(order.shape)
+    return [Expected(y, x.dtype, 16 * EPS32 * y), Expected(experts, "int32"), Expected(rows, "int32")]
+
+
+def npu_moe_gating_top_k(
+    x: Array,
+    k,
+    *,
+    bias=None,
+    k_group=1,
+    group_count=1,
+    group_select_mode=0,
+    renorm=0,
+    norm_type=0,
+    out_flag=False,
+    routed_scaling_factor=1.0,
+    eps=1e-20,
+):
+    scores = _softmax(x.values) if norm_type == 0 else 1 / (1 + np.exp(-x.values))
+    choice = scores if bias is None else scores + bias.values
+    experts = []
+    for row in choice:
+        groups = row.reshape(group_count, -1)
+        if group_select_mode == 0:
+            rank = groups.max(axis=1)
+        else:
+            rank = np.sort(groups, axis=1)[:, -2:].sum(axis=1)
+        best = np.argsort(-rank, kind="stable")[:k_group]
+        allowed = np.full(groups.shape, -np.inf)
+        allowed[best] = groups[best]
+        experts.append(np.argsort(-allowed.ravel(), kind="stable")[:k])
+    chosen = np.array(experts)
+    y = np.take_along_axis(scores, chosen, axis=1)
+    if norm_type == 1 or renorm == 1:
+        y = y / (y.sum(axis=1, keepdims=True) + eps)
+    y = y * routed_scaling_factor
+    out = Expected(scores, "float32", 16 * EPS32 * scores, np.full(scores.shape, out_flag))
+    return [Expected(y, x.dtype, 32 * EPS32 * y), Expected(chosen, "int32"), out]
+
+
+def npu_moe_init_routing(x, row_idx, expert_idx, active_num):
+    tokens, choices = row_idx.shape
+    pairs = sorted(zip(expert_idx.values.ravel(), row_idx.values.ravel(), strict=True), key=lambda pair: pair[0])
+    position = np.zeros(len(pairs), dtype=np.int64)
+    for index, (_, row) in enumerate(pairs):
+        position[row] = index
+    taken = [row % tokens for _, row in pairs][: min(tokens, active_num) * choices]
+    experts = np.array([expert for expert, _ in pairs])
+    return [Expected(x.values[taken], x.dtype), Expected(position, "int32"), Expected(experts, "int32")]
+
+
+def npu_moe_compute_expert_tokens(experts, num_expert):
+    return [Expected(np.array([int((experts.values <= e).sum()) for e in range(num_expert)]), "int32")]
+
+
+def npu_moe_init_routing_v2(
+    x,
+    expert_idx,
+    *,
+    scale=None,
+    offset=None,
+    active_num=-1,
+    expert_capacity=-1,
+    expert_num=-1,
+    drop_pad_mode=0,
+    expert_tokens_num_type=0,
+    expert_tokens_num_flag=False,
+    quant_mode=-1,
+    active_expert_range=(),
+    row_idx_type=0,
+):
+    start, end = active_expert_range or (0, expert_num)
+    tokens, choices = expert_idx.shape
+    flat = expert_idx.values.ravel()
+    by_expert = [[pair for pair, e in enumerate(flat) if e == expert] for expert in range(start, end)]
+    counts = np.array([len(pairs) for pairs in by_expert])
+    slots: list[tuple[int, int] | None] = []  # pair and expert of every output row
+    for expert, pairs in enumerate(by_expert, start):
+        rows: list[tuple[int, int] | None] = [(pair, expert) for pair in pairs]
+        if drop_pad_mode == 1:
+            rows = (rows + [None] * expert_capacity)[:expert_capacity]
+        slots += rows
+    total = expert_num * expert_capacity if drop_pad_mode == 1 else tokens * choices
+    written = np.arange(total) < len(slots)
+    used = np.array([slot is not None for slot in slots])
+    filled = [slot for slot in slots if slot is not None]
+
+    row_idx, known = np.full(tokens * choices, -1), np.ones(tokens * choices, dtype=bool)
+    for index, slot in enumerate(slots):
+        if slot is not None:
+            row_idx[slot[0]] = index
+    if row_idx_type == 1:
+        row_idx, known = np.zeros(tokens * choices, dtype=int), np.arange(tokens * choices) < len(slots)
+        row_idx[: len(slots)] = [pair for pair, _ in filled]
+
+    values = x.values[[pair // choices for pair, _ in filled]]
+    dtype, slack, row_scale, scale_slack = x.dtype, 0, None, 0.0
+    if quant_mode == -1 and scale is not None:
+        row_scale = scale.values[[pair // choices for pair, _ in filled]]
+    elif quant_mode == 0:
+        values, dtype = to_int(f32(values) * f32(scale.values) + f32(offset.values), -128, 127), "int8"
+    elif quant_mode == 1:
+        values = f32(values)
+        if scale is not None:
+            experts = [0 if scale.shape[0] == 1 else expert - start for _, expert in filled]
+            values = values * f32(scale.values)[experts]
+        values, row_scale = quantized_rows(values, 127)
+        dtype = "int8"
+
+    def spread(rows):
+        out = np.zeros((total, *rows.shape[1:]), dtype=rows.dtype)
+        out[: len(slots)][used] = rows
+        return out
+
+    expanded = spread(values)
+    shape = (expert_num, expert_capacity, x.shape[1]) if drop_pad_mode == 1 else (total, x.shape[1])
+    mask = np.broadcast_to(written[:, None], expanded.shape).reshape(shape)
+    count = Expected(np.zeros(()), "int64", 0, np.zeros((), dtype=bool))
+    if expert_tokens_num_flag:
+        if expert_tokens_num_type == 2:
+            pairs = [(expert, n) for expert, n in enumerate(counts, start) if n]
+            count = Expected(np.array(pairs + [(0, 0)] * (expert_num - len(pairs))).reshape(-1, 2), "int64")
+        else:
+            count = Expected(counts.cumsum() if expert_tokens_num_type == 0 else counts, "int64")
+    if row_scale is None:
+        size = () if quant_mode == 0 else (total,)
+        out_scale = Expected(np.zeros(size), "float32", 0, np.zeros(size, dtype=bool))
+    else:
+        out_scale = Expected(spread(np.asarray(row_scale, dtype=np.float64)), "float32", scale_slack, written)
+    return [
+        Expected(expanded.reshape(shape), dtype, slack, mask),
+        Expected(row_idx, "int32", 0, known),
+        count,
+        out_scale,
+    ]
+
+
+def npu_moe_finalize_routing(rows, skip1, skip2, bias, scales, source, experts, drop_pad_mode=0, k=1):
+    choices = k if scales is None else scales.shape[1]
+    tokens = source.shape[0] // choices
+    flat = rows.values.reshape(-1, rows.shape[-1])
+    out = np.zeros((tokens, flat.shape[1]))
+    magnitude = np.zeros_like(out)
+    for i in range(tokens):
+        for j in range(choices):
+            index = source.values[j * tokens + i if drop_pad_mode in (0, 1) else i * choices + j]
+            row = np.zeros(flat.shape[1]) if index == -1 else flat[index]
+            if bias is not None:
+                row = row + bias.values[experts.values[i, j]]
+            term = row if scales is None else row * scales.values[i, j]
+            out[i] += term
+            magnitude[i] += np.abs(term)
+        for skip in (skip1, skip2):
+            if skip is not None:
+                out[i] += skip.values[i]
+                magnitude[i] += np.abs(skip.values[i])
+    return [Expected(out, rows.dtype, 8 * EPS32 * magnitude)]
+
+
+def npu_moe_token_permute(tokens, indices, num_out_tokens=None):
+    flat = indices.values.ravel()
+    choices = flat.size // tokens.shape[0]
+    order = sorted(range(flat.size), key=lambda pair: flat[pair])
+    position = np.zeros(flat.size, dtype=np.int64)
+    for index, pair in enumerate(order):
+        position[pair] = index
+    kept = order[:num_out_tokens] if num_out_tokens else order
+    return [Expected(tokens.values[[pair // choices for pair in kept]], tokens.dtype), Expected(position, "int32")]
+
+
+def npu_moe_token_unpermute(permuted, indices, probs=None):
+    choices = 1 if probs is None else probs.shape[1]
+    weights = np.ones((indices.shape[0], 1)) if probs is None else probs.values
+    rows = np.concatenate([permuted.values, np.zeros((1, permuted.shape[1]))])
+    picked = rows[np.minimum(indices.values, len(permuted.values))].reshape(-1, choices, permuted.shape[1])
+    terms = picked * weights[..., None]
+    slack = 8 * EPS32 * np.abs(terms).sum(axis=1) if choices > 1 or probs is not None else 0
+    return [Expected(terms.sum(axis=1), permuted.dtype, slack)]
+
+
+def npu_moe_re_routing(tokens, counts, *, per_token_scales=None):
+    ranks, experts = counts.shape
+    blocks, start = {}, 0
+    for rank in range(ranks):
+        for expert in range(experts):
+            blocks[expert, rank] = list(range(start, start + counts.values[rank, expert]))
+            start += counts.values[rank, expert]
+    index = np.array([row for key in sorted(blocks) for row in blocks[key]], dtype=np.int64)
+    if per_token_scales is None:
+        scales = Expected(np.zeros(len(index)), "float32", 0, np.zeros(len(index), dtype=bool))
+    else:
+        scales = Expected(per_token_scales.values[index], "float32")
+    return [
+        Expected(tokens.values[index], tokens.dtype),
+        scales,
+        Expected(index, "int32"),
+        Expected(counts.values.sum(axis=0), counts.dtype),
+    ]
 
 
 #: Operator name -> oracle, as in the table of cases.

@@ -3,23 +3,18 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from op_cases import CASES, Case
+from op_cases import CASES, Case, check_operator
 from oracles import ORACLES, Array, mismatch
 
 from vllm_npu_quant import emulation
 
 emulation.register()
-
-
-def overload(name: str) -> torch._ops.OpOverload:
-    packet, _, overload_name = name.partition(".")
-    return getattr(getattr(torch.ops.npu, packet), overload_name or "default")
 
 
 def as_array(value: Any) -> Any:
@@ -57,7 +52,7 @@ def outputs(result: Any) -> list[torch.Tensor]:
 
 
 def run(function: Any, case: Case) -> list[torch.Tensor]:
-    args, kwargs = copy.deepcopy((case.args, case.kwargs))
+    args, kwargs = case.arguments()
     return outputs(function(*args, **kwargs))
 
 
@@ -69,12 +64,12 @@ def codes(case: Case) -> Case:
 
     args = tuple(convert(value) for value in case.args)
     kwargs = {key: convert(value) for key, value in case.kwargs.items()}
-    return Case(case.operator, case.name, args, kwargs)
+    return dataclasses.replace(case, args=args, kwargs=kwargs)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_operator_agrees_with_oracle(case: Case) -> None:
-    actual = run(overload(case.operator), case)
+    actual = run(case.overload, case)
     kwargs = {key: as_array(value) for key, value in case.kwargs.items()}
     expected = ORACLES[case.operator](*(as_array(value) for value in case.args), **kwargs)
     assert len(actual) == len(expected)
@@ -97,9 +92,7 @@ def test_fast_is_bit_identical_to_reference(case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_fake_kernel_and_schema_agree_with_the_cpu_kernel(case: Case) -> None:
-    utils = ("test_schema", "test_faketensor") if case.functional else ("test_faketensor",)
-    args, kwargs = copy.deepcopy((case.args, case.kwargs))
-    torch.library.opcheck(overload(case.operator), args, kwargs, test_utils=utils)
+    check_operator(case)
 
 
 def test_every_operator_has_cases() -> None:

@@ -42,7 +42,8 @@ def test_reference_takes_the_arguments_of_the_schema(name: str) -> None:
     assert [parameter.name for parameter in parameters[: len(arguments)]] == [argument.name for argument in arguments]
     for parameter, argument in zip(parameters, arguments, strict=False):
         default = argument.default_value if argument.has_default_value() else inspect.Parameter.empty
-        assert parameter.default == default
+        given = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
+        assert given == default
         assert (parameter.kind is parameter.KEYWORD_ONLY) == argument.kwarg_only
     assert all(parameter.default is not parameter.empty for parameter in parameters[len(arguments) :])
 

@@ -505,7 +505,7 @@ def _product(
     if plan.form is _Form.INT4:
         assert scale is not None
         factors = float_bits(scale).view(-1, plan.width)
-        out = _scaled_groups(unpack_int4(rows), unpack_weight(weight, True), factors, matmul)
+        out = scaled_groups(unpack_int4(rows), unpack_weight(weight, True), factors, matmul)
         return (out if per_token_scale is None else out * per_token_scale[:, None]).to(plan.out_dtype)
 
     acc = matmul(rows, weight)
@@ -524,7 +524,7 @@ def _product(
     return activate(out, act_type).to(plan.out_dtype)
 
 
-def _scaled_groups(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, matmul: IntMatmul) -> torch.Tensor:
+def scaled_groups(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, matmul: IntMatmul) -> torch.Tensor:
     """sum_g (x_g @ w_g) * scale_g in float32."""
     size = x.shape[1] // scale.shape[0]
     total = torch.zeros(x.shape[0], weight.shape[1])

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vllm_npu_quant.emulation import activation, grouped, matmul, norm, quantize
+from vllm_npu_quant.emulation import activation, grouped, grouped_swiglu, matmul, mx, norm, quantize, routing
 from vllm_npu_quant.emulation.schemas import SCHEMAS
 
 __all__ = ["MODE_VARIABLE", "NAMESPACE", "OPERATORS", "Operator", "install_kernels", "is_emulated", "mode", "register"]
@@ -85,6 +85,35 @@ OPERATORS: dict[str, Operator] = _table(
         "npu_rms_norm": (norm.npu_rms_norm, norm.npu_rms_norm_fake),
         "npu_add_rms_norm": (norm.npu_add_rms_norm, norm.npu_add_rms_norm_fake),
         "npu_swiglu": (activation.npu_swiglu, activation.npu_swiglu_fake),
+        "npu_swiglu_quant": (activation.npu_swiglu_quant, activation.npu_swiglu_quant_fake),
+        "npu_dequant_swiglu_quant": (activation.npu_dequant_swiglu_quant, activation.npu_dequant_swiglu_quant_fake),
+        "npu_add_rms_norm_quant": (norm.npu_add_rms_norm_quant, norm.npu_add_rms_norm_quant_fake),
+        "npu_dynamic_mx_quant": (mx.npu_dynamic_mx_quant, mx.npu_dynamic_mx_quant_fake),
+        "npu_grouped_matmul_swiglu_quant": (
+            grouped_swiglu.npu_grouped_matmul_swiglu_quant,
+            grouped_swiglu.npu_grouped_matmul_swiglu_quant_fake,
+            grouped_swiglu.npu_grouped_matmul_swiglu_quant_fast,
+        ),
+        "npu_grouped_matmul_swiglu_quant_v2": (
+            grouped_swiglu.npu_grouped_matmul_swiglu_quant_v2,
+            grouped_swiglu.npu_grouped_matmul_swiglu_quant_v2_fake,
+            grouped_swiglu.npu_grouped_matmul_swiglu_quant_v2_fast,
+        ),
+        "npu_moe_init_routing": (routing.npu_moe_init_routing, routing.npu_moe_init_routing_fake),
+        "npu_moe_init_routing_v2": (routing.npu_moe_init_routing_v2, routing.npu_moe_init_routing_v2_fake),
+        "npu_moe_compute_expert_tokens": (
+            routing.npu_moe_compute_expert_tokens,
+            routing.npu_moe_compute_expert_tokens_fake,
+        ),
+        "npu_moe_finalize_routing": (routing.npu_moe_finalize_routing, routing.npu_moe_finalize_routing_fake),
+        "npu_moe_token_permute": (routing.npu_moe_token_permute, routing.npu_moe_token_permute_fake),
+        "npu_moe_token_unpermute": (routing.npu_moe_token_unpermute, routing.npu_moe_token_unpermute_fake),
+        "npu_moe_gating_top_k": (routing.npu_moe_gating_top_k, routing.npu_moe_gating_top_k_fake),
+        "npu_moe_gating_top_k_softmax": (
+            routing.npu_moe_gating_top_k_softmax,
+            routing.npu_moe_gating_top_k_softmax_fake,
+        ),
+        "npu_moe_re_routing": (routing.npu_moe_re_routing, routing.npu_moe_re_routing_fake),
     }
 )
 
