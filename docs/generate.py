@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vllm_npu_quant.cli.render import matrix_markdown
 from vllm_npu_quant.errors import CODES
+from vllm_npu_quant.inspection import matrix
 
 DOCS = Path(__file__).resolve().parent
 
@@ -39,7 +41,12 @@ def errors_page() -> str:
     return "\n".join(lines)
 
 
-PAGES = {"errors.md": errors_page}
+def support_matrix_page() -> str:
+    """docs/support_matrix.md: what ``vllm-npu-quant matrix`` prints."""
+    return matrix_markdown(matrix())
+
+
+PAGES = {"errors.md": errors_page, "support_matrix.md": support_matrix_page}
 
 
 def main() -> None:

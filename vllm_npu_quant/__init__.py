@@ -13,27 +13,35 @@ from vllm_npu_quant._version import __version__
 
 if TYPE_CHECKING:
     from vllm_npu_quant.errors import Finding, NpuQuantError, Severity
-    from vllm_npu_quant.inspection import CheckReport, Overview, check, inspect
+    from vllm_npu_quant.inspection import CheckReport, MatrixRow, Overview, Plan, check, inspect, matrix, plan
 
 __all__ = [
     "CheckReport",
     "Finding",
+    "MatrixRow",
     "NpuQuantError",
     "Overview",
+    "Plan",
     "Severity",
     "__version__",
     "check",
     "inspect",
+    "matrix",
+    "plan",
 ]
 
 _HOMES = {
     "CheckReport": "inspection",
     "Finding": "errors",
+    "MatrixRow": "inspection",
     "NpuQuantError": "errors",
     "Overview": "inspection",
+    "Plan": "inspection",
     "Severity": "errors",
     "check": "inspection",
     "inspect": "inspection",
+    "matrix": "inspection",
+    "plan": "inspection",
 }
 
 

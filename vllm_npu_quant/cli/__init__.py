@@ -8,6 +8,10 @@ __all__ = ["main"]
 
 def main() -> None:
     """The console script ``vllm-npu-quant``."""
+    import os
+
+    # Looking for plugins of pydantic takes a tenth of a second, and no model here has any.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     from vllm_npu_quant.cli.app import app
 
     app(prog_name="vllm-npu-quant")

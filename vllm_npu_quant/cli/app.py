@@ -37,7 +37,10 @@ EpOption = Annotated[int, typer.Option("--ep", min=1, max=4096, help="Expert-par
 def _console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    # A pipe has no width: lines are as long as they are.
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else 240
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=width)
 
 
 def _print_json(data: dict[str, Any]) -> None:
@@ -146,6 +149,68 @@ def check(
     if not report.passed(strict=strict):
         unreadable = not report.readable and any(finding.code == "unreadable-file" for finding in report.findings)
         raise typer.Exit(2 if unreadable else 1)
+
+
+@app.command()
+def plan(
+    model: ModelArgument,
+    device: Annotated[str, typer.Option(help="a2, a3, a5 or 310p.")],
+    tp: TpOption = 1,
+    ep: EpOption = 1,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=1, max=1 << 31, help="Tokens of one sequence; default: config.json's.")
+    ] = None,
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="The share of the device memory that vLLM may use.")
+    ] = 0.9,
+    batch: Annotated[int, typer.Option(min=1, max=1 << 20, help="Sequences of a decode step.")] = 16,
+    prompt: Annotated[int, typer.Option(min=1, max=1 << 24, help="Tokens of a prefill.")] = 2048,
+    as_json: JsonOption = False,
+    revision: RevisionOption = None,
+) -> None:
+    """Does a checkpoint fit, how many tokens beside it, and what may its schemes gain. Exit code 1 where it does not fit."""
+    from vllm_npu_quant.inspection.planning import plan as make_plan
+
+    _known_device(device)
+    with _refusals("plan", as_json):
+        made = make_plan(
+            model,
+            device=device,
+            tp=tp,
+            ep=ep,
+            max_model_len=max_model_len,
+            gpu_memory_utilization=gpu_memory_utilization,
+            batch=batch,
+            prompt=prompt,
+            revision=revision,
+        )
+        if as_json:
+            from vllm_npu_quant.cli.data import plan_data
+
+            _print_json(plan_data(made))
+        else:
+            from vllm_npu_quant.cli.render import plan_text
+
+            plan_text(_console(), made)
+    if made.fits is False:
+        raise typer.Exit(1)
+
+
+@app.command()
+def matrix(as_json: JsonOption = False) -> None:
+    """What is served where: format, scheme, layer kind and chip, as a page of Markdown."""
+    from vllm_npu_quant.inspection.matrix import matrix as make_matrix
+
+    with _refusals("matrix", as_json):
+        rows = make_matrix()
+        if as_json:
+            from vllm_npu_quant.cli.data import matrix_data
+
+            _print_json(matrix_data(rows))
+        else:
+            from vllm_npu_quant.cli.render import matrix_markdown
+
+            typer.echo(matrix_markdown(rows), nl=False)
 
 
 def _known_device(device: str | None) -> None:

@@ -6,6 +6,7 @@ Fields are only added while the version stays the same; a field that changes its
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any
@@ -15,9 +16,11 @@ from vllm_npu_quant._version import __version__
 from vllm_npu_quant.errors import Finding
 from vllm_npu_quant.inspection.checks import CheckReport
 from vllm_npu_quant.inspection.layers import Layer
+from vllm_npu_quant.inspection.matrix import MatrixRow
 from vllm_npu_quant.inspection.overview import Overview
+from vllm_npu_quant.inspection.planning import Plan
 
-__all__ = ["VERSION", "check_data", "inspect_data", "plain", "wrapped"]
+__all__ = ["VERSION", "check_data", "inspect_data", "matrix_data", "plain", "plan_data", "wrapped"]
 
 #: Version of the JSON objects.
 VERSION = 1
@@ -97,3 +100,14 @@ def check_data(report: CheckReport, *, strict: bool) -> dict[str, Any]:
             "findings": [finding_data(finding) for finding in report.findings],
         },
     )
+
+
+def plan_data(plan: Plan) -> dict[str, Any]:
+    data = plain(plan)
+    for line in data["roofline"]:
+        line["bytes"] = line.pop("nbytes")
+    return wrapped("plan", data)
+
+
+def matrix_data(rows: Sequence[MatrixRow]) -> dict[str, Any]:
+    return wrapped("matrix", {"rows": plain(rows)})

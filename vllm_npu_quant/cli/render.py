@@ -11,10 +11,19 @@ from rich.text import Text
 
 from vllm_npu_quant.errors import Finding, Severity
 from vllm_npu_quant.inspection.checks import CheckReport
+from vllm_npu_quant.inspection.chips import CHIPS
+from vllm_npu_quant.inspection.matrix import MatrixRow
 from vllm_npu_quant.inspection.overview import Overview
+from vllm_npu_quant.inspection.planning import Plan
 
-__all__ = ["check_text", "findings_text", "inspect_text", "size_text", "table"]
+__all__ = ["check_text", "findings_text", "inspect_text", "matrix_markdown", "plan_text", "size_text", "table"]
 
+_KINDS = {
+    "linear": "linear layers",
+    "fused_moe": "projections of experts",
+    "lm_head": "lm_head",
+    "other": "embeddings, norms and the like",
+}
 _COLOURS = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.INFO: "cyan"}
 
 
@@ -46,7 +55,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: It
 def _facts(console: Console, facts: Iterable[tuple[str, str]]) -> None:
     for name, value in facts:
         if value:
-            console.print(Text(f"{name:<13}", style="bold") + Text(safe(value)))
+            console.print(Text(f"{name:<13}", style="bold") + Text(safe(value)), soft_wrap=True)
 
 
 def inspect_text(console: Console, overview: Overview, *, layers: bool) -> None:
@@ -61,30 +70,20 @@ def inspect_text(console: Console, overview: Overview, *, layers: bool) -> None:
             ("weights", f"{size_text(overview.nbytes)}, {overview.tensors:,} tensors in {overview.files:,} files"),
         ],
     )
-    console.print()
-    rows = []
     for scheme in overview.schemes:
-        method: Text | str = scheme.method or scheme.reason
+        console.print()
+        head = Text(safe(f"{scheme.scheme}"), style="bold" if scheme.scheme != "FLOAT" else "")
+        head += Text(safe(f"  {scheme.layers:,} {_KINDS.get(scheme.kind, scheme.kind)}, {size_text(scheme.nbytes)}"))
+        console.print(head, soft_wrap=True)
         if not scheme.served:
-            method = Text("not served", style="bold red")
-        spec = scheme.spec if scheme.method or not scheme.served else ""
-        if scheme.kind == "other" and scheme.served:
-            method = "embeddings, norms and the like"
-        rows.append(
-            (
-                scheme.scheme,
-                scheme.kind,
-                f"{scheme.layers:,}",
-                size_text(scheme.nbytes),
-                method,
-                ", ".join(scheme.operators),
-                spec,
-            )
-        )
-    console.print(
-        table(("scheme", "kind", "layers", "bytes", "method", "operators", "numbers"), rows, right=(2, 3)),
-        soft_wrap=False,
-    )
+            console.print(Text("  not served", style="bold red"))
+        elif scheme.method:
+            operators = ", ".join(scheme.operators) or "no quantized operator"
+            console.print(Text(safe(f"  {scheme.method}: {operators}"), style="green"), soft_wrap=True)
+        if scheme.scheme != "FLOAT" and scheme.spec:
+            console.print(Text(safe(f"  {scheme.spec}"), style="dim"), soft_wrap=True)
+        elif scheme.reason:
+            console.print(Text(safe(f"  {scheme.reason}"), style="dim"), soft_wrap=True)
     if layers:
         console.print()
         console.print(
@@ -132,3 +131,92 @@ def check_text(console: Console, report: CheckReport, *, strict: bool) -> None:
         )
     else:
         console.print(Text("failed", style="bold red") + Text(safe(f" {report.model}: {words or 'not readable'}")))
+
+
+def plan_text(console: Console, plan: Plan) -> None:
+    room = "not known"
+    if plan.tokens is not None:
+        room = f"{plan.tokens:,} tokens beside the weights"
+    usable = "not known"
+    if plan.memory is not None and plan.usable is not None:
+        usable = (
+            f"{size_text(plan.usable)} of {size_text(plan.memory)}, {size_text(plan.reserve)} of it kept free (assumed)"
+        )
+    verdict = {True: "yes", False: "no", None: "not known"}[plan.fits]
+    per_token = size_text(plan.kv_bytes_per_token) if plan.kv_bytes_per_token else "not known"
+    ranks = f"tensor parallel {plan.tp}" + (f", expert parallel {plan.ep}" if plan.ep > 1 else "")
+    _facts(
+        console,
+        [
+            ("model", plan.model),
+            ("device", f"{plan.device_name}, {ranks}"),
+            (
+                "weights",
+                f"{size_text(plan.weight_bytes)} on each rank, prepared ({size_text(plan.stored_bytes)} stored)",
+            ),
+            ("KV cache", f"{per_token} per token on each rank ({plan.kv_how})"),
+            ("memory", usable),
+            ("room", room),
+            ("fits", f"{verdict}, for max_model_len {plan.max_model_len:,}"),
+            ("smallest TP", str(plan.smallest_tp or ("none" if plan.tokens is not None else "not known"))),
+        ],
+    )
+    for phase, what in (("decode", f"{plan.batch} sequences"), ("prefill", f"{plan.prompt:,} tokens")):
+        console.print()
+        console.print(Text(f"{phase}, {what}: upper bounds from published peaks", style="bold"), soft_wrap=True)
+        rows = [
+            (
+                line.scheme,
+                line.kind,
+                f"{line.layers:,}",
+                size_text(line.nbytes),
+                f"{line.operations / 1e9:,.2f}",
+                "not known" if line.seconds is None else f"{line.seconds * 1e6:,.1f}",
+                line.bound,
+                "" if line.gain is None else f"{line.gain:.2f}",
+            )
+            for line in plan.roofline
+            if line.phase == phase
+        ]
+        console.print(
+            table(("scheme", "kind", "layers", "moved", "Gop", "us", "bound", "x float"), rows, right=(2, 3, 4, 5, 7))
+        )
+    console.print()
+    for source in plan.sources:
+        console.print(Text(safe(f"{source.what}: {source.value:.4g}, {source.source}"), style="dim"), soft_wrap=True)
+    for remark in plan.remarks:
+        console.print(Text(safe(f"note: {remark}"), style="dim"), soft_wrap=True)
+
+
+def matrix_markdown(rows: Sequence[MatrixRow]) -> str:
+    """The matrix as a page of Markdown: docs/support_matrix.md."""
+    chips = list(CHIPS.values())
+    lines = [
+        "# What is served where",
+        "",
+        "<!-- Made by docs/generate.py from the formats, the dispatch table and the operator rules. -->",
+        "",
+        "One row for each scheme that a format can name. Linear and MoE name the method class that serves it; `lm_head` is",
+        "served wherever Linear is. A chip says *yes* where the operators' pages list it for every kind that is served,",
+        "*linear* or *experts* where only that kind, *no*, or *?* where the pages that were read do not say. Nothing in this",
+        "table was run on an NPU: the arithmetic is checked on a CPU, the operators' domains are read in their documentation",
+        "(`vllm_npu_quant/inspection/chips.py`).",
+        "",
+        "`vllm-npu-quant matrix` prints this page; `vllm-npu-quant check MODEL --device a2` applies it to a checkpoint.",
+    ]
+    for name in dict.fromkeys(row.format for row in rows):
+        lines += ["", f"## {name}", ""]
+        lines.append("| scheme | Linear | MoE experts | " + " | ".join(chip.key.upper() for chip in chips) + " |")
+        lines.append("|---|---|---|" + "---|" * len(chips))
+        for row in rows:
+            if row.format != name:
+                continue
+            cells = [row.scheme, row.methods.get("linear", "-"), row.methods.get("fused_moe", "-")]
+            cells += [row.chips[chip.key] for chip in chips]
+            lines.append("| " + " | ".join(cells) + " |")
+        remarks = [f"- {row.scheme}: {row.remark}." for row in rows if row.format == name and row.remark]
+        if remarks:
+            lines += ["", "Not served:", "", *remarks]
+    lines += ["", "## Chips", ""]
+    lines += [f"- {chip.key.upper()}: {chip.name}; model dtype {' or '.join(chip.dtypes)}" for chip in chips]
+    return "\n".join([*lines, ""])

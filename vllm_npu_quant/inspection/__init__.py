@@ -8,7 +8,22 @@ from __future__ import annotations
 
 from vllm_npu_quant.inspection.checks import CheckReport, check
 from vllm_npu_quant.inspection.layers import Layer, Scheme
+from vllm_npu_quant.inspection.matrix import MatrixRow, matrix
 from vllm_npu_quant.inspection.model import Model, open_model
 from vllm_npu_quant.inspection.overview import Overview, inspect
+from vllm_npu_quant.inspection.planning import Plan, plan
 
-__all__ = ["CheckReport", "Layer", "Model", "Overview", "Scheme", "check", "inspect", "open_model"]
+__all__ = [
+    "CheckReport",
+    "Layer",
+    "MatrixRow",
+    "Model",
+    "Overview",
+    "Plan",
+    "Scheme",
+    "check",
+    "inspect",
+    "matrix",
+    "open_model",
+    "plan",
+]

@@ -15,6 +15,7 @@ from vllm_npu_quant.formats.resolve import FUSED_FAMILIES, LayerResolver
 from vllm_npu_quant.formats.rules import is_embedding
 from vllm_npu_quant.inspection.chips import chip_findings
 from vllm_npu_quant.inspection.layers import Layer, layers_of
+from vllm_npu_quant.inspection.limits import limit_findings
 from vllm_npu_quant.inspection.model import Model, open_model
 from vllm_npu_quant.inspection.overview import dtype_of
 from vllm_npu_quant.inspection.parallel import parallel_findings
@@ -87,9 +88,12 @@ def check(
     findings += served_findings(layers, quant_format)
     findings += fused_findings(quant_format)
     findings += parallel_findings(opened, layers, tp=tp, ep=ep)
+    findings += limit_findings(layers, quant_format.source, tp=tp, ep=ep)
     if device is not None:
         findings += chip_findings(device, layers, dtype_of(opened), quant_format.source)
-    if values:
+    # Values of files whose headers are wrong would be read from the wrong place.
+    damaged = any(finding.severity is Severity.ERROR for finding in opened.checkpoint.findings)
+    if values and not damaged:
         from vllm_npu_quant.inspection.values import value_findings
 
         findings += value_findings(opened, layers, progress)

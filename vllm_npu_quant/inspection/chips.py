@@ -17,7 +17,7 @@ from vllm_npu_quant.formats.check import FindingLimit
 from vllm_npu_quant.inspection.layers import Layer
 from vllm_npu_quant.spec import LayerKind
 
-__all__ = ["CHIPS", "Chip", "Support", "chip_findings", "chip_of", "support"]
+__all__ = ["CHIPS", "Chip", "Number", "Support", "chip_findings", "chip_of", "support"]
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,54 @@ class Chip:
 
 
 _BOTH = ("bfloat16", "float16")
+_GIB, _TIB, _T = 2**30, 2**40, 1e12
 
-#: None stands for a number for which no document worth citing was found.
+
+def _profile(name: str, memory: float, bandwidth: float, fp16: float, int8: float) -> dict[str, Number]:
+    """The numbers of a device profile of Huawei's own performance simulator."""
+    source = f"github.com/Ascend/msmodeling, tensor_cast/device.py, {name}"
+    return {
+        "memory": Number(memory, source),
+        "bandwidth": Number(bandwidth, source),
+        "fp16": Number(fp16, source),
+        "int8": Number(int8, source),
+    }
+
+
+_DUO = "infogioco.it, 2025-10 (Atlas 300I Duo: 96 GB, 408 GB/s, 280 TOPS INT8), halved for one of its two chips"
+
+#: None stands for a number for which no document worth citing was found. bfloat16's peak is a few percent below float16's.
 CHIPS: dict[str, Chip] = {
-    "a2": Chip("a2", "Atlas A2 (Ascend 910B)", _BOTH),
-    "a3": Chip("a3", "Atlas A3 (Ascend 910C)", _BOTH),
-    "a5": Chip("a5", "Ascend 950", _BOTH),
-    "310p": Chip("310p", "Atlas inference series (Ascend 310P)", ("float16",)),
+    "a2": Chip(
+        "a2",
+        "Atlas A2 (Ascend 910B)",
+        _BOTH,
+        **_profile("ATLAS_800_A2_313T_64G", 64 * _GIB, 1.6 * _TIB, 313 * _T, 626 * _T),
+        remark="the 313 TFLOPS variant; there are others with 280 and 376, and with 32 GiB",
+    ),
+    "a3": Chip(
+        "a3",
+        "Atlas A3 (Ascend 910C)",
+        _BOTH,
+        **_profile("ATLAS_800_A3_752T_128G_DIE", 64 * _GIB, 1.6 * _TIB, 376 * _T, 752 * _T),
+        remark="one die, which vLLM sees as one device; a card has two",
+    ),
+    "a5": Chip(
+        "a5",
+        "Ascend 950 (Atlas 350)",
+        _BOTH,
+        **_profile("ATLAS_350_425T_112G", 112 * _GIB, 1.4 * _TIB, 378 * _T, 756 * _T),
+        remark="the Atlas 350 card; Ascend 950PR and 950DT differ in memory",
+    ),
+    "310p": Chip(
+        "310p",
+        "Atlas inference series (Ascend 310P)",
+        ("float16",),
+        memory=Number(48e9, _DUO),
+        bandwidth=Number(204e9, _DUO),
+        int8=Number(140 * _T, _DUO),
+        remark="one chip of an Atlas 300I Duo card; its float16 peak was not found in a document",
+    ),
 }
 
 

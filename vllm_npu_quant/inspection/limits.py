@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the operators' documentation does not allow, as far as sizes tell: the refusals of the methods' ``prepare``, offline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import gcd
+
+from vllm_npu_quant.errors import Finding
+from vllm_npu_quant.formats.check import FindingLimit
+from vllm_npu_quant.inspection.layers import Layer
+from vllm_npu_quant.inspection.memory import part_of
+from vllm_npu_quant.spec import Granularity
+
+__all__ = ["limit_findings"]
+
+#: npu_quant_matmul, npu_weight_quant_batchmatmul: the last dimensions are at most 65535. Outputs are cut, inputs are not.
+MAX_INPUTS = 65535
+#: Smaller groups would have to be filled up to 32 with more than as many zeros again.
+MIN_GROUP = 16
+
+
+def limit_findings(layers: Sequence[Layer], source: str, *, tp: int, ep: int) -> list[Finding]:
+    """Layers whose part on a rank lies outside of what their method's operators take."""
+    found = FindingLimit(8)
+    for layer in layers:
+        if layer.row is not None:
+            for finding in _layer_findings(layer, source, tp, ep):
+                found.add(finding)
+    return found.close()
+
+
+def _layer_findings(layer: Layer, source: str, tp: int, ep: int) -> Iterable[Finding]:
+    part = part_of(layer, tp, ep)
+    weight = layer.spec.weight
+    assert weight is not None
+    if part.inputs > MAX_INPUTS and layer.operators:
+        yield Finding(
+            "operator-limit",
+            f"{layer.operators[-1]} takes at most {MAX_INPUTS} inputs",
+            layer=layer.name,
+            file=source,
+            expected=f"K <= {MAX_INPUTS}",
+            found=f"K = {part.inputs}",
+            fix="use a larger tensor-parallel size, or export the layer as float",
+        )
+    group = weight.group_size if weight.granularity is Granularity.GROUP else 0
+    if not group or not part.inputs or part.inputs <= group:
+        return
+    if part.inputs != layer.inputs and part.inputs % group:
+        group = gcd(part.inputs, group)
+    if layer.method == "WeightOnlyLinear" and group < MIN_GROUP:
+        yield Finding(
+            "operator-limit",
+            "npu_weight_quant_batchmatmul takes groups of a multiple of 32 inputs, and filling these up with zeros would more "
+            "than double the weight",
+            layer=layer.name,
+            file=source,
+            expected=f"a group size of at least {MIN_GROUP}, or one scale per channel",
+            found=f"groups of {group}" + (f" on {tp} ranks" if tp > 1 else ""),
+            fix="use a tensor-parallel size that cuts the layer at whole groups, or re-export with a larger group size",
+        )
+    if layer.method in ("W4A8DynamicLinear", "W4A4DynamicLinear", "W4A8DynamicExperts") and group % 2:
+        yield Finding(
+            "operator-limit",
+            "the int4 operators take groups of an even number of inputs",
+            layer=layer.name,
+            file=source,
+            expected="an even group size",
+            found=f"groups of {group}",
+            fix="use a tensor-parallel size that cuts the layer at whole groups, or re-export with an even group size",
+        )

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes per rank: weights as the NPU methods prepare them, and the KV cache.
+
+Each formula follows one method class's ``prepare``; a test compares them with prepared layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import gcd
+
+from vllm_npu_quant.inspection.layers import OTHER, Layer
+from vllm_npu_quant.inspection.model import Model
+from vllm_npu_quant.inspection.parallel import cut_of, kv_heads
+from vllm_npu_quant.layouts.tables import Axis
+from vllm_npu_quant.spec import Granularity, LayerKind, WeightSpec
+
+__all__ = ["KvCache", "RankPart", "kv_cache", "layer_bytes", "part_of", "weight_bytes"]
+
+#: Bytes of an element of the model's dtype: bfloat16 or float16.
+ACT = 2
+
+
+@dataclass(frozen=True)
+class RankPart:
+    """What one rank has of a layer: ``count`` matrices of N outputs and K inputs."""
+
+    outputs: int
+    inputs: int
+    count: int = 1
+
+
+def part_of(layer: Layer, tp: int, ep: int) -> RankPart:
+    """A rank's part of a layer with ``tp`` tensor-parallel ranks, of which ``ep`` share the experts."""
+    outputs, inputs, count = layer.outputs, layer.inputs, layer.count
+    axis = cut_of(layer)
+    if layer.kind == LayerKind.FUSED_MOE.value and ep > 1:
+        return RankPart(outputs, inputs, -(-count // ep))
+    if axis is Axis.OUT:
+        last = layer.name.rpartition(".")[2]
+        if last in ("k_proj", "v_proj") and outputs % tp:
+            return RankPart(outputs, inputs, count)
+        outputs = -(-outputs // tp)
+    elif axis is Axis.IN:
+        inputs = -(-inputs // tp)
+    return RankPart(outputs, inputs, count)
+
+
+def weight_bytes(weight: WeightSpec, method: str, outputs: int, inputs: int) -> int:
+    """Bytes of the tensors that a method prepares from one matrix."""
+    formula = _FORMULAS.get(method)
+    if formula is None:  # a method that this table does not know yet: its integers and one float32 scale per output
+        return outputs * inputs * weight.bits // 8 + 4 * outputs
+    return formula(weight, outputs, inputs)
+
+
+def layer_bytes(layer: Layer, tp: int, ep: int) -> int:
+    """Bytes that one rank holds of a layer after preparation."""
+    part = part_of(layer, tp, ep)
+    if layer.kind == OTHER or layer.row is None or layer.spec.weight is None:
+        if not layer.outputs:
+            return layer.nbytes  # norms and the like: everybody has them
+        return ACT * part.outputs * part.inputs * part.count
+    transform = layer.spec.transform
+    matrices = 0 if transform is None else ACT * (transform.left**2 + transform.right**2)
+    bias = 4 * part.outputs if "bias" in layer.tensors else 0
+    one = weight_bytes(layer.spec.weight, layer.method, part.outputs, part.inputs)
+    return (one + matrices + bias) * part.count
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _groups(weight: WeightSpec, inputs: int) -> int:
+    return -(-inputs // weight.group_size) if weight.granularity is Granularity.GROUP and weight.group_size else 1
+
+
+def _int8(extra: int) -> Callable[[WeightSpec, int, int], int]:
+    """int8 [K, N] and ``extra`` bytes per output."""
+    return lambda _, outputs, inputs: outputs * inputs + extra * outputs
+
+
+def _static(_: WeightSpec, outputs: int, inputs: int) -> int:
+    """int8 [K, N], float32 scale and int32 bias per output, scale and offset per input in the model's dtype."""
+    return outputs * inputs + 8 * outputs + 2 * ACT * inputs
+
+
+def _weight_only(weight: WeightSpec, outputs: int, inputs: int) -> int:
+    """int8 [K, N] or int4 [K, N/8], scale and offset [G, N] in the model's dtype."""
+    numbers = ACT if weight.symmetric else 2 * ACT
+    group, groups = weight.group_size, _groups(weight, inputs)
+    depth = inputs if groups == 1 or group % 32 == 0 else groups * _up(group, 32)
+    if weight.bits > 4:
+        return outputs * depth + numbers * groups * outputs
+    outputs = _up(outputs, 8)
+    return outputs * depth // 2 + numbers * groups * outputs
+
+
+def _w4a8(weight: WeightSpec, outputs: int, inputs: int) -> int:
+    """int4 [1, K, N/8], int64 scale [1, G, N], float32 assist [N]."""
+    group = weight.group_size if weight.granularity is Granularity.GROUP else 0
+    halves = group % 256 != 0
+    depth = _filled(inputs, group, 8 if halves else 256)
+    parts = 1 if halves else -(-depth // 18432)
+    unit = group if halves else 256
+    groups = depth // unit if group else parts
+    outputs = _up(outputs, 8)
+    return outputs * depth // 2 + 8 * groups * outputs + 4 * outputs * parts
+
+
+def _w4a4(weight: WeightSpec, outputs: int, inputs: int) -> int:
+    """int4 [K/8, N] with float32 [N], or [1, K, N/8] with int64 [1, G, N]."""
+    group = weight.group_size if weight.granularity is Granularity.GROUP else 0
+    depth = _filled(inputs, group, 8)
+    if not group:
+        return outputs * depth // 2 + 4 * _up(outputs, 8)
+    outputs = _up(outputs, 8)
+    return outputs * depth // 2 + 8 * (depth // group) * outputs
+
+
+def _filled(inputs: int, group: int, multiple: int) -> int:
+    step = multiple * group // gcd(multiple, group) if group else multiple
+    return _up(inputs, step)
+
+
+def _float(_: WeightSpec, outputs: int, inputs: int) -> int:
+    return ACT * outputs * inputs
+
+
+_FORMULAS: dict[str, Callable[[WeightSpec, int, int], int]] = {
+    "W8A8DynamicLinear": _int8(4),
+    "W8A8DynamicAsymmetricLinear": _int8(12),
+    "W8A8StaticLinear": _static,
+    "WeightOnlyLinear": _weight_only,
+    "W4A8DynamicLinear": _w4a8,
+    "W4A4DynamicLinear": _w4a4,
+    "DequantizedLinear": _float,
+    "W8A8DynamicExperts": _int8(4),
+    "WeightOnlyExperts": _weight_only,
+    "W4A8DynamicExperts": _w4a8,
+    "FloatExperts": _float,
+}
+
+
+@dataclass(frozen=True)
+class KvCache:
+    """The KV cache of one rank, in the model's dtype.
+
+    Attributes:
+        bytes_per_token: of all layers; 0 where config.json does not tell.
+        layers: layers that keep keys and values of every token.
+        how: what it was computed from.
+    """
+
+    bytes_per_token: int
+    layers: int
+    how: str
+
+
+def kv_cache(model: Model, tp: int) -> KvCache:
+    """The KV cache of one rank, from config.json."""
+    layers = model.size("num_hidden_layers", "n_layer", "num_layers")
+    kinds = model.text_config.get("layer_types")
+    recurrent = ""
+    if isinstance(kinds, list) and len(kinds) == layers and all(isinstance(kind, str) for kind in kinds):
+        attention = sum("linear" not in kind and "mamba" not in kind for kind in kinds)
+        if attention != layers:
+            recurrent = f", {layers - attention} layers with a recurrent state are left out"
+        layers = attention
+    latent = model.size("kv_lora_rank")
+    if latent and layers:
+        rope = model.size("qk_rope_head_dim")
+        how = f"latent attention: {layers} layers x ({latent} + {rope}) x {ACT} bytes on every rank"
+        return KvCache(layers * (latent + rope) * ACT, layers, how + recurrent)
+    heads, keys = model.size("num_attention_heads", "n_head"), kv_heads(model)
+    size = model.size("head_dim") or (model.size("hidden_size", "n_embd") // heads if heads else 0)
+    if not (layers and keys and size):
+        return KvCache(0, layers, "config.json does not tell layers, heads and head size")
+    own = max(keys // tp, 1)
+    how = f"{layers} layers x 2 x {own} heads of {size} x {ACT} bytes"
+    return KvCache(layers * 2 * own * size * ACT, layers, how + recurrent)

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``check --values``: what headers do not tell. Reads the weights with NumPy, a block of rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from vllm_npu_quant.checkpoint import Checkpoint, TensorInfo
+from vllm_npu_quant.errors import Finding, NpuQuantError, Severity
+from vllm_npu_quant.formats.base import LayerEntry
+from vllm_npu_quant.formats.check import FindingLimit
+from vllm_npu_quant.formats.rules import FLOAT_DTYPES
+from vllm_npu_quant.inspection.layers import Layer
+from vllm_npu_quant.inspection.model import Model
+from vllm_npu_quant.spec import Granularity, Layout, NumberKind, WeightSpec
+
+__all__ = ["value_findings"]
+
+#: Elements of a weight that are worked on at a time.
+BLOCK = 1 << 24
+
+_SCALES = frozenset(
+    {
+        "weight_scale",
+        "weight_scale_inv",
+        "weight_scale_second",
+        "scales",
+        "deq_scale",
+        "input_scale",
+        "activation_scale",
+        "weight_global_scale",
+    }
+)
+#: Zero points that are stored as such; those of packed layouts are looked at after unpacking, when they load.
+_ZEROS = frozenset({"weight_offset", "weight_offset_second", "weight_zero_point"})
+#: Layouts that hold an int4 in a whole byte.
+_BYTES = frozenset({Layout.MODELSLIM_INT, Layout.MODELSLIM_TWO_LEVEL, Layout.CT_INT})
+_FP8_NAN = 0x7F
+
+
+def value_findings(
+    model: Model, layers: Sequence[Layer], progress: Callable[[str, int, int], None] | None = None
+) -> list[Finding]:
+    """What is wrong with the values of scales, zero points, integers and floats; what requantizing FP8 costs.
+
+    Args:
+        model: an opened model whose files are local.
+        layers: what ``layers_of`` gives.
+        progress: called with (layer, layers done, layers in all).
+    """
+    quant_format = model.require_format()
+    checkpoint = model.checkpoint
+    found = FindingLimit()
+    symmetric = {layer.name: layer.row.weight_symmetric is True for layer in layers if layer.row is not None}
+    entries = dict(quant_format.stored_layers(checkpoint.tensors))
+    by_layer: dict[str, list[TensorInfo]] = {}
+    for name, tensor in checkpoint.tensors.items():
+        by_layer.setdefault(name.rpartition(".")[0], []).append(tensor)
+    losses: list[tuple[float, str]] = []
+    for done, (layer, tensors) in enumerate(by_layer.items()):
+        entry = entries.get(layer)
+        try:
+            for finding in _layer_values(checkpoint, layer, tensors, entry, symmetric):
+                found.add(finding)
+            loss = _requantization(checkpoint, layer, entry)
+        except NpuQuantError as error:  # the file changed, or is damaged: its findings say so
+            for finding in error.findings:
+                found.add(finding)
+            break
+        if loss is not None:
+            losses.append((loss, layer))
+        if progress is not None:
+            progress(layer, done + 1, len(by_layer))
+    if losses:
+        found.add(_losses(losses, quant_format.source))
+    return found.close()
+
+
+def _layer_values(
+    checkpoint: Checkpoint,
+    layer: str,
+    tensors: Iterable[TensorInfo],
+    entry: LayerEntry | None,
+    symmetric: Mapping[str, bool],
+) -> Iterator[Finding]:
+    quantized = entry is not None and not entry.spec.is_float
+    for tensor in tensors:
+        last = tensor.name.rpartition(".")[2]
+        if tensor.numel == 0:
+            continue
+        if quantized and last in _SCALES:
+            yield from _scale_values(checkpoint, layer, tensor)
+        elif quantized and entry is not None and last in _ZEROS:
+            if symmetric.get(layer, symmetric.get(_starred(layer), False)) and np.any(checkpoint.read(tensor.name)):
+                yield _bad(
+                    layer,
+                    tensor,
+                    "zero points that are not 0, and the operator takes symmetric weights only",
+                    "0 everywhere",
+                    "nonzero zero points",
+                    "re-export the checkpoint with symmetric weights for this scheme",
+                )
+        elif quantized and entry is not None and last == "weight" and tensor.dtype == "I8":
+            yield from _integers(checkpoint, layer, tensor, entry)
+        elif tensor.dtype in FLOAT_DTYPES or tensor.dtype.startswith("F8_E4M3"):
+            broken = _not_finite(checkpoint, tensor)
+            if broken:
+                yield _bad(
+                    layer,
+                    tensor,
+                    "values that are no numbers",
+                    "finite values",
+                    f"{broken:,} of {tensor.numel:,} are NaN or infinite",
+                    "download the file again, or re-export the checkpoint",
+                )
+
+
+def _scale_values(checkpoint: Checkpoint, layer: str, tensor: TensorInfo) -> Iterator[Finding]:
+    if tensor.dtype == "I64":  # the bit pattern of a float32, widened
+        stored = np.asarray(checkpoint.read(tensor.name))
+        values = (stored & 0xFFFFFFFF).astype(np.uint32).view(np.float32)
+    elif tensor.dtype in FLOAT_DTYPES or tensor.dtype == "F8_E8M0":
+        values = checkpoint.read(tensor.name, float32=True)
+    else:
+        return
+    broken = int(np.count_nonzero(~np.isfinite(values)))
+    zeros = int(np.count_nonzero(values == 0))
+    if broken:
+        yield _bad(
+            layer,
+            tensor,
+            "scales that are no numbers: the layer's output would be NaN",
+            "finite scales",
+            f"{broken:,} of {values.size:,} are NaN or infinite",
+            "download the file again, or re-export the checkpoint",
+        )
+    if zeros:
+        yield _bad(
+            layer,
+            tensor,
+            "scales that are 0: what they belong to is lost",
+            "scales other than 0",
+            f"{zeros:,} of {values.size:,}",
+            "check that these outputs are 0 in the model, too, or re-export the checkpoint",
+            severity=Severity.WARNING,
+        )
+    smallest = 2.0**-14 if tensor.dtype == "F16" else 2.0**-126
+    tiny = int(np.count_nonzero((np.abs(values) < smallest) & (values != 0)))
+    if tiny:
+        yield _bad(
+            layer,
+            tensor,
+            f"scales below the normal numbers of {tensor.dtype}, which have lost digits",
+            f"at least {smallest:.3g}",
+            f"{tiny:,} of {values.size:,}",
+            "store the scales as float32, or quantize with larger groups",
+            severity=Severity.WARNING,
+        )
+
+
+def _integers(checkpoint: Checkpoint, layer: str, tensor: TensorInfo, entry: LayerEntry) -> Iterator[Finding]:
+    weight = entry.spec.on_disk
+    if weight is None or weight.bits != 4 or entry.spec.layout not in _BYTES:
+        return
+    values = checkpoint.read(tensor.name)
+    low, high = int(values.min()), int(values.max())
+    if low < -8 or high > 7:
+        yield _bad(
+            layer,
+            tensor,
+            "4-bit integers out of their range",
+            "-8 to 7",
+            f"{low} to {high}",
+            "check that the scheme of the layer is the one that its weights were made with",
+        )
+
+
+def _not_finite(checkpoint: Checkpoint, tensor: TensorInfo) -> int:
+    """How many values of a float tensor are NaN or infinite, without converting it."""
+    stored = checkpoint.read(tensor.name).reshape(-1)
+    count = 0
+    for start in range(0, stored.size, BLOCK):
+        block = stored[start : start + BLOCK]
+        if tensor.dtype == "BF16":
+            count += int(np.count_nonzero((block & 0x7F80) == 0x7F80))
+        elif tensor.dtype.startswith("F8_E4M3"):
+            count += int(np.count_nonzero((block & 0x7F) == _FP8_NAN)) if tensor.dtype == "F8_E4M3" else 0
+        else:
+            count += int(np.count_nonzero(~np.isfinite(block)))
+    return count
+
+
+def _starred(layer: str) -> str:
+    parent, found, rest = layer.rpartition(".experts.")
+    return f"{parent}.experts.*.{rest.partition('.')[2]}" if found else layer
+
+
+def _bad(
+    layer: str,
+    tensor: TensorInfo,
+    message: str,
+    expected: str,
+    found: str,
+    fix: str,
+    *,
+    severity: Severity = Severity.ERROR,
+) -> Finding:
+    name = tensor.name.rpartition(".")[2]
+    return Finding(
+        "bad-value", f"{name} holds {message}", layer, tensor.file, expected, found, fix=fix, severity=severity
+    )
+
+
+def _requantization(checkpoint: Checkpoint, layer: str, entry: LayerEntry | None) -> float | None:
+    """||w_int8 - w_fp8|| / ||w_fp8|| of a layer whose FP8 weight is served as int8 with a scale per output."""
+    if entry is None or entry.spec.weight is None or entry.spec.stored is None:
+        return None
+    stored, served = entry.spec.stored, entry.spec.weight
+    weight = checkpoint.tensors.get(f"{layer}.weight")
+    scale_name = "weight_scale_inv" if entry.spec.layout is Layout.FP8_INV else "weight_scale"
+    scale = checkpoint.tensors.get(f"{layer}.{scale_name}")
+    if stored.kind is not NumberKind.FLOAT or served.kind is not NumberKind.INT:
+        return None
+    if weight is None or scale is None or len(weight.shape) != 2 or weight.dtype != "F8_E4M3" or not weight.numel:
+        return None
+    scales = checkpoint.read(scale.name, float32=True)
+    codes = checkpoint.read(weight.name)
+    outputs, inputs = weight.shape
+    step = max(BLOCK // max(inputs, 1), 1)
+    error = norm = 0.0
+    for start in range(0, outputs, step):
+        rows = _fp8(codes[start : start + step]) * _row_scales(
+            scales, stored, start, min(start + step, outputs), inputs
+        )
+        if not np.isfinite(rows).all():
+            return None  # reported as a bad value
+        largest = np.abs(rows).max(axis=1, keepdims=True)
+        own = np.where(largest > 0, largest / 127, 1)
+        difference = np.rint(rows / own) * own - rows
+        error += float(np.square(difference, dtype=np.float64).sum())
+        norm += float(np.square(rows, dtype=np.float64).sum())
+    return (error / norm) ** 0.5 if norm else 0.0
+
+
+def _fp8(codes: np.ndarray) -> np.ndarray:
+    from vllm_npu_quant.checkpoint.values import to_float32
+
+    tensor = TensorInfo("", "F8_E4M3", codes.shape, "", 0, codes.size)
+    return to_float32(codes, tensor)
+
+
+def _row_scales(scales: np.ndarray, stored: WeightSpec, start: int, stop: int, inputs: int) -> np.ndarray:
+    """The scale of every element of rows start to stop, in a shape that broadcasts over [rows, inputs]."""
+    if stored.granularity is Granularity.BLOCK:
+        rows = np.arange(start, stop) // stored.block_rows
+        columns = np.arange(inputs) // stored.group_size
+        return scales[rows][:, columns]
+    if stored.granularity is Granularity.CHANNEL and scales.size > 1:
+        return scales.reshape(-1, 1)[start:stop]
+    return scales.reshape(-1)[:1].reshape(1, 1)
+
+
+def _losses(losses: list[tuple[float, str]], source: str) -> Finding:
+    losses.sort(reverse=True)
+    mean = sum(loss for loss, _ in losses) / len(losses)
+    worst = ", ".join(f"{layer} {loss:.2%}" for loss, layer in losses[:3])
+    return Finding(
+        "requantized",
+        f"FP8 weights as int8 with one scale per output differ by {mean:.2%} on average over {len(losses):,} layers "
+        "(relative error of the weight)",
+        file=source,
+        found=f"worst: {worst}",
+        fix="nothing, if that is acceptable; VLLM_NPU_QUANT_FP8=bf16 keeps the numbers, at twice the memory",
+        severity=Severity.INFO,
+    )
