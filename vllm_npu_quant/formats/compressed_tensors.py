@@ -30,6 +30,7 @@ from pydantic import (
     model_validator,
 )
 
+from vllm_npu_quant.checkpoint.text import shown, shown_name
 from vllm_npu_quant.errors import Finding
 from vllm_npu_quant.formats.base import FLOAT_ENTRY, LayerEntry
 from vllm_npu_quant.formats.check import FindingLimit, StoredTensor
@@ -88,7 +89,8 @@ class _Model(BaseModel):
             name for name, value in (self.model_extra or {}).items() if value not in (None, {}, [], "", False)
         )
         if unknown:
-            raise ValueError(f"unknown fields {', '.join(unknown)[:200]}, whose effect would be lost")
+            names = ", ".join(shown_name(name, 60) for name in unknown[:8])
+            raise ValueError(f"unknown fields {names}, whose effect would be lost")
         return self
 
 
@@ -135,6 +137,8 @@ class QuantizationArgs(_Model):
     def _consistent(self) -> QuantizationArgs:
         if self.block_structure is not None and not all(0 < size <= 1 << 20 for size in self.block_structure):
             raise ValueError("block_structure needs two sizes above 0")
+        if self.strategy is None and self.group_size == 0:
+            raise ValueError("group_size 0 stands for nothing; -1 is one group per output")
         grouped = self.granularity in ("group", "tensor_group")
         if grouped and (self.group_size is None or self.group_size <= 0):
             raise ValueError(f"strategy {self.granularity!r} needs a group_size above 0")
@@ -225,7 +229,7 @@ class CompressedTensorsConfig(BaseModel):
         for name, group in value.items():
             if isinstance(group, list) and isinstance(name, str):
                 if name.upper() not in _PRESETS:
-                    raise ValueError(f"no scheme is called {name[:80]!r}; known are {', '.join(_PRESETS)}")
+                    raise ValueError(f"no scheme is called {shown(name)}; known are {', '.join(_PRESETS)}")
                 group = {"targets": group, **_PRESETS[name.upper()]}
             groups[name] = group
         return groups
@@ -415,19 +419,19 @@ def _refused_parts(config: CompressedTensorsConfig, source: str) -> list[Finding
                 "transforms that are applied while the model runs (transform_config) are not served",
                 file=source,
                 expected="no transform_config",
-                found=", ".join(map(str, transforms.get("config_groups", transforms)))[:200],
+                found=shown(transforms.get("config_groups", transforms)),
                 fix="export the checkpoint without transforms, or with transforms that are fused into the weights",
             )
         )
     sparsity = config.sparsity_config or {}
-    if str(sparsity.get("format", "dense")) != "dense":
+    if sparsity.get("format", "dense") != "dense":
         findings.append(
             Finding(
                 "unsupported-scheme",
                 "sparse weights (sparsity_config) are not decompressed",
                 file=source,
                 expected="no sparsity_config, or format: dense",
-                found=f"format {str(sparsity.get('format'))[:80]}",
+                found=f"format {shown(sparsity.get('format'))}",
                 fix="export the checkpoint without sparse compression",
             )
         )
@@ -464,10 +468,10 @@ class _Reader:
             Finding(
                 code,
                 message,
-                layer=f"config_groups.{self.name}"[:120],
+                layer=f"config_groups.{shown_name(self.name, 80)}",
                 file=self.source,
                 expected=expected,
-                found=found or ", ".join(self.scheme.targets)[:120],
+                found=found or ", ".join(shown_name(target, 80) for target in self.scheme.targets[:4]),
                 fix="export the checkpoint with a scheme that is served, or leave these layers float",
             )
         )
@@ -490,7 +494,7 @@ class _Reader:
             known = (*_SERVED_FORMATS, *_REFUSED_FORMATS, *_NO_FORMAT)
             if self.format and self.format not in known:
                 return self.refuse(
-                    f"no such format: {self.format[:80]}", code="unknown-scheme", expected=", ".join(known)
+                    f"no such format: {shown_name(self.format, 80)}", code="unknown-scheme", expected=", ".join(known)
                 )
             if self.format in ("dense", "fakequant"):
                 return self.refuse(
@@ -673,12 +677,13 @@ class _Builder:
         self.kv_found |= kv
         weight = named.get("weight_packed") or named.get("weight")
         scaled = not {"weight_scale", "weight_scale_inv"}.isdisjoint(named)
-        linear = weight is None or (len(weight.shape) == 2 and not is_embedding(layer))
+        floats = weight is not None and weight.dtype in FLOAT_DTYPES and "weight_packed" not in named
+        linear = not is_embedding(layer) and (weight is None or not floats or len(weight.shape) == 2)
         number, match = self.targets.match(layer, linear=linear)
         group = self.groups[number] if number is not None else None
         if weight is None and not scaled and match is not Match.NAME:
             return None  # a lone parameter, or the scales of a KV cache
-        if weight is not None and weight.dtype in FLOAT_DTYPES and "weight_packed" not in named:
+        if floats:
             if group is None or group.spec is None:
                 return FLOAT_ENTRY
             if scaled:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError, field_validator
 
 from vllm_npu_quant import settings
+from vllm_npu_quant.checkpoint.text import shown, shown_name
 from vllm_npu_quant.errors import Finding, Severity
 from vllm_npu_quant.formats.base import FLOAT_ENTRY, LayerEntry
 from vllm_npu_quant.formats.check import FindingLimit, StoredTensor
@@ -162,7 +163,7 @@ def unknown_fields_finding(extra: Mapping[str, Any] | None, source: str) -> Find
         "bad-config",
         "the quantization config has fields that are not known here; they are ignored",
         file=source,
-        found=", ".join(unknown)[:200],
+        found=", ".join(shown_name(name, 60) for name in unknown[:_MAX_SHOWN]),
         fix="check what they mean for the weights",
         severity=Severity.WARNING,
     )
@@ -175,8 +176,8 @@ def config_findings(error: ValidationError, source: str) -> list[Finding]:
             "bad-config",
             problem["msg"],
             file=source,
-            expected=f"{'.'.join(str(part) for part in problem['loc'])[:200]} as the format documents it",
-            found=repr(problem["input"])[:80],
+            expected=f"{shown_name('.'.join(str(part) for part in problem['loc']))} as the format documents it",
+            found=shown(problem["input"]),
             fix="re-export the checkpoint with its producer, or correct the field by hand",
         )
         for problem in error.errors(include_url=False)[:_MAX_SHOWN]
@@ -406,7 +407,7 @@ def _config_problems(config: Fp8Config, source: str) -> list[Finding]:
                 "only FP8 with 4 exponent bits (E4M3) is converted",
                 file=source,
                 expected="fmt: e4m3",
-                found=config.fmt[:40],
+                found=shown(config.fmt),
                 fix="export the checkpoint as E4M3, or as int8",
             )
         )
@@ -417,7 +418,7 @@ def _config_problems(config: Fp8Config, source: str) -> list[Finding]:
                 "the experts are stored in another number format, which is not converted",
                 file=source,
                 expected="no store_dtype",
-                found=str(config.store_dtype)[:40],
+                found=shown(config.store_dtype),
                 fix="use a checkpoint whose experts are FP8 or int8",
             )
         )
