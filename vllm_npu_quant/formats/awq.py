@@ -31,7 +31,7 @@ from vllm_npu_quant.formats.packed import (
 from vllm_npu_quant.spec import LayerSpec, Layout
 
 #: Entries of modules_to_not_convert that are tried as parts of names, and components of a name that are combined.
-_MAX_PARTS = 1000
+_MAX_PARTS = 100
 _MAX_COMPONENTS = 24
 
 __all__ = ["AwqConfig", "AwqFormat", "ModuleNames"]
@@ -81,8 +81,9 @@ class ModuleNames:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.whole = frozenset(name.strip(".") for name in names if name.strip("."))
-        #: Long lists are lists of full names.
-        self.parts = tuple(name for name in names if name)[:_MAX_PARTS]
+        # Long lists are lists of full names, which have the number of a layer among their components.
+        parts = sorted(dict.fromkeys(filter(None, names)), key=lambda name: any(map(str.isdigit, name.split("."))))
+        self.parts = tuple(parts[:_MAX_PARTS])
 
     def excludes(self, layer: str) -> bool | None:
         """True for a firm exclusion, False for a part of a component, None for no match."""
@@ -102,7 +103,8 @@ class AwqFormat(PackedFormat):
     """The layers of an AWQ checkpoint.
 
     Attributes:
-        config: the validated config; None where it is not valid.
+        config: the validated config, without its list of names once the stored layers are known; None where it is not
+            valid.
     """
 
     config: AwqConfig | None = None
@@ -153,6 +155,8 @@ class AwqFormat(PackedFormat):
                 found.add(finding)
             if tensors is not None and not problems:
                 result.index_stored(tensors, found)
+                result._names = None
+                result.config = parsed.model_copy(update={"modules_to_not_convert": None})
         result.findings = tuple(found.close())
         return result
 
