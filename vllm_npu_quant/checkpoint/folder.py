@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm_npu_quant.checkpoint.json_files import (
     CONFIG_MAX_BYTES,
@@ -54,6 +54,9 @@ class Checkpoint:
         sizes: bytes of each of ``files``.
         findings: everything that is wrong with the files and the indexes, and nothing about quantization.
     """
+
+    #: Whether ``read`` can give values: False where only the headers of a hub's files are here.
+    has_values: ClassVar[bool] = True
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

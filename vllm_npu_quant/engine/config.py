@@ -25,15 +25,11 @@ from vllm_npu_quant.checkpoint import DESCRIPTION_MAX_BYTES, Checkpoint, find_lo
 from vllm_npu_quant.engine import platforms
 from vllm_npu_quant.engine.linear import CHECKPOINT_BIAS, NpuQuantLinearMethod
 from vllm_npu_quant.errors import Finding, NpuQuantError, Severity, raise_findings
-from vllm_npu_quant.formats.auto_round import AutoRoundFormat
-from vllm_npu_quant.formats.awq import AwqFormat
 from vllm_npu_quant.formats.base import QuantFormat
 from vllm_npu_quant.formats.check import check_checkpoint
-from vllm_npu_quant.formats.compressed_tensors import CompressedTensorsFormat
 from vllm_npu_quant.formats.detect import description_name, embedded_description
-from vllm_npu_quant.formats.fp8 import Fp8Format
-from vllm_npu_quant.formats.gptq import GptqFormat, compare_files
-from vllm_npu_quant.formats.modelslim import ModelSlimFormat, as_static
+from vllm_npu_quant.formats.modelslim import as_static
+from vllm_npu_quant.formats.open import build_format
 from vllm_npu_quant.formats.resolve import LayerResolver, ResolvedLayer
 from vllm_npu_quant.spec import LayerKind
 
@@ -68,6 +64,8 @@ class NpuQuantConfig(QuantizationConfig):
 
     #: The name registered with vLLM.
     method_name: ClassVar[str] = ""
+    #: The format's name, a key of formats.open.FORMATS.
+    format_name: ClassVar[str] = ""
     #: config.json's quant_method values that this class serves.
     claims: ClassVar[frozenset[str]] = frozenset()
     #: Names that a user may give in ``quantization=`` for them, besides ``method_name`` and ``claims``.
@@ -148,7 +146,7 @@ class NpuQuantConfig(QuantizationConfig):
             folder: the local folder, or None where the files are only on the hub.
             checkpoint: the headers of its weight files, where they can be read.
         """
-        raise NotImplementedError
+        return build_format(self.format_name, self.raw, checkpoint)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Read the checkpoint's quantization, and check its files against it before any weight is read.
@@ -292,6 +290,7 @@ class ModelSlimConfig(NpuQuantConfig):
     """msModelSlim checkpoints."""
 
     method_name = "modelslim"
+    format_name = "modelslim"
     aliases = frozenset({"ascend"})
 
     @classmethod
@@ -324,7 +323,7 @@ class ModelSlimConfig(NpuQuantConfig):
             if folder is None or name is None:
                 raise NpuQuantError([_no_description(folder)])
             description, source = read_json(os.path.join(folder, name), max_bytes=DESCRIPTION_MAX_BYTES), name
-        return ModelSlimFormat.from_description(description, source, checkpoint.tensors if checkpoint else None)
+        return build_format(self.format_name, description, checkpoint, source=source)
 
 
 def _lost_bias(resolved: ResolvedLayer, source: str) -> Finding:
@@ -358,26 +357,23 @@ class NpuCompressedTensorsConfig(NpuQuantConfig):
     """compressed-tensors checkpoints. It must have no attribute kv_cache_scheme: vLLM would make the KV cache FP8."""
 
     method_name = "npu_compressed_tensors"
+    format_name = "compressed-tensors"
     claims = frozenset({"compressed-tensors", "compressed_tensors"})
-
-    def parse(self, folder: Path | None, checkpoint: Checkpoint | None) -> QuantFormat:
-        return CompressedTensorsFormat.from_config(self.raw, tensors=checkpoint.tensors if checkpoint else None)
 
 
 class NpuFp8Config(NpuQuantConfig):
     """FP8 checkpoints of DeepSeek's and transformers' kind."""
 
     method_name = "npu_fp8"
+    format_name = "fp8"
     claims = frozenset({"fp8"})
-
-    def parse(self, folder: Path | None, checkpoint: Checkpoint | None) -> QuantFormat:
-        return Fp8Format.from_config(self.raw, tensors=checkpoint.tensors if checkpoint else None)
 
 
 class NpuAwqConfig(NpuQuantConfig):
     """AWQ checkpoints of AutoAWQ, GPTQModel and AutoRound."""
 
     method_name = "npu_awq"
+    format_name = "awq"
     claims = frozenset({"awq"})
     aliases = frozenset({"auto_awq", "awq_marlin"})
 
@@ -385,14 +381,12 @@ class NpuAwqConfig(NpuQuantConfig):
     def get_config_filenames() -> list[str]:
         return ["quant_config.json", "quantize_config.json"]  # vLLM reads them where config.json has nothing
 
-    def parse(self, folder: Path | None, checkpoint: Checkpoint | None) -> QuantFormat:
-        return AwqFormat.from_config(self.raw, tensors=checkpoint.tensors if checkpoint else None)
-
 
 class NpuGptqConfig(NpuQuantConfig):
     """GPTQ checkpoints of AutoGPTQ, GPTQModel, optimum and AutoRound."""
 
     method_name = "npu_gptq"
+    format_name = "gptq"
     claims = frozenset({"gptq"})
     aliases = frozenset({"auto_gptq", "gptq_marlin"})
 
@@ -401,25 +395,18 @@ class NpuGptqConfig(NpuQuantConfig):
         return ["quantize_config.json"]  # vLLM reads it where config.json has nothing
 
     def parse(self, folder: Path | None, checkpoint: Checkpoint | None) -> QuantFormat:
-        if checkpoint is None:
-            return GptqFormat.from_config(self.raw)
-        found = GptqFormat.from_config(self.raw, tensors=checkpoint.tensors, read=checkpoint.read)
-        beside = "quantize_config.json"
-        if folder is not None and (folder / beside).is_file():
-            other = read_json(folder / beside)
-            found.findings += tuple(compare_files(self.raw, other, ("config.json", beside)))
-        return found
+        beside = folder / "quantize_config.json" if folder is not None and checkpoint is not None else None
+        other = read_json(beside) if beside is not None and beside.is_file() else None
+        return build_format(self.format_name, self.raw, checkpoint, beside=other)
 
 
 class NpuAutoRoundConfig(NpuQuantConfig):
     """AutoRound checkpoints."""
 
     method_name = "npu_auto_round"
+    format_name = "auto-round"
     claims = frozenset({"auto-round", "auto_round", "intel/auto-round"})
     aliases = frozenset({"inc"})
-
-    def parse(self, folder: Path | None, checkpoint: Checkpoint | None) -> QuantFormat:
-        return AutoRoundFormat.from_config(self.raw, tensors=checkpoint.tensors if checkpoint else None)
 
 
 #: Every config class, in the order in which vLLM asks them.

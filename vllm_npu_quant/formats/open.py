@@ -96,7 +96,8 @@ def build_format(
     if name == "gptq":
         from vllm_npu_quant.formats.gptq import GptqFormat, compare_files
 
-        found = GptqFormat.from_config(config, source, tensors, checkpoint.read if checkpoint is not None else None)
+        read = checkpoint.read if checkpoint is not None and checkpoint.has_values else None
+        found = GptqFormat.from_config(config, source, tensors, read)
         if beside is not None:
             found.findings += tuple(compare_files(config, beside, (source, "quantize_config.json")))
         return found

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the operators' documentation does not allow, as far as sizes tell: the refusals of the methods' ``prepare``, offline."""
+"""What the operators' documentation does not allow, by sizes alone: what the methods' ``prepare`` would refuse."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def _layer_findings(layer: Layer, source: str, tp: int, ep: int) -> Iterable[Fin
     if layer.method == "WeightOnlyLinear" and group < MIN_GROUP:
         yield Finding(
             "operator-limit",
-            "npu_weight_quant_batchmatmul takes groups of a multiple of 32 inputs, and filling these up with zeros would more "
-            "than double the weight",
+            "npu_weight_quant_batchmatmul takes groups of a multiple of 32 inputs, and filling these up with zeros would "
+            "more than double the weight",
             layer=layer.name,
             file=source,
             expected=f"a group size of at least {MIN_GROUP}, or one scale per channel",

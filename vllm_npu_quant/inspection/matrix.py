@@ -48,7 +48,7 @@ def matrix() -> tuple[MatrixRow, ...]:
 
 
 def _row(name: str, label: str, config: Mapping[str, Any]) -> MatrixRow:
-    checkpoint: Any = SimpleNamespace(tensors=_FLATQUANT, read=None) if "FLATQUANT" in label else None
+    checkpoint: Any = SimpleNamespace(tensors=_FLATQUANT, has_values=False) if "FLATQUANT" in label else None
     built = build_format(name, config, checkpoint, source="config.json")
     errors = [finding for finding in built.findings if finding.severity is Severity.ERROR]
     entry, experts = built.find(_LAYER), built.find_experts(_EXPERTS)
