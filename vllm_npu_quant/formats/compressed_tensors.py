@@ -36,11 +36,13 @@ from vllm_npu_quant.formats.base import FLOAT_ENTRY, LayerEntry
 from vllm_npu_quant.formats.check import FindingLimit, StoredTensor
 from vllm_npu_quant.formats.fp8 import (
     KV_CACHE_TENSORS,
+    KV_OUTPUTS,
     Fp8Use,
     config_findings,
     fp8_spec,
     fp8_weight,
     kv_cache_finding,
+    kv_cache_tensors,
     silent_finding,
     unknown_fields_finding,
 )
@@ -54,9 +56,6 @@ __all__ = ["CompressedTensorsConfig", "CompressedTensorsFormat", "QuantizationAr
 #: Entries of targets and ignore at most: real lists have a few per decoder layer.
 _MAX_RULES = 200_000
 _MAX_GROUPS = 10_000
-
-#: Tensors that hold scales of a quantized KV cache, besides KV_CACHE_TENSORS: the outputs of k_proj and v_proj.
-_KV_OUTPUTS = ("output_scale", "output_zero_point")
 
 _CLASS_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -669,11 +668,11 @@ class _Builder:
             return () if known else KV_CACHE_TENSORS
         what = ", ".join(sorted(self.kv_found)) or "kv_cache_scheme"
         self.found.add(kv_cache_finding(f"{what}: {scheme.describe()}" if scheme is not None else what, self.source))
-        return (*KV_CACHE_TENSORS, *_KV_OUTPUTS)
+        return (*KV_CACHE_TENSORS, *KV_OUTPUTS)
 
     def decide(self, layer: str, named: Mapping[str, StoredTensor]) -> LayerEntry | None:
         """The entry of one stored layer."""
-        kv = self._kv_tensors_of(layer, named)
+        kv = kv_cache_tensors(layer, named)
         self.kv_found |= kv
         weight = named.get("weight_packed") or named.get("weight")
         scaled = not {"weight_scale", "weight_scale_inv"}.isdisjoint(named)
@@ -723,14 +722,6 @@ class _Builder:
             self.use.add(group.fp8, static=group.static)
         optional = {name for name in named if name in known and known[name].optional}
         return LayerEntry(spec, group.needs | optional)
-
-    @staticmethod
-    def _kv_tensors_of(layer: str, named: Mapping[str, StoredTensor]) -> set[str]:
-        """The layer's tensors that quantize the KV cache."""
-        kv = set(KV_CACHE_TENSORS) & named.keys()
-        if layer.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj", "qkv_proj"):
-            kv |= set(_KV_OUTPUTS) & named.keys()
-        return kv
 
     def _contradiction(self, layer: str, named: Mapping[str, StoredTensor], match: Match) -> None:
         stored = named.get("weight_packed") or named.get("weight") or next(iter(named.values()))

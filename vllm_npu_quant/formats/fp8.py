@@ -53,7 +53,25 @@ _MAX_RULES = 200_000
 _MAX_SHOWN = 20
 
 #: Tensors beside a layer's weight that quantize the KV cache.
-KV_CACHE_TENSORS = ("k_scale", "v_scale", "q_scale", "kv_scale", "k_zero_point", "v_zero_point", "q_zero_point")
+KV_CACHE_TENSORS = (
+    "k_scale",
+    "v_scale",
+    "q_scale",
+    "kv_scale",
+    "k_zero_point",
+    "v_zero_point",
+    "q_zero_point",
+    "prob_output_scale",
+)
+#: The same of layers that make keys and values, where their outputs are quantized for the cache.
+KV_OUTPUTS = ("output_scale", "output_zero_point")
+_KV_LAYERS = frozenset({"q_proj", "k_proj", "v_proj", "qkv_proj"})
+
+
+def kv_cache_tensors(layer: str, named: Mapping[str, StoredTensor]) -> set[str]:
+    """The names among a layer's tensors that quantize the KV cache."""
+    kv = named.keys() & set(KV_CACHE_TENSORS)
+    return kv | (named.keys() & set(KV_OUTPUTS)) if layer.rpartition(".")[2] in _KV_LAYERS else kv
 
 
 def fp8_spec(scheme: str, stored: WeightSpec, layout: Layout, *, activation: bool, mode: str) -> LayerSpec:
@@ -253,7 +271,7 @@ class Fp8Format(RuleFormat):
         )
 
     def dropped_tensors(self) -> tuple[str, ...]:
-        return KV_CACHE_TENSORS if self.kv_cache or self.index is None else ()
+        return (*KV_CACHE_TENSORS, *KV_OUTPUTS) if self.kv_cache or self.index is None else ()
 
     @classmethod
     def from_config(
@@ -309,7 +327,7 @@ class Fp8Format(RuleFormat):
         silent: list[str] = []
 
         def decide(layer: str, named: Mapping[str, StoredTensor]) -> LayerEntry | None:
-            self.kv_cache |= not set(KV_CACHE_TENSORS).isdisjoint(named)
+            self.kv_cache |= bool(kv_cache_tensors(layer, named))
             weight = named.get("weight")
             if weight is None:
                 return None
@@ -351,8 +369,9 @@ class Fp8Format(RuleFormat):
         weight = self._stored_weight(named["weight"], named.get("weight_scale_inv" if inverse else "weight_scale"))
         known = {tensor.name: tensor for tensor in LAYOUTS[layout].tensors}
         static = not {"input_scale", "activation_scale"}.isdisjoint(named)
+        kv = kv_cache_tensors(layer, named)
         for name in named:
-            if name not in known and name not in KV_CACHE_TENSORS:
+            if name not in known and name not in kv:
                 found.add(
                     Finding(
                         "unexpected-tensor",
