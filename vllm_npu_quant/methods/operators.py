@@ -63,7 +63,7 @@ def dynamic_quant_int4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @_operator("clipped_quant_int4(Tensor x, float clip) -> (Tensor, Tensor)", _packed_like)
 def clipped_quant_int4(x: torch.Tensor, clip: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """int4 per token with a clip: ``x_scale = clip * max|x| / 7``, and larger inputs saturate."""
+    """int4 per token with a clip: ``x_scale = clip * max|x| / 7``, and larger inputs saturate at -7 and 7."""
     limit = x.abs().amax(dim=1, keepdim=True) * clip
     return torch.ops.npu.npu_dynamic_quant(torch.clamp(x, -limit, limit), dst_type=torch.quint4x2)
 
