@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models of a hub, against a server on this host: headers by range requests, the cache offline, refusals in words."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.hub_server import Hub, serve
+from tests.fixtures_index import fixture
+
+pytest.importorskip("huggingface_hub")
+NAMES = ("ct-qwen3-w8a8-dynamic", "msmodelslim-qwen3moe-w8a8-dynamic", "gptq-qwen3-gptqmodel-w4g32-sym-descact")
+
+
+def command(hub: Hub, home: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    clean |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1", **environment}
+    process = [sys.executable, "-m", "vllm_npu_quant", *arguments]
+    return subprocess.run(process, env=clean, capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_as_the_folder(name: str, tmp_path: Path) -> None:
+    """A hub id and the folder that it is served from give the same, but for the name; of the weights, only a part is read."""
+    with serve({"org/model": fixture(name)}) as hub:
+        remote = command(hub, tmp_path, "inspect", "org/model", "--json", "--layers")
+        checked = command(hub, tmp_path, "check", "org/model", "--json", "--tp", "2")
+    local = command(hub, tmp_path, "inspect", str(fixture(name)), "--json", "--layers")
+    assert remote.returncode == 0, remote.stderr
+    assert json.loads(remote.stdout) == {**json.loads(local.stdout), "model": "org/model"}
+    assert json.loads(checked.stdout)["findings"] == []
+    ranges = [asked for file, asked in hub.ranges if file.endswith(".safetensors")]
+    assert ranges == ["bytes=0-262143"] * 2
+
+
+def test_server_without_ranges(tmp_path: Path) -> None:
+    with serve({"org/model": fixture(NAMES[0])}, honour_ranges=False) as hub:
+        result = command(hub, tmp_path, "inspect", "org/model", "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["tensors"] == 39
+
+
+def test_offline_from_the_cache(tmp_path: Path) -> None:
+    files = [path.name for path in fixture(NAMES[1]).iterdir()]
+    code = f"from huggingface_hub import hf_hub_download\nfor file in {files!r}: hf_hub_download('org/model', file)"
+    with serve({"org/model": fixture(NAMES[1])}) as hub:
+        environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
+        asked = len(hub.ranges)
+        result = command(hub, tmp_path, "check", "org/model", "--values", "--json", HF_HUB_OFFLINE="1")
+        assert len(hub.ranges) == asked
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["values"] is True
+
+
+def test_values_need_the_files(tmp_path: Path) -> None:
+    with serve({"org/model": fixture(NAMES[0])}) as hub:
+        result = command(hub, tmp_path, "check", "org/model", "--values")
+    assert result.returncode == 1
+    assert "download the model first" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("model", "environment"),
+    [
+        ("org/other", {}),
+        ("org/model", {"HF_HUB_OFFLINE": "1"}),
+        ("org/model", {"HF_ENDPOINT": "http://127.0.0.1:9"}),
+        ("or g/mod el", {}),
+        ("a/b/c", {}),
+        ("--", {}),
+    ],
+)
+def test_refused_in_words(model: str, environment: dict[str, str], tmp_path: Path) -> None:
+    with serve({"org/model": fixture(NAMES[0])}) as hub:
+        result = command(hub, tmp_path, "inspect", model, **environment)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "fix" in result.stderr or "Usage" in result.stderr
+
+
+def test_damaged_header(tmp_path: Path) -> None:
+    """A server that sends nonsense: a finding, no traceback."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in fixture(NAMES[0]).iterdir():
+        (folder / path.name).write_bytes(path.read_bytes() if path.suffix != ".safetensors" else b"\xff" * 4096)
+    with serve({"org/model": folder}) as hub:
+        result = command(hub, tmp_path, "check", "org/model")
+    assert result.returncode == 1
+    assert "bad-header" in result.stdout
