@@ -195,7 +195,7 @@ def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_deepseek_size(deepseek: Path) -> None:
-    """136,000 tensors in 160 files: below 5 s of processor time and 500 MB in a process of its own, with inspect and check."""
+    """136,000 tensors in 160 files: each command below 5 s of processor time, both in less than 500 MB."""
     code = (
         "import sys, json, resource\n"
         "from vllm_npu_quant.inspection import check, inspect\n"

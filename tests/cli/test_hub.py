@@ -18,11 +18,16 @@ pytest.importorskip("huggingface_hub")
 NAMES = ("ct-qwen3-w8a8-dynamic", "msmodelslim-qwen3moe-w8a8-dynamic", "gptq-qwen3-gptqmodel-w4g32-sym-descact")
 
 
-def command(hub: Hub, home: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def environment_of(hub: Hub, home: Path, **more: str) -> dict[str, str]:
+    """Variables of a process that knows this hub and no other, and has a cache of its own."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    clean |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1", **environment}
+    return clean | {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1", **more}
+
+
+def command(hub: Hub, home: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     process = [sys.executable, "-m", "vllm_npu_quant", *arguments]
-    return subprocess.run(process, env=clean, capture_output=True, text=True, check=False, timeout=120)
+    environment = environment_of(hub, home, **more)
+    return subprocess.run(process, env=environment, capture_output=True, text=True, check=False, timeout=120)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -50,7 +55,7 @@ def test_offline_from_the_cache(tmp_path: Path) -> None:
     files = [path.name for path in fixture(NAMES[1]).iterdir()]
     code = f"from huggingface_hub import hf_hub_download\nfor file in {files!r}: hf_hub_download('org/model', file)"
     with serve({"org/model": fixture(NAMES[1])}) as hub:
-        environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+        environment = environment_of(hub, tmp_path)
         subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
         asked = len(hub.ranges)
         result = command(hub, tmp_path, "check", "org/model", "--values", "--json", HF_HUB_OFFLINE="1")
