@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MoE checkpoints of every producer through the real engine, against their float twins.
+
+The routers of the tiny models are random: where two experts are nearly tied, a change of the last bit sends a token to
+another expert, whose output is as far away as that of another model. That says nothing about the layers. So the float twin's
+choices are replayed in the quantized run, and the choices that it would have made itself are counted. Runs of several ranks
+are in processes of their own; there the median over the positions is compared, which a few such tokens do not move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.e2e.twins import make_twin
+from tests.e2e.yardstick import TOKENS, Run, relative_error, run
+from tests.fixtures_index import FIXTURES, shared
+
+pytestmark = pytest.mark.engine
+
+Choices = list[tuple[torch.Tensor, torch.Tensor]]
+
+#: Checkpoint -> (limit of the relative error, method class of its MoE layers, how many).
+CASES = {
+    "msmodelslim-qwen3moe-w8a8-dynamic": (0.06, "W8A8DynamicExperts", 2),
+    "msmodelslim-dsv3-moe-w8a8": (0.06, "W8A8DynamicExperts", 1),
+    "msmodelslim-qwen3moe-moe-w4a8": (0.06, "W4A8DynamicExperts", 2),
+    "msmodelslim-qwen3moe-v0-w4a8-g64": (0.06, "W4A8DynamicExperts", 2),
+    "ct-qwen3moe-w8a8-dynamic": (0.06, "W8A8DynamicExperts", 2),
+    "ct-dsv3-w8a8-dynamic": (0.06, "W8A8DynamicExperts", 1),
+    "ct-qwen3moe-w4a8-int8-channel": (0.06, "W4A8DynamicExperts", 2),
+    "ct-qwen3moe-w4a16-g128": (0.02, "WeightOnlyExperts", 2),
+    "ct-qwen3moe-fp8-dynamic": (0.06, "W8A8DynamicExperts", 2),
+    "awq-qwen3moe-g128": (0.02, "WeightOnlyExperts", 2),
+    "awq-qwen3moe-autoawq-g128": (0.02, "WeightOnlyExperts", 2),
+    "gptq-qwen3moe-w4g128-sym": (0.02, "WeightOnlyExperts", 2),
+    "autoround-qwen3moe-w4g128": (0.02, "WeightOnlyExperts", 2),
+    "autoround-qwen3moe-w4g128-packawq": (0.02, "WeightOnlyExperts", 2),
+}
+
+#: Share of the tokens that may choose other experts than in the twin.
+MOST_CHANGED = 0.08
+
+
+@pytest.fixture(autouse=True)
+def no_mla(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's CPU backend has no MLA."""
+    monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
+
+
+def folder_of(name: str) -> Path:
+    return FIXTURES / name if (FIXTURES / name).is_dir() else shared(name)
+
+
+@contextmanager
+def routers(replay: Choices | None = None) -> Iterator[Choices]:
+    """Note what every router chooses, in the order of the calls; give out what was noted before instead."""
+    from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+
+    chosen: Choices = []
+    original = BaseRouter.select_experts
+
+    def select_experts(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = original(self, *args, **kwargs)
+        chosen.append((found[0].clone(), found[1].clone()))
+        known = replay[len(chosen) - 1] if replay is not None and len(chosen) <= len(replay) else None
+        # After the prompt, the greedy continuation may differ.
+        if known is None or known[1].shape != found[1].shape or found[1].shape[0] < len(TOKENS):
+            return found
+        return known[0].clone(), known[1].clone(), *found[2:]
+
+    BaseRouter.select_experts = select_experts  # type: ignore[method-assign]
+    try:
+        yield chosen
+    finally:
+        BaseRouter.select_experts = original  # type: ignore[method-assign]
+
+
+def changed_share(chosen: Choices, reference: Choices) -> float:
+    """The share of the prompt's tokens that chose other experts in at least one layer, given the same choices before."""
+    prompts = [(a[1], b[1]) for a, b in zip(chosen, reference, strict=False) if a[1].shape[0] >= len(TOKENS)]
+    assert prompts
+    differs = [(a.sort(dim=1).values != b.sort(dim=1).values).any(dim=1) for a, b in prompts]
+    return float(torch.stack(differs).any(dim=0).float().mean())
+
+
+@pytest.fixture(scope="module")
+def twin_run(tmp_path_factory: pytest.TempPathFactory):
+    @cache
+    def twin(name: str) -> tuple[Run, Choices]:
+        folder = make_twin(folder_of(name), tmp_path_factory.mktemp("twin") / name)
+        with routers() as chosen:
+            result = run(folder, plugin=False)
+        return result, chosen
+
+    return twin
+
+
+def median_error(result: Run, reference: Run) -> float:
+    difference = np.linalg.norm(result.logprobs - reference.logprobs, axis=1)
+    return float(np.median(difference / np.linalg.norm(reference.logprobs, axis=1)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_its_float_twin(name: str, twin_run) -> None:
+    limit, method, count = CASES[name]
+    twin, choices = twin_run(name)
+    with routers(choices) as chosen:
+        result = run(folder_of(name))
+    assert result.methods[method] == count
+    assert [group.count for group in result.groups if group.kind == "fused_moe"] == [count]
+    assert 0.0005 < relative_error(result, twin) <= limit
+    assert changed_share(chosen, choices) <= MOST_CHANGED
+
+
+@pytest.mark.parametrize("name", ["msmodelslim-qwen3moe-w8a8-dynamic", "ct-qwen3moe-w4a16-g128"])
+def test_torch_compile_agrees_with_the_twin_too(name: str, twin_run) -> None:
+    result = run(folder_of(name), enforce_eager=False)
+    assert median_error(result, twin_run(name)[0]) <= CASES[name][0]
+
+
+@pytest.mark.tp2
+@pytest.mark.parametrize("experts", [False, True], ids=["tensor_parallel", "expert_parallel"])
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_agree_with_the_twin_too(name: str, experts: bool, twin_run) -> None:
+    result = run(folder_of(name), tensor_parallel_size=2, enable_expert_parallel=experts)
+    assert 0.0004 < median_error(result, twin_run(name)[0]) <= CASES[name][0]
