@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -211,6 +213,134 @@ def matrix(as_json: JsonOption = False) -> None:
             from vllm_npu_quant.cli.render import matrix_markdown
 
             typer.echo(matrix_markdown(rows), nl=False)
+
+
+@app.command()
+def compare(
+    model: ModelArgument,
+    reference: Annotated[str, typer.Option(help="The float model: a folder, or the id of a model of the hub.")],
+    text: Annotated[Path | None, typer.Option(help="A UTF-8 text file; default: Python's help topics.")] = None,
+    tokens: Annotated[int, typer.Option(min=16, max=1 << 20, help="Tokens of the text that are used.")] = 2048,
+    window: Annotated[int, typer.Option(min=16, max=1 << 17, help="Tokens that are scored together.")] = 512,
+    layers: Annotated[bool, typer.Option("--layers", help="Measure every layer, worst first.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the layers' errors: an .svg or .png file.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Perplexity and divergence of a quantized model against its float original, through vLLM's engine."""
+    _needs_engine("compare")
+    if plot is not None and plot.suffix not in (".svg", ".png"):
+        raise _usage("a plot is .svg or .png")
+    content = None if text is None else _read_text(text)
+    with _refusals("compare", as_json), _engine_output():
+        from vllm_npu_quant.engine.compare import compare as run_compare
+
+        result = run_compare(
+            model,
+            reference,
+            text=content,
+            tokens=tokens,
+            window=window,
+            layers=layers or plot is not None,
+            progress=None if as_json else _say,
+        )
+    with _refusals("compare", as_json):
+        if plot is not None:
+            from vllm_npu_quant.cli.plot import write_plot
+
+            rows = [
+                (layer.layer, layer.own if layer.own is not None else layer.accumulated) for layer in result.layers[:60]
+            ]
+            try:
+                write_plot(plot, f"{model}: relative error of the layers' outputs", rows)
+            except (OSError, ValueError) as error:
+                raise _usage(str(error)) from None
+        if as_json:
+            from vllm_npu_quant.cli.data import plain, wrapped
+
+            _print_json(wrapped("compare", plain(result)))
+        else:
+            from vllm_npu_quant.cli.render import compare_text
+
+            compare_text(_console(), result)
+
+
+@app.command()
+def run(
+    model: ModelArgument,
+    prompt: Annotated[list[str] | None, typer.Option(help="What to continue; may be given several times.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, max=1 << 16, help="Tokens of each answer.")] = 32,
+    max_model_len: Annotated[int | None, typer.Option(min=2, help="Tokens of prompt and answer together.")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or auto.")] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Continue prompts with any model, and show what its layers became."""
+    _needs_engine("run")
+    if dtype not in ("auto", "bfloat16", "float16"):
+        raise _usage(f"--dtype is auto, bfloat16 or float16, not {dtype[:40]!r}")
+    prompts = prompt or ["The capital of France is"]
+    with _refusals("run", as_json), _engine_output():
+        from vllm_npu_quant.engine.compare import run as run_model
+
+        options = {} if max_model_len is None else {"max_model_len": max_model_len}
+        report = run_model(model, prompts, max_tokens=max_tokens, dtype=dtype, **options)
+    if as_json:
+        from vllm_npu_quant.cli.data import plain, wrapped
+
+        _print_json(wrapped("run", plain(report)))
+    else:
+        from vllm_npu_quant.cli.render import run_text
+
+        run_text(_console(), report)
+
+
+def _needs_engine(command: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec("vllm") is None:
+        raise _usage(f"{command} runs vLLM's engine, and vllm is not installed; pip install 'vllm-npu-quant[cpu]'")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        if path.stat().st_size > 64 << 20:
+            raise _usage(f"{path} is larger than 64 MiB")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _usage(f"{path} cannot be read as UTF-8 text: {error}") from None
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+@contextmanager
+def _engine_output() -> Iterator[None]:
+    """The engine's own lines go to stderr, so that stdout holds the result alone; its failures become findings."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    except (NpuQuantError, KeyboardInterrupt, typer.Exit):
+        raise
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, NpuQuantError):
+            cause = cause.__cause__ or cause.__context__
+        if isinstance(cause, NpuQuantError):
+            raise cause from None
+        # pydantic, which checks vLLM's arguments, hides the error in its own.
+        first = (str(error).strip() or type(error).__name__).splitlines()
+        text = " ".join(line.strip() for line in first[:4])[:600]
+        raise NpuQuantError(
+            [
+                Finding(
+                    "unreadable-file",
+                    "vLLM could not run the model",
+                    found=f"{type(error).__name__}: {text}",
+                    fix="run `vllm-npu-quant check` on it, and read vLLM's lines above (VLLM_LOGGING_LEVEL=INFO for more)",
+                )
+            ]
+        ) from None
 
 
 def _known_device(device: str | None) -> None:

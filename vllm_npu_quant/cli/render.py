@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -16,7 +17,20 @@ from vllm_npu_quant.inspection.matrix import MatrixRow
 from vllm_npu_quant.inspection.overview import Overview
 from vllm_npu_quant.inspection.planning import Plan
 
-__all__ = ["check_text", "findings_text", "inspect_text", "matrix_markdown", "plan_text", "size_text", "table"]
+if TYPE_CHECKING:
+    from vllm_npu_quant.engine.compare import Comparison, RunReport
+
+__all__ = [
+    "check_text",
+    "compare_text",
+    "findings_text",
+    "inspect_text",
+    "matrix_markdown",
+    "plan_text",
+    "run_text",
+    "size_text",
+    "table",
+]
 
 _KINDS = {
     "linear": "linear layers",
@@ -186,6 +200,48 @@ def plan_text(console: Console, plan: Plan) -> None:
         console.print(Text(safe(f"{source.what}: {source.value:.4g}, {source.source}"), style="dim"), soft_wrap=True)
     for remark in plan.remarks:
         console.print(Text(safe(f"note: {remark}"), style="dim"), soft_wrap=True)
+
+
+def compare_text(console: Console, result: Comparison) -> None:
+    change = result.perplexity / result.reference_perplexity - 1
+    _facts(
+        console,
+        [
+            ("model", result.model),
+            ("reference", result.reference),
+            ("operators", result.operators),
+            ("tokens", f"{result.tokens:,}"),
+            (
+                "perplexity",
+                f"{result.perplexity:.4f}, of the reference {result.reference_perplexity:.4f} ({change:+.2%})",
+            ),
+            ("divergence", f"{result.kl:.5f} nats per token on average, 99 % of them below {result.kl_99:.4f}"),
+            ("agreement", f"{result.agreement:.1%} of the likeliest tokens are the same"),
+        ],
+    )
+    if result.layers:
+        console.print()
+        rows = [
+            (layer.layer, layer.method, "" if layer.own is None else f"{layer.own:.2%}", f"{layer.accumulated:.2%}")
+            for layer in result.layers
+        ]
+        console.print(table(("layer, worst first", "method", "own error", "accumulated"), rows, right=(2, 3)))
+
+
+def run_text(console: Console, report: RunReport) -> None:
+    _facts(console, [("model", report.model), ("operators", report.operators)])
+    for group in report.groups:
+        operators = f": {', '.join(group.operators)}" if group.operators else ""
+        line = f"  {group.count} {group.kind} {group.scheme}, {group.method}{operators}"
+        console.print(Text(safe(line), style="dim"), soft_wrap=True)
+    for prompt, answer in report.answers:
+        console.print()
+        console.print(Text(safe_lines(prompt), style="dim") + Text(safe_lines(answer), style="bold"), soft_wrap=True)
+
+
+def safe_lines(value: str) -> str:
+    """A text of several lines without other control characters."""
+    return "\n".join(safe(line) for line in value.split("\n"))
 
 
 def matrix_markdown(rows: Sequence[MatrixRow]) -> str:

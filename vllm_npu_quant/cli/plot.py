@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The per-layer errors of ``compare`` as a picture. SVG is written here; PNG needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+__all__ = ["bars_svg", "write_plot"]
+
+_ROW, _LEFT, _WIDTH = 18, 320, 480
+
+
+def bars_svg(title: str, rows: Sequence[tuple[str, float]]) -> str:
+    """Horizontal bars, one per row, with their names and numbers."""
+    largest = max((value for _, value in rows), default=0.0) or 1.0
+    height = _ROW * (len(rows) + 3)
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_LEFT + _WIDTH + 80}" height="{height}" '
+        'font-family="sans-serif" font-size="11">',
+        '<rect width="100%" height="100%" fill="white"/>',
+        f'<text x="8" y="{_ROW}" font-size="13">{escape(title)}</text>',
+    ]
+    for number, (name, value) in enumerate(rows):
+        y = _ROW * (number + 2)
+        width = max(value / largest * _WIDTH, 1)
+        lines += [
+            f'<text x="{_LEFT - 6}" y="{y + 12}" text-anchor="end">{escape(name)}</text>',
+            f'<rect x="{_LEFT}" y="{y + 2}" width="{width:.1f}" height="{_ROW - 5}" fill="#3465a4"/>',
+            f'<text x="{_LEFT + width + 4:.1f}" y="{y + 12}">{value:.2%}</text>',
+        ]
+    return "\n".join([*lines, "</svg>", ""])
+
+
+def write_plot(path: Path, title: str, rows: Sequence[tuple[str, float]]) -> None:
+    """Write the picture as its name's ending says.
+
+    Raises:
+        ValueError: for another ending than .svg and .png, and for .png without matplotlib.
+    """
+    if path.suffix == ".svg":
+        path.write_text(bars_svg(title, rows))
+        return
+    if path.suffix != ".png":
+        raise ValueError("a plot is .svg or .png")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("a .png needs matplotlib, which is not installed; .svg does not") from None
+    figure = Figure(figsize=(9, 1 + 0.2 * len(rows)))
+    axes = figure.subplots()
+    axes.barh([name for name, _ in rows], [value for _, value in rows])
+    axes.invert_yaxis()
+    axes.set_title(title)
+    axes.tick_params(labelsize=6)
+    figure.savefig(path, bbox_inches="tight", dpi=150)
