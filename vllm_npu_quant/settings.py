@@ -6,7 +6,17 @@ from __future__ import annotations
 import os
 from importlib import metadata
 
-__all__ = ["FP8", "ascend_host", "cpu_build", "fp8_mode", "plugin_enabled", "plugin_mode", "takeover"]
+__all__ = [
+    "FP8",
+    "W4A8",
+    "ascend_host",
+    "cpu_build",
+    "fp8_mode",
+    "plugin_enabled",
+    "plugin_mode",
+    "takeover",
+    "w4a8_mode",
+]
 
 #: auto: active on Ascend hosts and on CPU builds of vLLM. 1: the same, said explicitly. 0: off.
 MODE = "VLLM_NPU_QUANT"
@@ -14,6 +24,9 @@ MODE = "VLLM_NPU_QUANT"
 TAKEOVER = "VLLM_NPU_QUANT_TAKEOVER"
 #: What FP8 weights become on chips without FP8. int8 (the default): one byte per weight. bf16: the model's dtype, two bytes.
 FP8 = "VLLM_NPU_QUANT_FP8"
+#: How layers with 4-bit weights and 8-bit activations are computed. int8 (the default): as the checkpoint says. w4a16: with
+#: activations in the model's dtype, which is another scheme, and said in one line.
+W4A8 = "VLLM_NPU_QUANT_W4A8"
 
 
 def plugin_mode() -> str:
@@ -41,6 +54,18 @@ def fp8_mode() -> str:
     mode = os.environ.get(FP8, "int8").strip().lower() or "int8"
     if mode not in ("int8", "bf16"):
         raise ValueError(f"{FP8} must be int8 or bf16, not {mode[:40]!r}")
+    return mode
+
+
+def w4a8_mode() -> str:
+    """The value of VLLM_NPU_QUANT_W4A8: "int8" or "w4a16".
+
+    Raises:
+        ValueError: for any other value.
+    """
+    mode = os.environ.get(W4A8, "int8").strip().lower() or "int8"
+    if mode not in ("int8", "w4a16"):
+        raise ValueError(f"{W4A8} must be int8 or w4a16, not {mode[:40]!r}")
     return mode
 
 

@@ -126,7 +126,7 @@ def _scales(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> tuple[torch
         )
     if zero is not None and not bool(zero.count_nonzero()):
         zero = None
-    if zero is not None and spec.weight is not None and spec.weight.symmetric:
+    if zero is not None and spec.on_disk is not None and spec.on_disk.symmetric:
         findings.append(
             Finding(
                 "bad-value",
@@ -146,11 +146,11 @@ def _group_size(spec: LayerSpec, scale: torch.Tensor) -> int:
 
 
 def _unpacked_weight(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> CanonicalWeight:
-    assert spec.weight is not None
+    assert spec.on_disk is not None
     scale, zero = _scales(tensors, spec)
     values = tensors["weight"]
-    _check_range(values, spec.weight)
-    return CanonicalWeight.of(values, scale, zero, _group_size(spec, scale), spec.weight.bits)
+    _check_range(values, spec.on_disk)
+    return CanonicalWeight.of(values, scale, zero, _group_size(spec, scale), spec.on_disk.bits)
 
 
 def _check_range(values: torch.Tensor, weight: WeightSpec) -> None:
@@ -182,8 +182,8 @@ def packed_to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) ->
 
     ``weight_shape`` gives K where it does not fill the last word; it is the whole layer's, so a rank's part may be less.
     """
-    assert spec.weight is not None
-    bits = spec.weight.bits
+    assert spec.on_disk is not None
+    bits = spec.on_disk.bits
     packed = tensors["weight_packed"]
     scale, zero = _scales(tensors, spec)
     inputs = packed.shape[1] * (32 // bits)
