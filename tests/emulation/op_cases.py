@@ -1255,7 +1255,7 @@ add("npu_moe_gating_top_k", "softmax_renorm", lambda m: call(m.floats(3, 7), 2, 
 add(
     "npu_moe_gating_top_k",
     "softmax_groups_by_maximum",
-    lambda m: call(m.floats(6, 12), 4, bias=m.floats(12), k_group=2, group_count=3, group_select_mode=0),
+    lambda m: call(m.floats(40, 12), 4, bias=m.floats(12, scale=0.03), k_group=2, group_count=3, group_select_mode=0),
 )
 add("npu_moe_gating_top_k", "ties", lambda m: call(torch.zeros(2, 6), 2, k_group=1, group_count=2, norm_type=1))
 

@@ -31,9 +31,10 @@ from vllm_npu_quant.emulation.matmul import (
     FRACTAL_NZ,
     IntMatmul,
     dequantize_weight,
-    expand_groups,
+    fast_float_matmul,
     fast_int_matmul,
     float_bits,
+    float_matmul,
     npu_format_of,
     split_int8_matmul,
     unpack_weight,
@@ -486,15 +487,12 @@ def _product(
     if plan.form is _Form.WEIGHT_ONLY:
         assert operands.antiquant_scale is not None
         integers = weight if plan.packed_along_n is None else unpack_weight(weight, plan.packed_along_n)
-        factor, shift = operands.antiquant_scale, operands.antiquant_offset
-        if factor.dim() == 2:
-            depth = integers.shape[0]
-            factor = expand_groups(factor, depth, depth // operands.antiquant_scale.shape[0])
-            shift = None if shift is None else expand_groups(shift, depth, depth // shift.shape[0])
-        weight = dequantize_weight(integers, factor, shift, rows.dtype)
+        factor = operands.antiquant_scale
+        group_size = integers.shape[0] // factor.shape[0] if factor.dim() == 2 else 0
+        weight = dequantize_weight(integers, factor, operands.antiquant_offset, rows.dtype, group_size)
     if plan.form in (_Form.FLOAT, _Form.WEIGHT_ONLY):
-        out = torch.matmul(rows.to(torch.float32), weight.to(torch.float32))
-        return (out if bias is None else out + bias.to(torch.float32)).to(plan.out_dtype)
+        multiply = float_matmul if matmul is int_matmul else fast_float_matmul
+        return multiply(rows, weight, bias).to(plan.out_dtype)
 
     if plan.form is _Form.INT8_INT4:
         assert scale is not None
@@ -719,7 +717,7 @@ def _check_tensor_overload(
 
 
 def npu_grouped_matmul_fast(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
-    """npu_grouped_matmul with the integer products of ``fast_int_matmul``: the same numbers, bit for bit."""
+    """npu_grouped_matmul with ``fast_int_matmul`` (the same numbers, bit for bit) and ``fast_float_matmul``."""
     return npu_grouped_matmul(*args, **kwargs, matmul=fast_int_matmul)
 
 
@@ -854,7 +852,7 @@ def _check_list_overload(
 
 
 def npu_grouped_matmul_list_fast(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
-    """npu_grouped_matmul.List with the integer products of ``fast_int_matmul``: the same numbers, bit for bit."""
+    """npu_grouped_matmul.List with ``fast_int_matmul`` and ``fast_float_matmul``."""
     return npu_grouped_matmul_list(*args, **kwargs, matmul=fast_int_matmul)
 
 

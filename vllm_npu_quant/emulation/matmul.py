@@ -51,11 +51,13 @@ __all__ = [
     "npu_quant_matmul_fast",
     "npu_weight_quant_batchmatmul",
     "npu_weight_quant_batchmatmul_fake",
+    "npu_weight_quant_batchmatmul_fast",
 ]
 
 HALVES = (torch.float16, torch.bfloat16)
 MAX_INNER_SIZE = 65535
 IntMatmul = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+FloatMatmul = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 # --------------------------------------------------------------------------------------------------- npu_quant_matmul
@@ -549,7 +551,7 @@ def _check_weight_quant_batchmatmul(
 
 
 def dequantize_weight(
-    weight: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None, dtype: torch.dtype
+    weight: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None, dtype: torch.dtype, group_size: int = 0
 ) -> torch.Tensor:
     """(weight + offset) * scale with the roundings of the device, in ``dtype``.
 
@@ -557,20 +559,35 @@ def dequantize_weight(
     then one rounding to bfloat16.
 
     Args:
-        weight: int8. scale, offset: ``dtype``, broadcast against the weight.
+        weight: int8 [K, N].
+        scale, offset: ``dtype``, [N] or [1]; with group_size [ceil(K / group_size), N], the last group may be short.
     """
-    if dtype == torch.float16:
-        values = weight.to(torch.float16)
-        return (values if offset is None else values + offset) * scale
-    values = weight.to(torch.float32)
+    step = torch.float16 if dtype == torch.float16 else torch.float32
+    values = weight.to(step)
+    depth, width = weight.shape
+    scale, offset = scale.to(step), None if offset is None else offset.to(step)
+    if group_size and depth % group_size == 0:
+        values = values.reshape(-1, group_size, width)
+        scale, offset = scale.unsqueeze(1), None if offset is None else offset.unsqueeze(1)
+    elif group_size:
+        scale = scale.repeat_interleave(group_size, dim=0)[:depth]
+        offset = None if offset is None else offset.repeat_interleave(group_size, dim=0)[:depth]
     if offset is not None:
-        values = values + offset.to(torch.float32)
-    return (values * scale.to(torch.float32)).to(dtype)
+        values = values.add_(offset)
+    return values.mul_(scale).to(dtype).view(depth, width)
 
 
-def expand_groups(tensor: torch.Tensor, depth: int, group_size: int) -> torch.Tensor:
-    """[G, N] to [K, N]: every row repeated ``group_size`` times; the last group may be short."""
-    return tensor.repeat_interleave(group_size, dim=0)[:depth] if group_size else tensor
+def float_matmul(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """left @ right + bias, summed in float32 and not rounded."""
+    out = torch.matmul(left.to(torch.float32), right.to(torch.float32))
+    return out if bias is None else out + bias.to(torch.float32)
+
+
+def fast_float_matmul(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``float_matmul``, but bfloat16 without a bias goes through the CPU's own product, which rounds once."""
+    if bias is None and left.dtype == torch.bfloat16:
+        return torch.matmul(left, right)
+    return float_matmul(left, right, bias)
 
 
 def npu_weight_quant_batchmatmul(
@@ -584,6 +601,8 @@ def npu_weight_quant_batchmatmul(
     antiquant_group_size: int = 0,
     inner_precise: int = 0,
     weight_dtype: int | None = None,
+    *,
+    matmul: FloatMatmul = float_matmul,
 ) -> torch.Tensor:
     """y = x @ ((weight + antiquant_offset) * antiquant_scale) + bias. The offset is ADDED: pass minus the zero point.
 
@@ -619,14 +638,9 @@ def npu_weight_quant_batchmatmul(
         weight_dtype,
     )
     integers = weight if plan.packed_along_n is None else unpack_weight(weight, plan.packed_along_n)
-    scale = expand_groups(antiquant_scale, plan.depth, antiquant_group_size)
-    offset = antiquant_offset
-    if offset is not None:
-        offset = expand_groups(offset, plan.depth, antiquant_group_size)
-    values = dequantize_weight(integers, scale, offset, x.dtype)
-    out = torch.matmul(x.to(torch.float32), values.to(torch.float32))
-    if bias is not None:
-        out = out + bias.to(torch.float32)
+    values = dequantize_weight(integers, antiquant_scale, antiquant_offset, x.dtype, antiquant_group_size)
+    # A requantized output is not rounded to the dtype of x in between.
+    out = (matmul if quant_scale is None else float_matmul)(x, values, bias)
     if quant_scale is None:
         return out.to(x.dtype)
     if quant_scale.dtype == torch.int64:
@@ -635,6 +649,11 @@ def npu_weight_quant_batchmatmul(
         factor = keep_19_bits(quant_scale)
         offset9 = torch.zeros(1) if quant_offset is None else signed_9_bits(quant_offset)
     return round_to_int(signed_9_bits(out * factor) + offset9, INT8).to(torch.int8)
+
+
+def npu_weight_quant_batchmatmul_fast(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """npu_weight_quant_batchmatmul with ``fast_float_matmul``: the same up to the order of float32 sums."""
+    return npu_weight_quant_batchmatmul(*args, **kwargs, matmul=fast_float_matmul)
 
 
 def npu_weight_quant_batchmatmul_fake(

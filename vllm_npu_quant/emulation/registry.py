@@ -65,6 +65,7 @@ OPERATORS: dict[str, Operator] = _table(
         "npu_weight_quant_batchmatmul": (
             matmul.npu_weight_quant_batchmatmul,
             matmul.npu_weight_quant_batchmatmul_fake,
+            matmul.npu_weight_quant_batchmatmul_fast,
         ),
         "npu_convert_weight_to_int4pack": (
             matmul.npu_convert_weight_to_int4pack,
