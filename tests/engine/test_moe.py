@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
 from tests.e2e.twins import make_twin
@@ -224,6 +225,42 @@ def test_float_and_quantized_products_mix(mixed: Path, layer: int, ranks: int, f
     assert relative_error(y, expected(floats(W8A8), prefix, *given)) < 0.02
 
 
+def float_checkpoint(folder: Path) -> Path:
+    """The W8A8 checkpoint with the experts of layer 0 float."""
+    source = FIXTURES / W8A8
+    description = json.loads((source / "quant_model_description.json").read_text())
+    tensors = dict(tensors_of(W8A8))
+    for name in [name for name in tensors if name.startswith(PREFIX) and name.endswith(".weight")]:
+        stem = name.removesuffix("weight")
+        scale, offset = tensors.pop(stem + "weight_scale"), tensors.pop(stem + "weight_offset")
+        tensors[name] = ((tensors[name].float() - offset) * scale).bfloat16()
+        description[name] = "FLOAT"
+        del description[stem + "weight_scale"], description[stem + "weight_offset"]
+    (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+    (folder / "quant_model_description.json").write_text(json.dumps(description))
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+PREFIX = "model.layers.0.mlp.experts"
+
+
+def test_float_experts_are_vllms_own(tmp_path: Path) -> None:
+    with set_current_vllm_config(VllmConfig()):
+        layer = make_layer(config_of(float_checkpoint(tmp_path)), PREFIX, **sizes_of(FIXTURES / W8A8))
+    assert type(layer.quant_method).__name__ == "UnquantizedFusedMoEMethod"
+
+
+def test_float_experts_of_expert_parallel_ranks_add_up(tmp_path: Path, floats) -> None:
+    """vLLM's own CPU kernel crashes there."""
+    folder = float_checkpoint(tmp_path)
+    tensors, config, given = read_tensors(folder), config_of(folder), inputs(W8A8)
+    ranks = [load(make_layer(config, PREFIX, **sizes_of(folder), ep=(2, rank)), tensors) for rank in range(2)]
+    assert [rank.quant_method.method_classes for rank in ranks] == ["FloatExperts"] * 2
+    y = sum(run(rank, *given).double() for rank in ranks)
+    assert relative_error(y, expected(floats(W8A8), PREFIX, *given)) < 0.01
+
+
 # ------------------------------------------------------------------------------------------------------------- mistakes
 
 
@@ -241,9 +278,6 @@ def broken(tensors: dict[str, torch.Tensor], **options: Any) -> NpuQuantError:
         load(layer_of(W8A8, **options), tensors)
     assert all(finding.fix for finding in caught.value.findings)
     return caught.value
-
-
-PREFIX = "model.layers.0.mlp.experts"
 
 
 @pytest.mark.parametrize(

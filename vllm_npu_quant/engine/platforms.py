@@ -10,7 +10,7 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.platforms import current_platform
 
-__all__ = ["is_moe", "on_npu", "unquantized_linear", "unquantized_moe"]
+__all__ = ["float_experts_crash", "is_moe", "on_npu", "unquantized_linear", "unquantized_moe"]
 
 
 def on_npu() -> bool:
@@ -31,6 +31,14 @@ def unquantized_linear() -> QuantizeMethodBase:
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
     return UnquantizedLinearMethod()
+
+
+def float_experts_crash(layer: Any) -> bool:
+    """Whether vLLM's own method for float experts cannot serve this layer and ours can: its CPU kernel does not look at the
+    map of experts of an expert-parallel run, and reads past the weights."""
+    if on_npu() or not layer.moe_config.moe_parallel_config.use_ep:
+        return False
+    return getattr(layer.activation, "value", layer.activation) == "silu"
 
 
 def unquantized_moe(layer: Any, tid2eid: Any) -> QuantizeMethodBase:
