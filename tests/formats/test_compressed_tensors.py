@@ -384,6 +384,13 @@ def test_classes_that_are_no_linear_layers_take_nothing() -> None:
     assert targets.match("model.embed_tokens", linear=False) == (0, Match.CLASS)
 
 
+def test_a_rule_may_spell_a_multimodal_models_layers_otherwise() -> None:
+    targets = Targets([["model.layers.0.mlp.up_proj"], [r"re:^model\.layers\.1\..*"]], ["re:model.visual.*"])
+    assert targets.match("language_model.model.layers.0.mlp.up_proj") == (0, Match.NAME)
+    assert targets.match("model.language_model.layers.1.mlp.up_proj") == (1, Match.PATTERN)
+    assert targets.match("model.language_model.visual.x") == (None, Match.NONE)
+
+
 def test_an_ignored_class_takes_all() -> None:
     targets = Targets([["re:.*down_proj"]], ["Linear"])
     assert targets.match("model.layers.0.mlp.down_proj") == (None, Match.IGNORED)

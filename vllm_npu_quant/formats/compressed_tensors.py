@@ -47,6 +47,7 @@ from vllm_npu_quant.formats.fp8 import (
     unknown_fields_finding,
 )
 from vllm_npu_quant.formats.patterns import PatternSet
+from vllm_npu_quant.formats.resolve import variants
 from vllm_npu_quant.formats.rules import FLOAT_DTYPES, RuleFormat, index_layers, is_embedding, stored_layers_of
 from vllm_npu_quant.layouts.tables import LAYOUTS
 from vllm_npu_quant.spec import ActivationSpec, Granularity, LayerSpec, Layout, NumberKind, WeightSpec
@@ -293,13 +294,22 @@ class Targets:
         """
         if layer in self.ignored or (linear and self.ignores_linear) or self.ignored_expressions.any(layer):
             return None, Match.IGNORED
+        found = self._named(layer)
+        if found is not None:
+            return found
+        by_class = self.linear if linear else self.embedding if is_embedding(layer) else None
+        if by_class is not None:
+            return by_class, Match.CLASS
+        # Rules are written with the names of the producer's modules, which a multimodal model's tensors may spell otherwise.
+        others = (self._named(other) for other in variants(layer))
+        return next((other for other in others if other is not None), (None, Match.NONE))
+
+    def _named(self, layer: str) -> tuple[int, Match] | None:
+        """The group that a name or an expression gives a layer."""
         if layer in self.names:
             return self.names[layer], Match.NAME
         found = self.expressions.first(layer)
-        if found is not None:
-            return self.expression_groups[found], Match.PATTERN
-        by_class = self.linear if linear else self.embedding if is_embedding(layer) else None
-        return by_class, Match.NONE if by_class is None else Match.CLASS
+        return None if found is None else (self.expression_groups[found], Match.PATTERN)
 
 
 def _linear_classes(names: Mapping[str, int]) -> list[str]:

@@ -9,7 +9,7 @@ forgets to say. There is no table per model.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import gcd
 from typing import Any
@@ -19,7 +19,7 @@ from vllm_npu_quant.errors import Finding, NpuQuantError, nearest_names
 from vllm_npu_quant.formats.base import ExpertsEntry, LayerEntry, QuantFormat
 from vllm_npu_quant.spec import Granularity, LayerSpec, Layout
 
-__all__ = ["FUSED_FAMILIES", "LayerResolver", "ResolvedExperts", "ResolvedLayer"]
+__all__ = ["FUSED_FAMILIES", "LayerResolver", "ResolvedExperts", "ResolvedLayer", "variants"]
 
 #: Layouts whose scales are repeated at load where fused shards have different groups, and which always store zero points.
 _REGROUPED = frozenset({Layout.GPTQ, Layout.GPTQ_V2, Layout.AWQ_GEMM})
@@ -47,6 +47,13 @@ _VARIANTS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"^lm_head$"), "language_model.lm_head"),
     (re.compile(r"\.mtp_block\."), "."),
 )
+
+
+def variants(name: str) -> Iterator[str]:
+    """Other spellings of a layer's name that exports and vLLM's models use for the same layer."""
+    for pattern, replacement in _VARIANTS:
+        if pattern.search(name):
+            yield pattern.sub(replacement, name, count=1)
 
 
 @dataclass(frozen=True)
@@ -201,9 +208,7 @@ class LayerResolver:
         """The names under which the checkpoint may know a layer, the likeliest first."""
         yield self.aliases.get(name, name)
         yield name
-        for pattern, replacement in _VARIANTS:
-            if pattern.search(name):
-                yield pattern.sub(replacement, name, count=1)
+        yield from variants(name)
 
     def _find(self, name: str, find: Callable[[str], Any]) -> tuple[str, Any] | None:
         for spelling in self.spellings(name):
