@@ -20,6 +20,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor import parameter as vllm_parameter
 from vllm.model_executor.layers import linear as vllm_linear
+from vllm.model_executor.layers import vocab_parallel_embedding as vllm_vocabulary
 
 from vllm_npu_quant import emulation
 from vllm_npu_quant.engine.config import NpuQuantConfig
@@ -61,19 +62,17 @@ class OneMethod(NpuQuantConfig):
 def as_rank(rank: int, size: int) -> Iterator[None]:
     """vLLM's layers and parameters are made for this rank."""
     with pytest.MonkeyPatch.context() as patch, set_current_vllm_config(VllmConfig()):
-        for module in (vllm_linear, vllm_parameter):
+        for module in (vllm_linear, vllm_parameter, vllm_vocabulary):
             patch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
             patch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size)
         yield
 
 
-def method_for(spec: LayerSpec, shards: list[Tensors]) -> NpuQuantLinearMethod:
+def method_for(spec: LayerSpec, shards: list[Tensors], kind: LayerKind = LayerKind.LINEAR) -> NpuQuantLinearMethod:
     optional = frozenset(shards[0]) - {"weight", "weight_packed", "weight_scale"}
     entry = LayerEntry(spec, optional)
     names = tuple(f"layer.shard{i}" for i in range(len(shards)))
-    return NpuQuantLinearMethod(
-        ResolvedLayer("layer", spec, names, (entry,) * len(shards)), spec, LayerKind.LINEAR, "config.json"
-    )
+    return NpuQuantLinearMethod(ResolvedLayer("layer", spec, names, (entry,) * len(shards)), spec, kind, "config.json")
 
 
 def load(layer: Any, shards: list[tuple[Any, Tensors]]) -> None:
@@ -346,3 +345,53 @@ def test_a_word_that_ranks_would_cut_is_refused() -> None:
 def test_a_depth_that_fills_no_word_loads_where_it_is_not_cut() -> None:
     spec, tensors, wanted = packed(0)(8, 43, 0)
     assert np.array_equal(dequantized(row_parallel(spec, tensors, 8, 43, 0, 1)), wanted)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("name", CASES)
+def test_the_parts_of_a_head_are_the_whole(name: str, size: int) -> None:
+    """A vocabulary of 100, which vLLM fills up to 128: the rows behind it are not on disk."""
+    vocabulary, inputs = 100, 192
+    spec, tensors, wanted = CASES[name](vocabulary, inputs)
+    parts = []
+    for rank in range(size):
+        method = method_for(spec, [tensors], LayerKind.LM_HEAD)
+        with as_rank(rank, size):
+            layer = vllm_vocabulary.ParallelLMHead(
+                vocabulary,
+                inputs,
+                params_dtype=torch.bfloat16,
+                padding_size=64,
+                quant_config=OneMethod(method),
+                prefix="lm_head",
+            )
+            load(layer, [(None, tensors)])
+        parts.append(dequantized(layer))
+    held = np.concatenate(parts)
+    assert held.shape[0] == 128
+    assert np.array_equal(held[:vocabulary], wanted)
+    assert not np.nan_to_num(held[vocabulary:]).any()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_bias_that_vllm_holds_itself_is_folded_once(size: int) -> None:
+    """Where the files were not known when the layer was made, nothing says that there is a bias: it lies in vLLM's own
+    parameter, and a static scheme has to take it from there."""
+    outputs, inputs = 20, 192
+    spec, tensors = static_layer(outputs, inputs, bias=True)
+    bias = tensors.pop("bias").to(torch.bfloat16)
+    constants = np.zeros(outputs, np.int64)
+    for rank in range(size):
+        method = method_for(spec, [tensors])
+        with as_rank(rank, size):
+            layer = vllm_linear.RowParallelLinear(
+                inputs, outputs, bias=True, params_dtype=torch.bfloat16, quant_config=OneMethod(method), prefix="layer"
+            )
+            load(layer, [(None, tensors)])
+            layer.bias.weight_loader(layer.bias, bias)
+        method.process_weights_after_loading(layer)
+        assert layer.bias is None
+        constants += layer.quant_bias.numpy()
+    scale = 0.03125 * tensors["weight_scale"][:, 0].numpy()
+    wanted = 23 * tensors["weight"].numpy().astype(np.int64).sum(1) + np.rint(bias.float().numpy() / scale)
+    assert np.array_equal(constants, wanted)
