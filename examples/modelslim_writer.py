@@ -23,13 +23,14 @@ from pathlib import Path
 
 import torch
 from artifacts import build_once
+from quantize import quantize_per_channel
 from rich.console import Console
 from rich.progress import track
 from safetensors import safe_open
 from safetensors_stream import SafetensorsStream, TensorSpec
 from smoothing import smooth
 
-__all__ = ["KEEP_FLOAT", "SCHEMES", "quantize_per_channel", "write_modelslim"]
+__all__ = ["KEEP_FLOAT", "SCHEMES", "write_modelslim"]
 
 #: The types that may be asked for. Both have the same tensors; the type says what happens to the activations.
 SCHEMES = ("W8A8_DYNAMIC", "W8A16")
@@ -67,30 +68,6 @@ class _Source:
             TensorSpec(f"{self.name}_scale", torch.float32, rows),
             TensorSpec(f"{self.name}_offset", torch.float32, rows),
         ]
-
-
-def quantize_per_channel(weight: torch.Tensor, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round ``weight`` to 8-bit integers, symmetric, one scale for each output channel.
-
-    Args:
-        weight: [N, K], any float dtype.
-        dtype: what to compute in. In float32 the values lie in [-127, 127] and ``|weight - q * scale| <= scale / 2`` up
-            to float32's own rounding. msModelSlim computes in the model's dtype: in bfloat16 it is off by up to 3/4 of
-            a scale.
-
-    Returns:
-        int8 [N, K] and float32 scale [N, 1] > 0.
-
-    Raises:
-        ValueError: if the weight holds an infinity or a NaN.
-    """
-    exact = weight.to(dtype)
-    peak = exact.abs().amax(dim=1, keepdim=True)
-    if not torch.isfinite(peak).all():
-        raise ValueError("the weight holds values that are not finite")
-    # A row of zeros still needs a scale that can be divided by.
-    scale = (peak / 127).clamp_min(torch.finfo(dtype).tiny)
-    return (exact / scale).round_().clamp_(-128, 127).to(torch.int8), scale.float()
 
 
 def write_modelslim(

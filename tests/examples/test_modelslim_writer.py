@@ -12,7 +12,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import modelslim_writer  # noqa: E402
-from modelslim_writer import quantize_per_channel, write_modelslim  # noqa: E402
+from modelslim_writer import write_modelslim  # noqa: E402
+from quantize import quantize_per_channel  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
