@@ -57,6 +57,8 @@ def inspect_data(overview: Overview, *, layers: bool) -> dict[str, Any]:
         "files": overview.files,
         "bytes": overview.nbytes,
         "tensors": overview.tensors,
+        "errors": overview.errors,
+        "warnings": overview.warnings,
         "schemes": [
             {("bytes" if key == "nbytes" else key): value for key, value in plain(scheme).items()}
             for scheme in overview.schemes

@@ -81,6 +81,9 @@ def open_model(model: str | os.PathLike[str], *, revision: str | None = None) ->
         NpuQuantError: unreadable-file, where there is no such folder and no such model. Everything else is in ``findings``.
     """
     name = os.fspath(model)
+    if not name:
+        finding = Finding("unreadable-file", "the model has no name", fix="name a folder, or a model of the hub")
+        raise NpuQuantError([finding])
     if os.path.isdir(name) or looks_like_path(name):
         checkpoint = Checkpoint.open(name)
     else:

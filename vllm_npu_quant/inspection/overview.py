@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from vllm_npu_quant.errors import NpuQuantError, Severity
+from vllm_npu_quant.formats.check import check_checkpoint
 from vllm_npu_quant.inspection.layers import Layer, Scheme, layers_of, schemes_of
 from vllm_npu_quant.inspection.model import Model, open_model
 
@@ -25,6 +27,7 @@ class Overview:
         files: number of weight files. nbytes: bytes of all tensors. tensors: number of tensors.
         schemes: layers by kind and scheme.
         layers: every layer.
+        errors, warnings: findings about config and files; ``check`` tells them.
     """
 
     model: str
@@ -38,6 +41,8 @@ class Overview:
     tensors: int
     schemes: tuple[Scheme, ...]
     layers: tuple[Layer, ...]
+    errors: int = 0
+    warnings: int = 0
 
 
 def inspect(model: str | os.PathLike[str] | Model, *, revision: str | None = None) -> Overview:
@@ -52,6 +57,9 @@ def inspect(model: str | os.PathLike[str] | Model, *, revision: str | None = Non
     """
     opened = model if isinstance(model, Model) else open_model(model, revision=revision)
     quant_format = opened.require_format()
+    if not opened.checkpoint.files and not opened.config:
+        raise NpuQuantError(opened.checkpoint.findings)
+    findings = [*opened.findings, *quant_format.findings, *check_checkpoint(quant_format, opened.checkpoint)]
     layers = layers_of(quant_format, opened.checkpoint)
     architectures = opened.config.get("architectures")
     first = architectures[0] if isinstance(architectures, list) and architectures else ""
@@ -69,6 +77,8 @@ def inspect(model: str | os.PathLike[str] | Model, *, revision: str | None = Non
         tensors=len(opened.checkpoint.tensors),
         schemes=tuple(schemes_of(layers)),
         layers=tuple(layers),
+        errors=sum(finding.severity is Severity.ERROR for finding in findings),
+        warnings=sum(finding.severity is Severity.WARNING for finding in findings),
     )
 
 
