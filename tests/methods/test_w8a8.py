@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -122,7 +123,7 @@ def test_split_outputs_covers_everything_within_the_limit(outputs: int) -> None:
     pieces = split_outputs(outputs)
     assert pieces[0][0] == 0
     assert pieces[-1][1] == outputs
-    assert all(a[1] == b[0] for a, b in zip(pieces, pieces[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(pieces))
     assert all(0 < stop - start <= 65535 for start, stop in pieces)
 
 
