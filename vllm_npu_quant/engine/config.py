@@ -163,7 +163,8 @@ class NpuQuantConfig(QuantizationConfig):
         self.format = self.parse(folder, checkpoint)
         findings = list(self.format.findings)
         if checkpoint is not None:
-            findings += check_checkpoint(self.format, checkpoint)
+            # What is wrong with the files comes first: much of the rest follows from it.
+            findings = check_checkpoint(self.format, checkpoint) + findings
         else:
             logger.info("The weight files of %s are not on this host yet: they are checked while they load", model_name)
         for finding in findings:

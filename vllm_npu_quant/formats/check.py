@@ -52,6 +52,10 @@ class FindingLimit:
         self.findings: list[Finding] = []
         self.counts: dict[str, int] = {}
 
+    def wants(self, code: str) -> bool:
+        """Whether a finding of this code would be kept, so that what is costly about it is worth finding out."""
+        return self.counts.get(code, 0) < self.limit
+
     def add(self, finding: Finding) -> None:
         count = self.counts[finding.code] = self.counts.get(finding.code, 0) + 1
         if count <= self.limit:
@@ -76,13 +80,19 @@ def check_checkpoint(quant_format: QuantFormat, checkpoint: StoredCheckpoint) ->
     found = FindingLimit()
     for layer, entry in quant_format.stored_layers(checkpoint.tensors):
         if not entry.spec.is_float:
-            for finding in check_layer(layer, entry, checkpoint.tensors, quant_format.source):
+            near = found.wants("missing-tensor")
+            for finding in check_layer(layer, entry, checkpoint.tensors, quant_format.source, near=near):
                 found.add(finding)
     return [*checkpoint.findings, *found.close()]
 
 
-def check_layer(layer: str, entry: LayerEntry, tensors: Mapping[str, StoredTensor], source: str) -> list[Finding]:
-    """Compare one layer's stored tensors with its layout: which there are, their dtypes and shapes."""
+def check_layer(
+    layer: str, entry: LayerEntry, tensors: Mapping[str, StoredTensor], source: str, *, near: bool = True
+) -> list[Finding]:
+    """Compare one layer's stored tensors with its layout: which there are, their dtypes and shapes.
+
+    ``near`` asks for the names nearest to those that are missing, which means a look at every stored name.
+    """
     wanted = tensors_of(entry.spec, entry.tensors)
     weight = tensors.get(f"{layer}.{wanted[0].name}")
     findings = [
@@ -93,7 +103,7 @@ def check_layer(layer: str, entry: LayerEntry, tensors: Mapping[str, StoredTenso
             file=source,
             expected=f"{layer}.{tensor.name} {' or '.join(tensor.dtypes)} {tensor.shape_text()}",
             found="no such tensor",
-            nearest=nearest_names(f"{layer}.{tensor.name}", tensors),
+            nearest=nearest_names(f"{layer}.{tensor.name}", tensors) if near else (),
             fix="download the checkpoint again, or re-export it",
         )
         for tensor in wanted

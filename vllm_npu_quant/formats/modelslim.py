@@ -174,6 +174,9 @@ _SCALE_BIAS = "scale_bias"
 #: A float layer whose bias is listed: the model must have a place for it.
 _BIASED_FLOAT_ENTRY = LayerEntry(FLOAT, frozenset({"bias"}))
 
+#: Names of the tensors that some layout stores.
+_STORED_NAMES = frozenset(tensor.name for row in LAYOUTS.values() for tensor in row.tensors)
+
 _MAX_VALIDATION_ERRORS = 20
 
 
@@ -306,6 +309,10 @@ class _Builder:
         self.fp8 = Fp8Use.from_settings()
         self._entries: dict[tuple, LayerEntry | None] = {}
 
+    def near(self, code: str, name: str, names: Iterable[str]) -> tuple[str, ...]:
+        """The nearest names, for a finding of this code that is going to be shown."""
+        return nearest_names(name, names) if self.found.wants(code) else ()
+
     def report(self, code: str, message: str, *, file: str = "", **fields: Any) -> None:
         self.found.add(Finding(code, message, file=file or self.source, **fields))
 
@@ -395,7 +402,7 @@ class _Builder:
                 "undescribed-layer",
                 "metadata.quarot rotates the input of a layer that the description does not have",
                 layer=layer,
-                nearest=nearest_names(layer, suffixes),
+                nearest=self.near("undescribed-layer", layer, suffixes),
                 fix="re-export the checkpoint with msModelSlim",
             )
 
@@ -556,11 +563,10 @@ class _Builder:
         if self.tensors is None:
             return
         missing = types.keys() - self.tensors.keys()
-        layouts = {tensor.name for row in LAYOUTS.values() for tensor in row.tensors}
         biased = set(self.biased)
         for name in sorted(missing):
             layer, _, suffix = name.rpartition(".")
-            if (types[name] not in FLOAT_TYPES and suffix in layouts) or (suffix == "bias" and layer in biased):
+            if (types[name] not in FLOAT_TYPES and suffix in _STORED_NAMES) or (suffix == "bias" and layer in biased):
                 continue  # the check of the layer's layout reports it, with its shape
             self.report(
                 "missing-tensor",
@@ -568,7 +574,7 @@ class _Builder:
                 layer=layer,
                 expected=f"{name} ({types[name]})",
                 found="no such tensor",
-                nearest=nearest_names(name, self.tensors),
+                nearest=self.near("missing-tensor", name, self.tensors),
                 fix="download the checkpoint again, or re-export it",
             )
         for name in sorted(self.tensors.keys() - types.keys()):
@@ -576,14 +582,17 @@ class _Builder:
             if suffix in self.rotations.get(layer, ()):
                 continue
             entry = self.layers.get(layer)
-            quantized = entry is not None and not entry.spec.is_float
+            # Loaded as it is, a tensor of integers is not what anybody meant; a buffer of positions may be.
+            quantized = (entry is not None and not entry.spec.is_float) or (
+                suffix in _STORED_NAMES and self.tensors[name].dtype not in _FLOAT_DTYPES
+            )
             self.report(
                 "unexpected-tensor",
                 "the description does not list this tensor" + ("" if quantized else ", which is loaded as it is"),
                 layer=layer,
                 file=self.tensors[name].file,
                 expected=f"an entry for {name}",
-                nearest=nearest_names(name, types),
+                nearest=self.near("unexpected-tensor", name, types),
                 fix="check that the description and the weights belong together",
                 severity=Severity.ERROR if quantized else Severity.WARNING,
             )
