@@ -184,7 +184,7 @@ def _why_float(name: str, quant_format: QuantFormat) -> str:
     if isinstance(quant_format, RuleFormat):
         ruled = quant_format.rule(name)
         if ruled is not None and not ruled.spec.is_float:
-            return "no rule excludes it, and it is stored as float"
+            return "its weight is stored as float"
         return f"{quant_format.source} excludes it, or it is excluded by convention"
     return f"{quant_format.source} says FLOAT"
 

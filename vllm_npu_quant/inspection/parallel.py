@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from math import gcd
 
@@ -37,6 +38,8 @@ REPLICATED = frozenset(
         "eh_proj",
     }
 )
+#: A layer's number in its name.
+_NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
 #: With activation order, a rank fills its part of every group up to 32 inputs, and the weight may double at most.
 _ACT_ORDER_FILL = 32
 
@@ -80,10 +83,14 @@ def parallel_findings(
         if problems and fitting:
             sizes = [str(size) for size in fitting_sizes(model, layers) if size <= max(2 * tp, 16)]
             works = "use a tensor-parallel size that works: " + ", ".join(sizes)
-        for layer, message, expected, what in problems:
-            found.add(
-                Finding("cannot-shard", message, layer, "config.json" if not layer else "", expected, what, fix=works)
-            )
+        # One finding for the layers of all depths that have the same name and the same problem.
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for layer, *problem in problems:
+            alike.setdefault((_NUMBER.sub("*", layer), *problem), []).append(layer)
+        for (_, message, expected, what), names in alike.items():
+            more = f" ({len(names):,} layers like it)" if len(names) > 1 else ""
+            file = "config.json" if not names[0] else ""
+            found.add(Finding("cannot-shard", message + more, names[0], file, expected, what, fix=works))
     if ep > 1:
         for finding in _experts(layers, ep):
             found.add(finding)
