@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The calls that the tests make: one table for all operators, odd shapes first.
 
-``tests/emulation`` runs every case against its oracle, ``tests/conformance`` runs the same cases under the schemas and Meta
-kernels of the real torch_npu. Nothing but torch is imported, so that the table can be used in a process of its own.
+``tests/emulation`` runs every case against its oracle, ``tests/conformance`` runs the same cases under the schemas and
+Meta kernels of the real torch_npu. Only torch is imported, so that the table can be used in a process of its own.
 """
 
 from __future__ import annotations

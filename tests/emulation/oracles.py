@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the operators should compute, a second time: NumPy, from the documented formulas, sharing no code with the package.
+"""What the operators should compute, a second time: NumPy, from the documented formulas, no code of the package.
 
-Every oracle takes the operator's arguments with tensors replaced by ``Array`` (exact values in float64 or int64, and the
-name of the dtype) and returns one ``Expected`` for every output tensor. Where a result is an integer, the oracle follows
-the documented float32 steps, and the comparison is for equality. Where it is a float, the oracle computes in float64, and
-``mismatch`` allows half a unit in the last place of the output's dtype (one rounding) plus ``slack``, a bound on what the
-float32 steps before that rounding may lose.
+Every oracle takes the operator's arguments with tensors replaced by ``Array`` (exact values in float64 or int64, and
+the name of the dtype) and returns one ``Expected`` for every output tensor. Where a result is an integer, the oracle
+follows the documented float32 steps, and the comparison is for equality. Where it is a float, the oracle computes in
+float64, and ``mismatch`` allows half a unit in the last place of the output's dtype (one rounding) plus ``slack``, a
+bound on what the float32 steps before that rounding may lose.
 """
 
 from __future__ import annotations
@@ -35,9 +35,13 @@ class Array:
 
 @dataclass(frozen=True)
 class Expected:
-    """An output. ``slack``: absolute error allowed, for floats on top of half a ulp; for integers it is 0, or 1 where the
-    exact value lies so close to a tie that float32 steps decide. ``written``: False where the device writes nothing, and
-    the emulation must leave garbage (NaN, or bytes of 0x7f)."""
+    """An output.
+
+    Attributes:
+        slack: the absolute error allowed; for floats on top of half a ulp; for integers 0, or 1 where the exact value
+            lies so close to a tie that float32 steps decide.
+        written: False where the device writes nothing, and the emulation must leave garbage (NaN, bytes of 0x7f).
+    """
 
     values: np.ndarray
     dtype: str
@@ -527,7 +531,7 @@ def npu_format_cast(x: Array, acl_format: int):
     return [Expected(x.values, x.dtype)]
 
 
-# ----------------------------------------------------------------------------------------------------- norms, activation
+# ---------------------------------------------------------------------------------------------------- norms, activation
 
 
 def _rstd(x: np.ndarray, gamma: np.ndarray, epsilon: float) -> np.ndarray:
@@ -573,7 +577,7 @@ def npu_swiglu(x: Array, dim: int = -1):
 def doubtful(
     function: Callable[[np.ndarray], np.ndarray], values: np.ndarray, error: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(function(values), 1 where values that are off by ``error`` give another result), for a rising integer function."""
+    """A rising integer function of values, and 1 where values that are off by ``error`` give another result."""
     return function(values), (function(values - error) != function(values + error)).astype(np.int64)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the device refuses, the emulation refuses: with a RuntimeError that names operator, argument, expected and found."""
+"""What the device refuses, the emulation refuses: a RuntimeError names operator, argument, expected and found."""
 
 from __future__ import annotations
 

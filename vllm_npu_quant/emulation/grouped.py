@@ -429,8 +429,8 @@ def group_bounds(name: str, group_list: torch.Tensor, group_list_type: int, rows
     """(expert, first row, end) of every group that is not empty, in the order of the rows.
 
     Args:
-        group_list: [E] running totals (type 0) or counts (type 1); [E, 2] pairs of expert and count (type 2), those with
-            a count first.
+        group_list: [E] running totals (type 0) or counts (type 1); [E, 2] pairs of expert and count (type 2), those
+            with a count first.
         rows: the number of rows; the groups may cover fewer.
     """
     numbers = group_list.tolist()
@@ -614,7 +614,7 @@ def npu_grouped_matmul(
     """Grouped matrix product. For the rows r of expert e, with acc = int32(x[r] @ w[e]), exact:
 
         float x, same weight:      x @ w + bias
-        float x, int8/int4 weight: x @ ((w + antiquant_offset) * antiquant_scale) + bias   (npu_weight_quant_batchmatmul)
+        float x, int8/int4 weight: x @ ((w + antiquant_offset) * antiquant_scale) + bias    (as in matmul.py)
         int8 x int8, int32 out:    acc + bias_int32
         int8 x int8, int8 out:     saturate(clamp(rint((acc + bias_int32) * s19), -256, 255) + offset9)
         int8 x int8:               act(((acc + bias_int32) * scale) * per_token_scale), or + bias_bfloat16 after scaling
@@ -628,15 +628,15 @@ def npu_grouped_matmul(
             contiguous 3-D tensor only.
         bias: float x: float16 (float16 x) or float32; int8 x int8: int32, or bfloat16 with a FRACTAL_NZ weight and
             a bfloat16 output; int8 x int4: float32 [E, N], required. [[E, N]], or a list of [N].
-        scale: int8 output: int64; float16 output: float32; bfloat16 output: bfloat16 (float32 with a FRACTAL_NZ weight);
-            int32 output: None. [[E, N]], or a list of [N]. int8 x int4: int64 [[E, 1, N]] or [[E, K/256, N]], int4 x int4:
-            int64 [[E, N]] or [[E, G, N]], both holding float32 bits.
-        antiquant_scale, antiquant_offset: the dtype of x; [[E, N]] or, int4 only, [[E, G, N]] where G divides K; for a list
-            of weights [N] or [G, N] each. (aclnnGroupedMatmulV5.md allows offsets only per channel; op-plugin's document
-            has no such rule and frameworks pass them per group, so they are taken.)
+        scale: int8 output: int64; float16 output: float32; bfloat16 output: bfloat16 (float32 with a FRACTAL_NZ
+            weight); int32 output: None. [[E, N]], or a list of [N]. int8 x int4: int64 [[E, 1, N]] or [[E, K/256, N]],
+            int4 x int4: int64 [[E, N]] or [[E, G, N]], both holding float32 bits.
+        antiquant_scale, antiquant_offset: the dtype of x; [[E, N]] or, int4 only, [[E, G, N]] where G divides K; for a
+            list of weights [N] or [G, N] each. (aclnnGroupedMatmulV5.md allows offsets only per channel; op-plugin's
+            document has no such rule and frameworks pass them per group, so they are taken.)
         per_token_scale: [float32 [M]]; int8 x int4 also [M, 1].
-        group_list: int64 [E] (group_list_type 0: running totals, 1: counts), [E, 2] (2: pairs of expert and count, int8 x
-            int8 only). The groups may cover fewer rows than x has: the rest of the output is garbage.
+        group_list: int64 [E] (group_list_type 0: running totals, 1: counts), [E, 2] (2: pairs of expert and count, int8
+            x int8 only). The groups may cover fewer rows than x has: the rest of the output is garbage.
         split_item: 0, 1: one output per group (group_type -1); 2, 3: one output.
         group_type: 0, or -1: x[i] @ weight[i]. Must be given: the default None is refused.
         act_type: with per_token_scale: 0 none, 1 relu, 2 gelu (tanh), 4 fast gelu, 5 silu.
@@ -763,8 +763,8 @@ def npu_grouped_matmul_list(
 ) -> list[torch.Tensor]:
     """The older overload: group_list is a list of running totals, and weight a list of matrices.
 
-    float x with a float or int8 weight, or int8 x int8 with an int64 scale and an int8 output; the arithmetic is that of
-    npu_grouped_matmul.
+    float x with a float or int8 weight, or int8 x int8 with an int64 scale and an int8 output; the arithmetic is that
+    of npu_grouped_matmul.
 
     Args:
         x: one tensor [M, K], or one per weight.

@@ -112,7 +112,7 @@ def _dequantized_product(
 
 
 def _quantized_twice(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows divided by their scale max / 127, rounded to float16 and then to int8: a double rounding, as the kernel does."""
+    """Rows divided by their scale max / 127, rounded to float16 and then to int8: the kernel's double rounding."""
     scale = values.abs().amax(dim=-1) / 127.0
     return round_to_int((values / scale[:, None]).to(torch.float16).to(torch.float32), INT8).to(torch.int8), scale
 
@@ -189,8 +189,8 @@ def npu_grouped_matmul_swiglu_quant(
 
     Args:
         x: int8 [M, K].
-        weight: int8 [E, K, N], or int4 packed in int32 [E, K, N/8]. It must be in FRACTAL_NZ (npu_format_cast(w, 29)): the
-            kernel reads the memory as such without looking.
+        weight: int8 [E, K, N], or int4 packed in int32 [E, K, N/8]. It must be in FRACTAL_NZ (npu_format_cast(w, 29)):
+            the kernel reads the memory as such without looking.
         group_list: int64 [E], RUNNING TOTALS of rows; the rest of the outputs is garbage.
         weight_scale: float32, float16 or bfloat16 [E, N]; int4: int64 [E, N] or [E, G, N] holding float32 bits.
         x_scale: float32 [M].

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators around the experts of a MoE layer: gating, sorting tokens by expert, and putting them back.
 
-Two conventions of row numbers meet here. npu_moe_gating_top_k_softmax and npu_moe_init_routing number the pairs of token i
-and choice j column-major, j * tokens + i; npu_moe_init_routing_v2 and npu_moe_token_permute row-major, i * topk + j.
+Two conventions of row numbers meet here. npu_moe_gating_top_k_softmax and npu_moe_init_routing number the pairs of
+token i and choice j column-major, j * tokens + i; npu_moe_init_routing_v2 and npu_moe_token_permute row-major,
+i * topk + j.
 
 Sources: op-plugin docs/zh/custom_APIs/torch_npu/torch_npu-<operator>.md (with NumPy code for most), test_npu_moe_*.py;
 ops-transformer moe/*/docs and op_kernel.
@@ -384,7 +385,8 @@ def npu_moe_init_routing_v2(
     Args:
         x: float16, bfloat16, float32 or (not quantized) int8 [N, H].
         expert_idx: int32 [N, K].
-        scale: float32; quant_mode -1: [N], copied along with the rows; 0: [1]; 1: None, [experts in range, H] or [1, H].
+        scale: float32; quant_mode -1: [N], copied along with the rows; 0: [1]; 1: None, [experts in range, H] or
+            [1, H].
         offset: float32 [1], for quant_mode 0.
         active_num: -1, 0 or at least N * K: all rows. (Less is not emulated.)
         drop_pad_mode: 0; or 1: every expert gets expert_capacity rows, further pairs are dropped, gaps are zero.
@@ -579,8 +581,8 @@ def npu_moe_finalize_routing(
 
         out[i] = skip1[i] + skip2[i] + sum_j scales[i, j] * (rows[source(i, j)] + bias[expert[i, j]])
 
-    summed in float32. source(i, j) is expanded_src_to_dst_row[j * N + i] for drop_pad_mode 0 and 1 (npu_moe_init_routing),
-    [i * K + j] for 2 and 3 (npu_moe_init_routing_v2). -1 means no row; its bias still counts.
+    summed in float32. source(i, j) is expanded_src_to_dst_row[j * N + i] for drop_pad_mode 0 and 1
+    (npu_moe_init_routing), [i * K + j] for 2 and 3 (npu_moe_init_routing_v2). -1 means no row; its bias still counts.
 
     Args:
         expanded_permuted_rows: float16, bfloat16 or float32 [N * K, H]; [E, C, H] for drop_pad_mode 1 and 3.
@@ -738,8 +740,8 @@ def npu_moe_token_unpermute(
 ) -> torch.Tensor:
     """out[i] = sum_j probs[i, j] * permuted[sorted_indices[i * K + j]], summed in float32; probs None: K = 1, weight 1.
 
-    The rows are read whatever their weight: 0 * NaN is NaN. Indices past the rows, which npu_moe_token_permute gives for
-    the rows that num_out_tokens cuts off, add nothing; negative ones are refused.
+    The rows are read whatever their weight: 0 * NaN is NaN. Indices past the rows, which npu_moe_token_permute gives
+    for the rows that num_out_tokens cuts off, add nothing; negative ones are refused.
 
     Args:
         permuted_tokens: float16, bfloat16 or float32 [rows, H].
