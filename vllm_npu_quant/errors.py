@@ -138,14 +138,15 @@ _MAX_COMPARED = 200
 def nearest_names(name: str, names: Iterable[str], *, limit: int = 3) -> tuple[str, ...]:
     """The names most like ``name``, best first.
 
-    Only names of the same last component or the same parent are compared, and of those the ones with the longest common
-    beginning. Linear in the number of names all the same: ask for the findings that are shown, not for all.
+    Only names of the same last component or the same parent (none, for a plain word) are compared, and of those the ones
+    with the longest common beginning. Linear in the number of names all the same: ask for the findings that are shown,
+    not for all.
     """
     parent, _, last = name.rpartition(".")
     candidates = [
         other
         for other in names
-        if other == last or other.endswith("." + last) or (parent and other.startswith(parent + "."))
+        if other.endswith("." + last) or (other.startswith(parent + ".") if parent else "." not in other)
     ]
     if len(candidates) > _MAX_COMPARED:
         candidates = heapq.nlargest(_MAX_COMPARED, candidates, key=lambda other: _common_start(name, other))
@@ -153,4 +154,6 @@ def nearest_names(name: str, names: Iterable[str], *, limit: int = 3) -> tuple[s
 
 
 def _common_start(first: str, second: str) -> int:
-    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
