@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 # One process runs many engines: the import of vLLM costs more than a tiny engine. Set before vllm is imported.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -11,3 +13,35 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The reference for what runs here must not depend on what a developer has set.
 for name in ("VLLM_NPU_QUANT", "VLLM_NPU_QUANT_TAKEOVER", "VLLM_NPU_QUANT_EMULATION", "VLLM_PLUGINS"):
     os.environ.pop(name, None)
+
+#: Two-rank engine runs take 20 to 30 s each. One or two for each kind of sharding run by default, all with --all-ranks.
+DEFAULT_TWO_RANKS = (
+    "[msmodelslim-qwen3-w8a8]",
+    "[msmodelslim-qwen3fp32-w8a8-normbias]",
+    "[msmodelslim-qwen3-w4a8-dynamic]",
+    "[msmodelslim-qwen3-w4a4-flatquant]",
+    "[ct-qwen3-w4a16-g128-asym]",
+    "[ct-qwen3-w8a8-static-asym]",
+    "[ct-qwen3-fp8-block]",
+    "[gptq-qwen3-gptqmodel-w4g32-sym-descact]",
+    "[awq-qwen3-autoawq-g128]",
+    "[msmodelslim-qwen3moe-w8a8-dynamic-tensor_parallel]",
+    "[msmodelslim-qwen3moe-w8a8-dynamic-expert_parallel]",
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-ranks", action="store_true", help="run every two-rank engine test, not one for each kind")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--all-ranks") or config.args_source is pytest.Config.ArgsSource.ARGS:
+        return
+    left_out = [
+        item
+        for item in items
+        if item.get_closest_marker("tp2") and "[" in item.name and not item.name.endswith(DEFAULT_TWO_RANKS)
+    ]
+    if left_out:
+        items[:] = [item for item in items if item not in set(left_out)]
+        config.hook.pytest_deselected(items=left_out)
