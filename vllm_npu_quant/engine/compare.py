@@ -287,24 +287,32 @@ def _record(llm: Any, recording: _Recording, layers: bool) -> None:
 
         model.compute_logits = compute_logits
         if layers:
-            for name, module in _measured(model):
+            for name, module, called in _measured(model):
                 recording.methods[name] = _method_of(module)
-                module.register_forward_hook(_hook(recording, name))
+                called.register_forward_hook(_hook(recording, name), with_kwargs=True)
 
     llm.apply_model(attach)
 
 
-def _measured(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
-    """Linear and MoE layers."""
+def _measured(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module, torch.nn.Module]]:
+    """(name, module, the module that the model calls) of Linear and MoE layers.
+
+    vLLM calls experts through a runner that holds them (since 0.27), or themselves.
+    """
     from vllm.model_executor.layers.linear import LinearBase
 
     from vllm_npu_quant.engine import platforms
 
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, LinearBase) or platforms.is_moe(module)
-    ]
+    modules = dict(model.named_modules())
+    found = []
+    for name, module in modules.items():
+        if isinstance(module, LinearBase):
+            found.append((name, module, module))
+        elif platforms.is_moe(module):
+            parent = name.rpartition(".")[0]
+            runner = "Runner" in type(modules[parent]).__name__
+            found.append((parent if runner else name, module, modules[parent] if runner else module))
+    return found
 
 
 def _method_of(module: torch.nn.Module) -> str:
@@ -317,12 +325,13 @@ def _method_of(module: torch.nn.Module) -> str:
 
 
 def _hook(recording: _Recording, name: str) -> Callable[..., None]:
-    def hook(_: Any, args: tuple[Any, ...], output: Any) -> None:
+    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         value = output[0] if isinstance(output, tuple) else output
+        x = args[0] if args else kwargs.get("hidden_states")
         # The engine's warm-up has run before; a sampled token comes alone.
-        if name in recording.outputs or not args or not torch.is_tensor(value) or value.shape[0] < 2:
+        if x is None or name in recording.outputs or not torch.is_tensor(value) or value.shape[0] < 2:
             return
-        recording.inputs[name] = args[0][:LAYER_TOKENS].detach().clone()
+        recording.inputs[name] = x[:LAYER_TOKENS].detach().clone()
         recording.outputs[name] = value[:LAYER_TOKENS].detach().to("cpu", torch.float32)
 
     return hook
@@ -335,7 +344,7 @@ def _layer_errors(llm: Any, reference: _Recording, recording: _Recording) -> lis
         from vllm.model_executor.layers.linear import LinearBase
 
         with torch.inference_mode():
-            for name, module in _measured(model):
+            for name, module, _ in _measured(model):
                 if name in reference.inputs and isinstance(module, LinearBase):
                     x = reference.inputs[name]
                     output = module(x.to(next(module.parameters()).device))
