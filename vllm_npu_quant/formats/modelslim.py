@@ -510,12 +510,13 @@ class _Builder:
             return None
         spec = _spec(scheme, shape, types, self.fp8.mode)
         self._check_tensors(layer, scheme, spec, types)
-        if spec.transform is not None and not spec.transform.left and not spec.transform.right:
+        matrices = {*types, *shape.rotation} & {*_LEFT, *_RIGHT}
+        if matrices and spec.transform is not None and not spec.transform.left and not spec.transform.right:
             self.report(
                 "unreadable-file",
                 "the sizes of the input transform's matrices are only in the weight files, which are not known yet",
                 layer=layer,
-                expected=f"{layer}.{'heads_rotation' if shape.rotation else 'left_trans'} in a weight file",
+                expected=", ".join(f"{layer}.{name}" for name in sorted(matrices)) + " in a weight file",
                 fix="download the checkpoint before it is served",
             )
             return None

@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ModelSlim's 4-bit, sparse, FP8 and rotated layers are, in every spelling; types that are refused, and why."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fixtures_index import fixture, shared
+from vllm_npu_quant.checkpoint import Checkpoint
+from vllm_npu_quant.dispatch import describe, find_row
+from vllm_npu_quant.errors import Finding, Severity
+from vllm_npu_quant.formats.base import LayerEntry
+from vllm_npu_quant.formats.check import check_checkpoint, check_layer
+from vllm_npu_quant.formats.modelslim import TYPES, ModelSlimFormat, is_description_file
+from vllm_npu_quant.spec import Granularity, LayerKind, LayerSpec, Layout, NumberKind, TransformSpec
+
+LAYER = "model.layers.0.self_attn.o_proj"
+SCALES = ("weight", "weight_scale", "weight_offset")
+TWO_LEVEL = (*SCALES, "weight_scale_second", "weight_offset_second", "scale_bias")
+FLATQUANT = (*SCALES, "left_trans", "clip_ratio")
+
+
+@dataclass(frozen=True)
+class Stored:
+    dtype: str
+    shape: tuple[int, ...]
+    file: str = "w.safetensors"
+
+
+def described(names: tuple[str, ...], kind: str, **header: Any) -> dict[str, Any]:
+    return {**{f"{LAYER}.{name}": kind for name in names}, **header}
+
+
+def stored(**tensors: Stored) -> dict[str, Stored]:
+    return {f"{LAYER}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def int8(*shape: int) -> Stored:
+    return Stored("I8", shape)
+
+
+def f32(*shape: int) -> Stored:
+    return Stored("F32", shape)
+
+
+def scaled(weight: Stored, scale: tuple[int, int], **more: Stored) -> dict[str, Stored]:
+    return stored(weight=weight, weight_scale=f32(*scale), weight_offset=f32(*scale), **more)
+
+
+def entry_of(description: dict[str, Any], tensors: dict[str, Stored] | None) -> LayerEntry:
+    found = ModelSlimFormat.from_description(description, tensors=tensors)
+    assert [finding for finding in found.findings if finding.severity is Severity.ERROR] == []
+    entry = found.find(LAYER)
+    assert entry is not None
+    if tensors is not None and not entry.spec.is_float:
+        assert check_layer(LAYER, entry, tensors, "description") == []
+    return entry
+
+
+V1 = {"version": "1.0.0"}
+
+#: N = 64, K = 256 in every case: (names, type, header, stored tensors, layout, group size).
+LAYOUTS = {
+    "W4A16 per channel": (SCALES, "W4A16", V1, scaled(int8(64, 128), (64, 1)), Layout.MODELSLIM_PACKED_K, 0),
+    "W4A16 per group": (SCALES, "W4A16", V1, scaled(int8(32, 256), (64, 4)), Layout.MODELSLIM_PACKED_N, 64),
+    "W4A16, a version that does not pack": (
+        SCALES,
+        "W4A16",
+        V1,
+        scaled(int8(64, 256), (64, 4)),
+        Layout.MODELSLIM_INT,
+        64,
+    ),
+    "W4A16 of old files": (SCALES, "W4A16", {}, scaled(int8(64, 256), (64, 1)), Layout.MODELSLIM_INT, 0),
+    "W4A16 of old files per group": (SCALES, "W4A16", {}, scaled(int8(64, 256), (64, 4)), Layout.MODELSLIM_INT, 64),
+    "W4A8": (
+        (*SCALES, "scale_bias"),
+        "W4A8_DYNAMIC",
+        V1,
+        scaled(int8(32, 256), (64, 1), scale_bias=f32(64, 16)),
+        Layout.MODELSLIM_PACKED_N,
+        0,
+    ),
+    "W4A8 of two levels": (
+        TWO_LEVEL,
+        "W4A8_DYNAMIC",
+        {**V1, "group_size": 64},
+        scaled(
+            int8(32, 256),
+            (64, 1),
+            scale_bias=f32(64, 1),
+            weight_scale_second=f32(64, 4),
+            weight_offset_second=Stored("I64", (64, 4)),
+        ),
+        Layout.MODELSLIM_TWO_LEVEL_PACKED,
+        64,
+    ),
+    "W4A8 of old files": (
+        TWO_LEVEL[:-1],
+        "W4A8_DYNAMIC",
+        {},
+        scaled(
+            int8(64, 256),
+            (64, 1),
+            weight_scale_second=f32(64, 4),
+            weight_offset_second=Stored("I64", (64, 4)),
+        ),
+        Layout.MODELSLIM_TWO_LEVEL,
+        64,
+    ),
+    "W4A8 of old files, one level": (
+        SCALES,
+        "W4A8_DYNAMIC",
+        {},
+        scaled(int8(64, 256), (64, 4)),
+        Layout.MODELSLIM_INT,
+        64,
+    ),
+    "W4A4": (SCALES, "W4A4_DYNAMIC", V1, scaled(int8(64, 256), (64, 1)), Layout.MODELSLIM_INT, 0),
+    "W4A4 per group": (SCALES, "W4A4_DYNAMIC", V1, scaled(int8(64, 256), (64, 4)), Layout.MODELSLIM_INT, 64),
+    "W4A4 packed": (SCALES, "W4A4_DYNAMIC", V1, scaled(int8(32, 256), (64, 1)), Layout.MODELSLIM_PACKED_N, 0),
+    "W8A16 per group": (SCALES, "W8A16", V1, scaled(int8(64, 256), (64, 2)), Layout.MODELSLIM_INT, 128),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_stored_shapes_tell_the_layout(name: str) -> None:
+    names, kind, header, tensors, layout, group = LAYOUTS[name]
+    spec = entry_of(described(names, kind, **header), tensors).spec
+    assert (spec.scheme, spec.layout) == (kind, layout)
+    assert spec.weight.group_size == group
+    assert spec.weight.granularity is (Granularity.GROUP if group else Granularity.CHANNEL)
+    assert find_row(LayerKind.LINEAR, spec) is not None
+
+
+@pytest.mark.parametrize(
+    ("kind", "header", "layout", "group"),
+    [
+        ("W4A16", V1, Layout.MODELSLIM_PACKED_K, 0),
+        ("W4A16", {**V1, "group_size": 64}, Layout.MODELSLIM_PACKED_N, 64),
+        ("W4A16", {}, Layout.MODELSLIM_INT, 0),
+        ("W4A8_DYNAMIC", V1, Layout.MODELSLIM_PACKED_N, 0),
+        ("W4A8_DYNAMIC", {}, Layout.MODELSLIM_INT, 0),
+        ("W4A4_DYNAMIC", V1, Layout.MODELSLIM_INT, 0),
+        ("W4A4_DYNAMIC", {**V1, "group_size": 64}, Layout.MODELSLIM_INT, 64),
+    ],
+)
+def test_without_files_the_version_tells_it(kind: str, header: dict, layout: Layout, group: int) -> None:
+    spec = entry_of(described(SCALES, kind, **header), None).spec
+    assert (spec.layout, spec.weight.group_size) == (layout, group)
+
+
+def test_scale_bias_is_checked_and_not_loaded() -> None:
+    names, kind, header, tensors, _, _ = LAYOUTS["W4A8"]
+    found = ModelSlimFormat.from_description(described(names, kind, **header), tensors=tensors)
+    assert found.dropped_tensors() == ("scale_bias",)
+    broken = {**tensors, f"{LAYER}.scale_bias": f32(63, 16)}
+    (finding,) = check_layer(LAYER, found.find(LAYER), broken, "description")
+    assert (finding.code, finding.expected) == ("wrong-shape", "[N, *] = [64, -1]")
+
+
+def test_activations_stay_what_the_checkpoint_says() -> None:
+    bits = {
+        kind: (meaning.weight.bits, meaning.activation.bits if meaning.activation else None)
+        for kind, meaning in TYPES.items()
+    }
+    assert bits["W4A8_DYNAMIC"] == (4, 8)
+    assert bits["W4A16"] == (4, None)
+    assert bits["W4A4_DYNAMIC"] == bits["W4A4_FLATQUANT_DYNAMIC"] == (4, 4)
+
+
+def test_sparse_types() -> None:
+    static = ("weight", "quant_bias", "input_scale", "input_offset", "deq_scale")
+    spec = entry_of(described(static, "W8A8S", **V1), None).spec
+    assert (spec.layout, spec.activation.dynamic) == (Layout.MODELSLIM_STATIC, False)
+    tensors = stored(weight=Stored("BF16", (64, 256)))
+    assert entry_of(described(("weight",), "W16A16S", **V1), tensors).spec.is_float
+
+
+def test_fp8_is_requantized_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = scaled(Stored("F8_E4M3", (64, 256)), (64, 1))
+    found = ModelSlimFormat.from_description(described(SCALES, "WFP8AFP8_DYNAMIC", **V1), tensors=tensors)
+    assert [finding.code for finding in found.findings] == ["requantized"]
+    spec = found.find(LAYER).spec
+    assert (spec.weight.bits, spec.stored.kind, spec.activation.bits) == (8, NumberKind.FLOAT, 8)
+    assert check_layer(LAYER, found.find(LAYER), tensors, "description") == []
+    monkeypatch.setenv("VLLM_NPU_QUANT_FP8", "bf16")
+    found = ModelSlimFormat.from_description(described(SCALES, "WFP8AFP8_DYNAMIC", **V1), tensors=tensors)
+    assert found.find(LAYER).spec.weight.kind is NumberKind.FLOAT
+
+
+FLATQUANT_TENSORS = scaled(int8(64, 256), (64, 1), left_trans=f32(8, 8), right_trans=f32(32, 32), clip_ratio=f32(1))
+HEADS_TENSORS = scaled(int8(64, 256), (64, 1), heads_rotation=f32(4, 4))
+KRONECKER_TENSORS = scaled(int8(64, 256), (64, 1), kronecker_rotation_m=f32(8, 8), kronecker_rotation_n=f32(32, 32))
+
+
+def rotated(name: str, *layers: str) -> dict[str, Any]:
+    quarot = {"max_tp_size": 1, "heads_rotation": {"layers": []}, "kronecker_rotation": {"layers": []}}
+    return {**V1, "metadata": {"quarot": {**quarot, name: {"layers": list(layers)}}}}
+
+
+@pytest.mark.parametrize(
+    ("names", "kind", "header", "tensors", "transform"),
+    [
+        ((*FLATQUANT, "right_trans"), "W4A4_FLATQUANT_DYNAMIC", V1, FLATQUANT_TENSORS, TransformSpec(8, 32, clip=True)),
+        (
+            FLATQUANT,
+            "W4A4_FLATQUANT_DYNAMIC",
+            V1,
+            scaled(int8(64, 256), (64, 1), left_trans=f32(4, 4), clip_ratio=f32(1)),
+            TransformSpec(4, 0, clip=True),
+        ),
+        (SCALES, "W8A8_DYNAMIC", rotated("heads_rotation", LAYER), HEADS_TENSORS, TransformSpec(4, 0)),
+        (SCALES, "W4A4_DYNAMIC", rotated("kronecker_rotation", LAYER), KRONECKER_TENSORS, TransformSpec(8, 32)),
+    ],
+)
+def test_input_transforms(names: Any, kind: str, header: Any, tensors: Any, transform: TransformSpec) -> None:
+    """The sizes come from the files: the description has none, and lists no rotation among its tensors."""
+    entry = entry_of(described(names, kind, **header), tensors)
+    assert entry.spec.transform == transform
+    assert {name.rpartition(".")[2] for name in tensors} - set(SCALES) <= entry.tensors
+    assert find_row(LayerKind.LINEAR, entry.spec) is not None
+    assert "input transform" in describe(entry.spec)
+
+
+def test_a_scheme_without_a_place_for_a_transform_is_not_served() -> None:
+    spec = entry_of(described(SCALES, "W8A16", **rotated("heads_rotation", LAYER)), HEADS_TENSORS).spec
+    assert find_row(LayerKind.LINEAR, spec) is None
+    assert isinstance(spec, LayerSpec)
+
+
+def errors(description: dict[str, Any], tensors: dict[str, Stored] | None) -> list[Finding]:
+    found = ModelSlimFormat.from_description(description, tensors=tensors)
+    findings = list(found.findings)
+    if tensors is not None and found.find(LAYER) is not None and not found.find(LAYER).spec.is_float:
+        findings += check_layer(LAYER, found.find(LAYER), tensors, "description")
+    return [finding for finding in findings if finding.severity is Severity.ERROR]
+
+
+UNFUSED = {f"{LAYER}.div.mul_scale": "FLOAT", **{f"{LAYER}.linear.{name}": "W8A8_DYNAMIC" for name in SCALES}, **V1}
+
+#: description, tensors, code, what the message says.
+BROKEN = {
+    "MXFP8": (described(SCALES[:2], "W8A8_MXFP8", **V1), None, "unsupported-scheme", "Ascend 950"),
+    "MXFP4": (described(SCALES[:2], "W4A4_MXFP4", **V1), None, "unsupported-scheme", "W8A8_DYNAMIC, W4A8_DYNAMIC"),
+    "MXFP4 FlatQuant": (described(SCALES, "W4A4_MXFP4_FLATQUANT", **V1), None, "unsupported-scheme", "Ascend 950"),
+    "W4A8_MXFP": (described(SCALES[:2], "W4A8_MXFP", **V1), None, "unsupported-scheme", "microscaling"),
+    "compressed": (described(SCALES, "W8A8SC", **V1), None, "unsupported-scheme", "310P"),
+    "NF4": (described(("weight",), "NF4", **V1), None, "unsupported-scheme", "NormalFloat"),
+    "diffusion": (described(SCALES, "W8A8_TIMESTEP", **V1), None, "unsupported-scheme", "diffusion"),
+    "smoothing that was not fused": (UNFUSED, None, "unsupported-scheme", "fused into the preceding layer"),
+    "another type": (described(SCALES, "W4A12_DYNAMIC", **V1), None, "unknown-scheme", "W4A16"),
+    "FlatQuant without its matrix": (
+        described((*SCALES, "clip_ratio"), "W4A4_FLATQUANT_DYNAMIC", **V1),
+        scaled(int8(64, 256), (64, 1), clip_ratio=f32(1)),
+        "missing-tensor",
+        "left_trans",
+    ),
+    "FlatQuant without files": (
+        described(FLATQUANT, "W4A4_FLATQUANT_DYNAMIC", **V1),
+        None,
+        "unreadable-file",
+        "download the checkpoint",
+    ),
+    "a rotation without files": (
+        described(SCALES, "W8A8_DYNAMIC", **rotated("heads_rotation", LAYER)),
+        None,
+        "unreadable-file",
+        "heads_rotation",
+    ),
+    "a rotation that is not stored": (
+        described(SCALES, "W8A8_DYNAMIC", **rotated("heads_rotation", LAYER)),
+        scaled(int8(64, 256), (64, 1)),
+        "unreadable-file",
+        "heads_rotation",
+    ),
+    "a rotation that is not square": (
+        described(SCALES, "W8A8_DYNAMIC", **rotated("heads_rotation", LAYER)),
+        {**HEADS_TENSORS, f"{LAYER}.heads_rotation": f32(4, 5)},
+        "wrong-shape",
+        "[L, L] = [4, 4]",
+    ),
+    "a rotation that nothing lists": (
+        described(SCALES, "W8A8_DYNAMIC", **V1),
+        HEADS_TENSORS,
+        "unexpected-tensor",
+        "heads_rotation",
+    ),
+    "a rotated layer that is float": (
+        described(("weight",), "FLOAT", **rotated("heads_rotation", LAYER)),
+        stored(weight=Stored("BF16", (64, 256)), heads_rotation=f32(4, 4)),
+        "unsupported-scheme",
+        "without online rotation",
+    ),
+    "a rotated layer that is not there": (
+        described(SCALES, "W8A8_DYNAMIC", **rotated("heads_rotation", "model.layers.0.self_attn.o_prj")),
+        None,
+        "undescribed-layer",
+        "nearest: " + LAYER,
+    ),
+    "metadata of another kind": (
+        described(SCALES, "W8A8_DYNAMIC", **V1, metadata={"quarot": {"heads_rotation": {"layers": 7}}}),
+        None,
+        "bad-config",
+        "heads_rotation.layers",
+    ),
+    "a float weight called sparse": (
+        described(("weight",), "W16A16S", **V1),
+        stored(weight=int8(64, 256)),
+        "wrong-dtype",
+        "W16A16S",
+    ),
+    "half as many outputs": (
+        described(SCALES, "W4A8_DYNAMIC", **V1),
+        scaled(int8(16, 256), (64, 1)),
+        "wrong-shape",
+        "[N, G]",
+    ),
+    "groups that do not divide": (
+        described(SCALES, "W4A16", **V1),
+        scaled(int8(32, 256), (64, 6)),
+        "",
+        "",
+    ),
+    "an offset without its scale": (
+        described(("weight", "weight_offset"), "W4A4_DYNAMIC", **V1),
+        None,
+        "missing-tensor",
+        "weight_scale",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_descriptions_give_one_clear_error(name: str) -> None:
+    description, tensors, code, text = BROKEN[name]
+    found = errors(description, tensors)
+    if not code:
+        assert found == []  # 6 groups of 43 inputs, of which the last is short: odd, and possible
+        return
+    assert {finding.code for finding in found} == {code}
+    assert any(text in finding.render() for finding in found)
+    assert all(finding.fix for finding in found)
+    assert any(LAYER[:-2] in finding.render() or code == "bad-config" for finding in found)
+
+
+def test_refused_types_are_named_for_every_layer_up_to_a_limit() -> None:
+    names = [f"model.layers.{number}.mlp.up_proj.weight" for number in range(30)]
+    found = ModelSlimFormat.from_description({**dict.fromkeys(names, "W8A8_MXFP8"), **V1})
+    assert len(found.findings) == 21
+    assert "10 more findings" in found.findings[-1].message
+
+
+def description_of(folder: Path) -> dict[str, Any]:
+    return json.loads(next(path for path in folder.iterdir() if is_description_file(path.name)).read_text())
+
+
+#: Every dense ModelSlim checkpoint of the set: the layouts of its quantized layers, or the code that refuses it.
+REAL = {
+    "msmodelslim-qwen3-v0-w4a16-asym": {Layout.MODELSLIM_PACKED_K},
+    "msmodelslim-qwen3-v0-w4a16-g64": {Layout.MODELSLIM_PACKED_N},
+    "msmodelslim-qwen3-v0-w4a16-old": {Layout.MODELSLIM_INT},
+    "msmodelslim-qwen3-v0-w4a8-g64": {Layout.MODELSLIM_TWO_LEVEL_PACKED},
+    "msmodelslim-qwen3-v0-w4a8-g64-old": {Layout.MODELSLIM_TWO_LEVEL},
+    "msmodelslim-qwen3-v0-w8a8s": {Layout.MODELSLIM_STATIC},
+    "msmodelslim-qwen3-w4a4-dynamic": {Layout.MODELSLIM_INT},
+    "msmodelslim-qwen3-w4a4-flatquant": {Layout.MODELSLIM_INT},
+    "msmodelslim-qwen3-w4a4-laos": {Layout.MODELSLIM_INT},
+    "msmodelslim-qwen3-w4a8-dynamic": {Layout.MODELSLIM_PACKED_N},
+    "msmodelslim-qwen3-w8a8c8": {Layout.MODELSLIM_STATIC},
+    "msmodelslim-qwen3-wfp8afp8": {Layout.FP8},
+    "msmodelslim-qwen3fp32-w8a16-g128": {Layout.MODELSLIM_INT},
+    "msmodelslim-qwen3-w8a8-mxfp8": "unsupported-scheme",
+    "msmodelslim-qwen3-w4a4-mxfp4": "unsupported-scheme",
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_checkpoints(name: str) -> None:
+    try:
+        folder = fixture(name)
+    except KeyError:
+        folder = shared(name)
+    checkpoint = Checkpoint.open(folder)
+    found = ModelSlimFormat.from_description(description_of(folder), tensors=checkpoint.tensors)
+    codes = {finding.code for finding in found.findings if finding.severity is Severity.ERROR}
+    expected = REAL[name]
+    if isinstance(expected, str):
+        assert codes == {expected}
+        return
+    assert codes == set()
+    assert [finding for finding in check_checkpoint(found, checkpoint) if finding.severity is Severity.ERROR] == []
+    quantized = {entry.spec for entry in found.layers.values() if not entry.spec.is_float}
+    assert {spec.layout for spec in quantized} == expected
+    assert all(find_row(LayerKind.LINEAR, spec) is not None for spec in quantized)
