@@ -103,6 +103,19 @@ def twin_run(tmp_path_factory: pytest.TempPathFactory):
     return twin
 
 
+@pytest.fixture(scope="module")
+def twin_of_two_ranks(tmp_path_factory: pytest.TempPathFactory):
+    """The twin on two tensor-parallel ranks: of DeepSeek-V3 without MLA, vLLM's own float model gives other numbers there
+    than on one rank (a relative error of 0.55 on this tiny model)."""
+
+    @cache
+    def twin(name: str) -> Run:
+        folder = make_twin(folder_of(name), tmp_path_factory.mktemp("twin") / name)
+        return run(folder, plugin=False, tensor_parallel_size=2)
+
+    return twin
+
+
 def median_error(result: Run, reference: Run) -> float:
     difference = np.linalg.norm(result.logprobs - reference.logprobs, axis=1)
     return float(np.median(difference / np.linalg.norm(reference.logprobs, axis=1)))
@@ -129,6 +142,7 @@ def test_torch_compile_agrees_with_the_twin_too(name: str, twin_run) -> None:
 @pytest.mark.tp2
 @pytest.mark.parametrize("experts", [False, True], ids=["tensor_parallel", "expert_parallel"])
 @pytest.mark.parametrize("name", CASES)
-def test_two_ranks_agree_with_the_twin_too(name: str, experts: bool, twin_run) -> None:
+def test_two_ranks_agree_with_the_twin_too(name: str, experts: bool, twin_run, request: pytest.FixtureRequest) -> None:
     result = run(folder_of(name), tensor_parallel_size=2, enable_expert_parallel=experts)
-    assert 0.0004 < median_error(result, twin_run(name)[0]) <= CASES[name][0]
+    reference = request.getfixturevalue("twin_of_two_ranks")(name) if "dsv3" in name else twin_run(name)[0]
+    assert 0.0004 < median_error(result, reference) <= CASES[name][0]

@@ -201,7 +201,7 @@ def plan(
 @app.command()
 def matrix(as_json: JsonOption = False) -> None:
     """What is served where: format, scheme, layer kind and chip, as a page of Markdown."""
-    from vllm_npu_quant.inspection.matrix import matrix as make_matrix
+    from vllm_npu_quant.inspection.support_matrix import matrix as make_matrix
 
     with _refusals("matrix", as_json):
         rows = make_matrix()

@@ -16,9 +16,9 @@ from vllm_npu_quant._version import __version__
 from vllm_npu_quant.errors import Finding
 from vllm_npu_quant.inspection.checks import CheckReport
 from vllm_npu_quant.inspection.layers import Layer
-from vllm_npu_quant.inspection.matrix import MatrixRow
 from vllm_npu_quant.inspection.overview import Overview
 from vllm_npu_quant.inspection.planning import Plan
+from vllm_npu_quant.inspection.support_matrix import MatrixRow
 
 __all__ = ["VERSION", "check_data", "inspect_data", "matrix_data", "plain", "plan_data", "wrapped"]
 

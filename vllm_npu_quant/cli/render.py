@@ -13,9 +13,9 @@ from rich.text import Text
 from vllm_npu_quant.errors import Finding, Severity
 from vllm_npu_quant.inspection.checks import CheckReport
 from vllm_npu_quant.inspection.chips import CHIPS
-from vllm_npu_quant.inspection.matrix import MatrixRow
 from vllm_npu_quant.inspection.overview import Overview
 from vllm_npu_quant.inspection.planning import Plan
+from vllm_npu_quant.inspection.support_matrix import MatrixRow
 
 if TYPE_CHECKING:
     from vllm_npu_quant.engine.compare import Comparison, RunReport

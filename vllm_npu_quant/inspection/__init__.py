@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from vllm_npu_quant.inspection.checks import CheckReport, check
 from vllm_npu_quant.inspection.layers import Layer, Scheme
-from vllm_npu_quant.inspection.matrix import MatrixRow, matrix
 from vllm_npu_quant.inspection.model import Model, open_model
 from vllm_npu_quant.inspection.overview import Overview, inspect
 from vllm_npu_quant.inspection.planning import Plan, plan
+from vllm_npu_quant.inspection.support_matrix import MatrixRow, matrix
 
 __all__ = [
     "CheckReport",
