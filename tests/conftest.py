@@ -11,7 +11,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The reference for what runs here must not depend on what a developer has set.
-for name in ("VLLM_NPU_QUANT", "VLLM_NPU_QUANT_TAKEOVER", "VLLM_NPU_QUANT_EMULATION", "VLLM_PLUGINS"):
+for name in ("VLLM_PLUGINS", *(name for name in os.environ if name.startswith("VLLM_NPU_QUANT"))):
     os.environ.pop(name, None)
 
 #: Two-rank engine runs take 20 to 30 s each. One or two for each kind of sharding run by default, all with --all-ranks.
