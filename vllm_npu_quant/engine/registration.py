@@ -78,7 +78,9 @@ def _detect(model: str, revision: str | None, asked: str | None) -> str | None:
     if named == "modelslim":
         return named
     name, config = _evidence(model, revision)
-    if name is None or (config is not None and embedded_description(config)):
+    if name is None:
+        return _named_beside(model, revision, asked)
+    if config is not None and embedded_description(config):
         return asked
     if config is not None:
         if asked is not None:
@@ -115,6 +117,31 @@ def _evidence(model: str, revision: str | None) -> tuple[str | None, Mapping[str
         # It may hold a whole description itself.
         config = read_json(file, max_bytes=DESCRIPTION_MAX_BYTES) if file.is_file() else None
     return name, quantization_config(config) if isinstance(config, Mapping) else None
+
+
+def _named_beside(model: str, revision: str | None, asked: str | None) -> str | None:
+    """What was asked for, or our method where config.json is silent and a file of AutoGPTQ or AutoAWQ is beside it.
+
+    vLLM does not look for these files; with quantization="gptq" it would take its own method, without asking ours.
+    """
+    from vllm_npu_quant.checkpoint import find_local
+    from vllm_npu_quant.engine.config import CONFIGS
+    from vllm_npu_quant.formats.detect import detect
+    from vllm_npu_quant.formats.open import served_name
+
+    folder = find_local(model, revision=revision)
+    if folder is None or not {"quantize_config.json", "quant_config.json"} & set(os.listdir(folder)):
+        return asked
+    detection = detect(folder)
+    ours = next((config for config in CONFIGS if config.format_name == served_name(detection.format)), None)
+    if not detection.asks or ours is None:
+        return asked
+    if asked is None or asked.lower() in {ours.method_name, *ours.claims, *ours.aliases}:
+        logger.info(
+            "%s is a checkpoint of %s (%s): quantization=%s", model, detection.format, detection.file, ours.method_name
+        )
+        return ours.method_name
+    return asked
 
 
 def hub_files(model: str, revision: str | None) -> list[str]:
