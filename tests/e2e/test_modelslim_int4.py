@@ -116,6 +116,22 @@ def test_two_ranks_agree_with_the_twin_too(name: str, twin_run) -> None:
         assert relative_error(both, twin_run(name)) <= 1.1 * relative_error(quantized(name), twin_run(name))
 
 
+def test_w4a8_runs_weight_only_where_the_user_asks_for_it(twin_run, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "msmodelslim-qwen3-w4a8-dynamic"
+    monkeypatch.setenv("VLLM_NPU_QUANT_W4A8", "w4a16")
+    result = run(checkpoint(name))
+    assert result.methods == {"WeightOnlyLinear": 8}
+    assert {group.scheme for group in result.groups if group.method == "WeightOnlyLinear"} == {"W4A8_DYNAMIC as W4A16"}
+    assert relative_error(result, twin_run(name)) <= 0.02
+
+
+def test_another_value_of_the_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_NPU_QUANT_W4A8", "w4a4")
+    with pytest.raises(NpuQuantError, match="must be int8 or w4a16") as caught:
+        run(checkpoint("msmodelslim-qwen3-w4a8-dynamic"))
+    assert caught.value.codes == ("bad-config",)
+
+
 @pytest.mark.parametrize("name", ["msmodelslim-qwen3-w8a8-mxfp8", "msmodelslim-qwen3-w4a4-mxfp4"])
 def test_formats_of_other_chips_are_refused_by_name(name: str) -> None:
     with pytest.raises(NpuQuantError, match="Ascend 950") as caught:
