@@ -285,6 +285,9 @@ class NpuQuantLinearMethod(LinearMethodBase):
             return
         if load_is_checked():
             raise_findings(self._not_filled())
+        else:
+            for name in self.coverage:
+                fill_placeholder(name, getattr(layer, name).data, self.spec)
         canonical = self._canonical(layer)
         try:
             prepared = self.method.prepare(canonical, self.context)
@@ -443,6 +446,23 @@ def _parameter(tensor: TensorSpec, sizes: LayerSizes, weight_loader: Callable[..
         return ChannelQuantScaleParameter(output_dim=out, **common)
     kind = ModelWeightParameter if inputs is not None else GroupQuantScaleParameter
     return kind(input_dim=along_inputs, output_dim=out, **common)
+
+
+def fill_placeholder(name: str, param: torch.Tensor, spec: LayerSpec) -> None:
+    """Numbers that every scheme allows, where the load format brings none (dummy), or brings them prepared already.
+
+    Args:
+        name: the tensor's name in its layout. param: what receives it.
+    """
+    weight, group = spec.on_disk, group_size_of(spec)
+    if name == "qzeros" and weight is not None:
+        param.fill_(1 << (weight.bits - 1))  # the zero of symmetric integers without a sign
+    elif name.endswith("g_idx") and group:
+        param.copy_(torch.arange(param.shape[-1]) // group)
+    elif name == "weight_shape":
+        param.fill_(1 << 31)  # what the packed weight holds is no more
+    else:
+        param.fill_(1 if "scale" in name else 0)
 
 
 def load_is_checked() -> bool:

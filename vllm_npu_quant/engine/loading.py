@@ -61,7 +61,8 @@ def check_loaded(config: NpuQuantConfig, model: nn.Module, loaded: set[str] | No
         loaded: the names of the parameters that were loaded; None where the model does not say.
 
     Raises:
-        NpuQuantError: not-filled for float parameters without data, unexpected-tensor for norm biases without a place.
+        NpuQuantError: not-filled for float parameters and norm biases without data, unexpected-tensor for norm biases
+            without a place.
     """
     findings = _lost_biases(config, model)
     if loaded is not None:
@@ -108,7 +109,7 @@ def _lost_biases(config: NpuQuantConfig, model: nn.Module) -> list[Finding]:
     held: set[str] = set()
     elsewhere: set[str] = set()
     taken: set[str] = set()
-    kinds: dict[str, str] = {}
+    kinds: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         for spelling in resolver.spellings(name):
             if isinstance(module, PPMissingLayer):
@@ -116,24 +117,41 @@ def _lost_biases(config: NpuQuantConfig, model: nn.Module) -> list[Finding]:
                 continue
             held.add(spelling)
             if spelling in quant_format.norm_biases:
-                kinds[spelling] = type(module).__name__
+                kinds[spelling] = module
                 if _has_bias(module):
                     taken.add(spelling)
+    lost = quant_format.norm_biases - taken - elsewhere
+    # Layers of other ranks, and of the draft model in the same checkpoint, are not in this model.
     return [
-        Finding(
-            "unexpected-tensor",
-            "the checkpoint gives this norm a bias, and the model has no place for it, so its effect would be lost",
-            layer=norm,
-            file=quant_format.source,
-            expected="an RMSNorm of this name, to which a bias is added",
-            found=f"a {kinds[norm]}" if norm in kinds else "no such module in the model",
-            nearest=() if norm in kinds else nearest_names(norm, held),
-            fix="re-export the checkpoint with symmetric smoothing, or for a model that vLLM knows under these names",
-        )
-        for norm in sorted(quant_format.norm_biases - taken - elsewhere)
-        # Layers of other ranks, and of the draft model in the same checkpoint, are not in this model.
-        if norm.rpartition(".")[0] in held
+        _lost_bias(norm, kinds.get(norm), held, quant_format.source) for norm in sorted(lost) if _parent(norm) in held
     ]
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _lost_bias(norm: str, module: nn.Module | None, held: set[str], source: str) -> Finding:
+    if module is not None and isinstance(getattr(module, "quant_method", None), NormBiasMethod):
+        return Finding(
+            "not-filled",
+            "the norm's bias received no data",
+            layer=norm,
+            file=source,
+            expected=f"{norm}.bias",
+            found="no such tensor among those that were loaded",
+            fix="check that the weight files are complete",
+        )
+    return Finding(
+        "unexpected-tensor",
+        "the checkpoint gives this norm a bias, and the model has no place for it, so its effect would be lost",
+        layer=norm,
+        file=source,
+        expected="an RMSNorm of this name, to which a bias is added",
+        found="no such module in the model" if module is None else f"a {type(module).__name__}",
+        nearest=() if module is not None else nearest_names(norm, held),
+        fix="re-export the checkpoint with symmetric smoothing, or for a model that vLLM knows under these names",
+    )
 
 
 def _has_bias(module: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm_npu_quant import dispatch
 from vllm_npu_quant.engine import platforms
 from vllm_npu_quant.engine.coverage import Coverage
-from vllm_npu_quant.engine.linear import TORCH_DTYPES, load_is_checked, load_object, regrouped
+from vllm_npu_quant.engine.linear import TORCH_DTYPES, fill_placeholder, load_is_checked, load_object, regrouped
 from vllm_npu_quant.errors import Finding, NpuQuantError, raise_findings
 from vllm_npu_quant.formats.base import LayerEntry
 from vllm_npu_quant.formats.resolve import ResolvedExperts
@@ -457,6 +457,10 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
                 for product in self.products
                 for finding in product.not_filled(self.prefix, self.source, numbers)
             )
+        else:
+            for product in self.products:
+                for name in product.coverage:
+                    fill_placeholder(name, getattr(layer, f"{product.name}_{name}").data, product.spec)
         placement = Placement.of(self.moe.num_experts, expert_map)
         w13, w2 = self.products
         self.chain = FusedExperts(
