@@ -11,7 +11,7 @@ import pytest
 from tests.fixtures_index import fixture
 from vllm_npu_quant import settings
 from vllm_npu_quant.ascend.ownership import serves_compressed_tensors, serves_modelslim
-from vllm_npu_quant.engine.config import ModelSlimConfig
+from vllm_npu_quant.engine.config import ModelSlimConfig, NpuCompressedTensorsConfig
 from vllm_npu_quant.engine.registration import _detect
 
 
@@ -54,6 +54,16 @@ def test_naming_our_method_is_enough() -> None:
     assert _detect(str(fixture("msmodelslim-qwen3-w8a8-dynamic")), None, "modelslim") == "modelslim"
     embedded = {"quant_method": "modelslim", "a.q_proj.weight": "W8A8"}
     assert ModelSlimConfig.override_quantization_method(embedded, "modelslim") == "modelslim"
+
+
+@pytest.mark.usefixtures("on_ascend")
+def test_compressed_tensors_that_vllm_ascend_serves_are_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = NpuCompressedTensorsConfig.override_quantization_method
+    assert ask(_config(), None) is None
+    assert ask(_config(weights__num_bits=4), None) == "npu_compressed_tensors"
+    assert ask(_config(), "npu_compressed_tensors") == "npu_compressed_tensors"
+    monkeypatch.setenv("VLLM_NPU_QUANT_TAKEOVER", "1")
+    assert ask(_config(), None) == "npu_compressed_tensors"
 
 
 def test_elsewhere_ascend_is_an_alias() -> None:

@@ -64,4 +64,4 @@ def test_fixtures_are_plain_files() -> None:
     paths = [path for path in FIXTURES.rglob("*") if not path.is_dir()]
     assert not [path for path in paths if path.is_symlink() or not path.is_file()]
     assert not [path for path in paths if stat.S_IMODE(path.stat().st_mode) & 0o111]
-    assert sum(path.stat().st_size for path in paths) < 45e6
+    assert sum(path.stat().st_size for path in paths) < 60e6

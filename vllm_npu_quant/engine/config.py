@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,6 +24,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm_npu_quant import settings
 from vllm_npu_quant.checkpoint import DESCRIPTION_MAX_BYTES, Checkpoint, find_local, read_json
 from vllm_npu_quant.engine import platforms
+from vllm_npu_quant.engine.dequantized import DequantizedLinearMethod, as_float
 from vllm_npu_quant.engine.linear import CHECKPOINT_BIAS, NpuQuantLinearMethod
 from vllm_npu_quant.errors import Finding, NpuQuantError, Severity, raise_findings
 from vllm_npu_quant.formats.base import QuantFormat
@@ -31,7 +33,7 @@ from vllm_npu_quant.formats.detect import description_name, embedded_description
 from vllm_npu_quant.formats.modelslim import as_static
 from vllm_npu_quant.formats.open import build_format
 from vllm_npu_quant.formats.resolve import LayerResolver, ResolvedLayer
-from vllm_npu_quant.spec import LayerKind
+from vllm_npu_quant.spec import LayerKind, LayerSpec
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
@@ -78,6 +80,7 @@ class NpuQuantConfig(QuantizationConfig):
         self.resolver: LayerResolver | None = None
         self.tied_embeddings = False
         self.hidden_layers: int | None = None
+        self.said_w4a16 = False
         # vllm-ascend reads this attribute without a guard; it wants the keys of norm biases.
         self.quant_description: dict[str, Any] = {}
         self.enable_fa_quant = False
@@ -222,8 +225,28 @@ class NpuQuantConfig(QuantizationConfig):
             if "bias" in resolved.listed_tensors() and not getattr(layer, "has_bias", True):
                 raise NpuQuantError([_lost_bias(resolved, resolver.format.source)])
             return platforms.unquantized_linear() if kind is LayerKind.LINEAR else None
+        if prefix.endswith(".kv_b_proj") and _uses_mla():
+            return DequantizedLinearMethod(resolved, as_float(resolved.spec), kind, resolver.format.source)
         spec = as_static(resolved.spec) if _is_kv_consumer() else resolved.spec
+        spec = self._w4a8(spec)
         return NpuQuantLinearMethod(resolved, spec, kind, resolver.format.source)
+
+    def _w4a8(self, spec: LayerSpec) -> LayerSpec:
+        """W4A8 as the user wants it: with activations in the model's dtype only where that was asked for."""
+        weight, activation = spec.weight, spec.activation
+        if weight is None or activation is None or (weight.bits, activation.bits) != (4, 8):
+            return spec
+        try:
+            mode = settings.w4a8_mode()
+        except ValueError as error:
+            fix = f"unset {settings.W4A8}, or set it to int8 or w4a16"
+            raise NpuQuantError([Finding("bad-config", str(error), expected="int8 or w4a16", fix=fix)]) from error
+        if mode == "int8" or spec.transform is not None:
+            return spec
+        if not self.said_w4a16:
+            self.said_w4a16 = True
+            logger.info("%s=w4a16: activations of %s layers are not quantized", settings.W4A8, spec.scheme)
+        return replace(spec, scheme=f"{spec.scheme} as W4A16", activation=None)
 
     def _lm_head(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if not self._resolver(prefix).describes(prefix) and self.tied_embeddings:
@@ -278,6 +301,13 @@ class NpuQuantConfig(QuantizationConfig):
 def _incomplete(checkpoint: Checkpoint) -> bool:
     """Whether a snapshot of the hub lacks weight files that vLLM is going to download."""
     return not checkpoint.files or "index-mismatch" in {finding.code for finding in checkpoint.findings}
+
+
+def _uses_mla() -> bool:
+    """Whether the model's attention is the latent one, for which vLLM takes the weight of kv_b_proj apart."""
+    config = get_current_vllm_config_or_none()
+    model_config = getattr(config, "model_config", None)
+    return bool(getattr(model_config, "use_mla", False))
 
 
 def _is_kv_consumer() -> bool:
@@ -360,6 +390,12 @@ class NpuCompressedTensorsConfig(NpuQuantConfig):
     method_name = "npu_compressed_tensors"
     format_name = "compressed-tensors"
     claims = frozenset({"compressed-tensors", "compressed_tensors"})
+
+    @classmethod
+    def served_by_vllm_ascend(cls, quantization_config: Mapping[str, Any]) -> bool:
+        from vllm_npu_quant.ascend.ownership import serves_compressed_tensors
+
+        return serves_compressed_tensors(quantization_config)
 
 
 class NpuFp8Config(NpuQuantConfig):

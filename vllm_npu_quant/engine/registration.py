@@ -74,7 +74,7 @@ def _detect(model: str, revision: str | None, asked: str | None) -> str | None:
 
     named = (asked or "").lower()
     if named == "ascend":
-        return asked if settings.ascend_host() else "modelslim"
+        return asked if settings.ascend_host() and not settings.takeover() else "modelslim"
     if named == "modelslim":
         return named
     name, config = _evidence(model, revision)
@@ -91,8 +91,44 @@ def _detect(model: str, revision: str | None, asked: str | None) -> str | None:
         # vLLM would quantize the integers once more, or load them as floats.
         fix = "leave quantization= out, or remove the description if it does not belong to the weight files"
         raise NpuQuantError([contradiction(f"quantization={asked[:80]!r}", name, fix=fix)])
-    logger.info("%s is a ModelSlim checkpoint (%s): quantization=modelslim", model, name)
+    why = ""
+    if settings.ascend_host():
+        theirs, why = _left_to_vllm_ascend(model, revision, name)
+        if theirs:
+            logger.info("%s (%s) is left to vllm-ascend: %s", model, name, why)
+            return None
+    logger.info("%s is a ModelSlim checkpoint (%s): quantization=modelslim%s", model, name, f"; {why}" if why else "")
     return "modelslim"
+
+
+def _left_to_vllm_ascend(model: str, revision: str | None, name: str) -> tuple[bool, str]:
+    """Whether a ModelSlim checkpoint stays with vllm-ascend, which has fused paths for what it serves; and why."""
+    if settings.takeover():
+        return False, f"{settings.TAKEOVER}=1"
+    from vllm_npu_quant.ascend.ownership import serves_modelslim
+
+    theirs, missing = serves_modelslim(_schemes(model, revision, name))
+    return theirs, "it serves all of its schemes" if theirs else f"vllm-ascend does not serve {missing}"
+
+
+def _schemes(model: str, revision: str | None, name: str) -> set[tuple[str, str]]:
+    """(scheme, "linear" or "moe") of every quantized layer that a description lists."""
+    from vllm_npu_quant.checkpoint import DESCRIPTION_MAX_BYTES, read_json
+    from vllm_npu_quant.formats.modelslim import ModelSlimFormat
+
+    path = os.path.join(model, name)
+    if not os.path.isdir(model):
+        from huggingface_hub import hf_hub_download
+
+        path = hf_hub_download(model, name, revision=revision)
+    found = ModelSlimFormat.from_description(read_json(path, max_bytes=DESCRIPTION_MAX_BYTES), name)
+    schemes = {(entry.spec.scheme, "linear") for entry in found.layers.values() if not entry.spec.is_float}
+    for experts in found.experts.values():
+        entries = (experts.gate, experts.up, experts.down)
+        schemes |= {(entry.spec.scheme, "moe") for entry in entries if not entry.spec.is_float}
+    # What this version does not serve is not a reason to take the checkpoint from vllm-ascend.
+    unknown = (finding.found for finding in found.findings if finding.code in ("unknown-scheme", "unsupported-scheme"))
+    return schemes | {(scheme, "linear") for scheme in unknown}
 
 
 def _evidence(model: str, revision: str | None) -> tuple[str | None, Mapping[str, Any] | None]:
