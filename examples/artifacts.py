@@ -13,7 +13,7 @@ from pathlib import Path
 __all__ = ["build_once", "cache_root"]
 
 #: Counts up when what is kept in the cache changes, so that nobody is served something an older version made.
-RECIPE = "1"
+RECIPE = "2"
 
 #: A temporary directory older than this was left by a run that was killed.
 STALE_SECONDS = 24 * 3600
