@@ -147,29 +147,25 @@ def _print_layers(console: Console, llm: LLM) -> None:
 
 
 def _print_speed(console: Console, llm: LLM, *, sequences: int = 8, prompt: int = 256, decode: int = 32) -> None:
-    """Tokens per second, prefill and decode apart: the same batch with one token to generate and with many."""
+    """Tokens per second: prefill from long prompts and one new token, decode from short prompts and many."""
     from vllm import SamplingParams
 
-    length = min(prompt, llm.llm_engine.model_config.max_model_len - decode - 1)
+    prompt = min(prompt, llm.llm_engine.model_config.max_model_len - 1)
+    fresh = iter(range(100, 400))
 
-    def seconds(first: int, new_tokens: int) -> float:
-        # Each call and each sequence has tokens of its own, so that nothing comes from the prefix cache.
-        batch: list[Any] = [
-            {"prompt_token_ids": [100 + (first + i + 7 * position) % 300 for position in range(length)]}
-            for i in range(sequences)
-        ]
+    def seconds(length: int, new_tokens: int) -> float:
+        # Every sequence starts with a token of its own, so that nothing comes from the prefix cache.
+        batch: list[Any] = [{"prompt_token_ids": [next(fresh)] * length} for _ in range(sequences)]
         parameters = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
         started = time.perf_counter()
         llm.generate(batch, parameters, use_tqdm=False)
         return time.perf_counter() - started
 
-    seconds(0, 2)  # first calls allocate and, with --compile, compile
-    prefill = seconds(sequences, 1)
-    both = seconds(2 * sequences, 1 + decode)
+    seconds(4, 2)  # the first batch of this size allocates and, with --compile, compiles
     console.print(
-        f"speed       prefill {sequences * length / prefill:,.0f} tokens/s, "
-        f"decode {sequences * decode / max(both - prefill, 1e-9):,.0f} tokens/s "
-        f"({sequences} sequences of {length} tokens, {os.cpu_count()} CPUs)"
+        f"speed       prefill {sequences * prompt / seconds(prompt, 1):,.0f} tokens/s, "
+        f"decode {sequences * decode / seconds(4, decode):,.0f} tokens/s "
+        f"({sequences} sequences at a time, {os.cpu_count()} CPUs)"
     )
 
 
