@@ -64,6 +64,8 @@ def run(folder: Path, *, plugin: bool = True, inspect: Callable[[Any], Any] | No
     from vllm import LLM, SamplingParams
     from vllm.plugins import load_general_plugins
 
+    _reset_distributed()  # an engine that was refused while it was built leaves its groups, and the next would take them
+
     load_general_plugins()  # with the plugin on: vLLM loads plugins once per process, and asks it at every checkpoint
 
     from vllm_npu_quant.engine import layer_summary
@@ -105,9 +107,11 @@ def run(folder: Path, *, plugin: bool = True, inspect: Callable[[Any], Any] | No
 
 
 def _reset_distributed() -> None:
+    import torch
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    cleanup_dist_env_and_memory()
+    if torch.distributed.is_initialized():
+        cleanup_dist_env_and_memory()
 
 
 def relative_error(run: Run, reference: Run) -> float:

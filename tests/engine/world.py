@@ -52,5 +52,5 @@ def load_model(folder: Path, **options: Any) -> nn.Module:
 
     config = engine_config(folder, **options)
     # The loader empties an accelerator's cache; vLLM's CPU worker makes that call do nothing.
-    with world(config), mock.patch.object(torch.accelerator, "empty_cache", lambda: None):
+    with world(config), mock.patch.object(torch.accelerator, "empty_cache"):
         return get_model(vllm_config=config)
