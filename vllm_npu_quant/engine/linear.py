@@ -127,7 +127,7 @@ class NpuQuantLinearMethod(LinearMethodBase):
             weight_loader = _vocabulary_loader(layer, weight_loader)
         for tensor in self.tensors:
             name = CHECKPOINT_BIAS if tensor.name == "bias" else tensor.name
-            param = _parameter(tensor.as_loaded(), sizes, self._loader(tensor, name, weight_loader))
+            param = _parameter(tensor.as_loaded(), sizes, self._loader(layer, tensor, name, weight_loader))
             self.coverage[name] = Coverage(param.shape)
             layer.register_parameter(name, param)
 
@@ -185,13 +185,16 @@ class NpuQuantLinearMethod(LinearMethodBase):
                     )
         return findings
 
-    def _loader(self, tensor: TensorSpec, name: str, load: Callable[..., Any]) -> Callable[..., Any]:
-        """vLLM's loader, with the dtype checked before it and the writes observed."""
+    def _loader(self, layer: nn.Module, tensor: TensorSpec, name: str, load: Callable[..., Any]) -> Callable[..., Any]:
+        """vLLM's loader, with the dtype and the sizes checked before it and the writes observed."""
 
         def weight_loader(param: torch.Tensor, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             found = list(loaded_weight.shape)
+            shard = args[0] if args else None
             try:
-                loaded_weight = self._adapted(tensor, loaded_weight, args[0] if args else None)
+                # vLLM takes this rank's part from the front of whatever is there.
+                assert not self._too_long(tensor, found, rows_of(layer, shard))
+                loaded_weight = self._adapted(tensor, loaded_weight, shard)
                 # Fused shards have the same inputs: what belongs to the inputs is loaded for each, and must be equal.
                 shared = tensor.dims == (IN,) and not tensor.optional
                 before = param.data.clone() if shared and self.coverage[name].started else None
@@ -216,6 +219,15 @@ class NpuQuantLinearMethod(LinearMethodBase):
                 ) from error
 
         return weight_loader
+
+    def _too_long(self, tensor: TensorSpec, stored: list[int], rows: int | None) -> bool:
+        """Whether a stored tensor has more outputs or inputs than the whole layer, ``rows`` of its shard."""
+        sizes = LayerSizes(outputs=rows or 0, inputs=self.inputs)
+        return len(stored) == len(tensor.dims) and any(
+            length > dim.length(sizes)
+            for dim, length in zip(tensor.dims, stored, strict=True)
+            if dim.axis is Axis.IN or (dim.axis is Axis.OUT and rows is not None)
+        )
 
     def _inputs_disagree(self, tensor: TensorSpec) -> Finding:
         return Finding(
@@ -394,6 +406,20 @@ class NpuQuantLinearMethod(LinearMethodBase):
         if self.method.gathers_inputs:
             x = tensor_model_parallel_all_gather(x.contiguous())
         return self.method.apply(layer, x, bias)
+
+
+def rows_of(layer: Any, shard: Any) -> int | None:
+    """The outputs of a checkpoint layer that fills one shard of vLLM's layer, over all ranks; None where it is not known."""
+    if shard is None:
+        return getattr(layer, "org_vocab_size", None) or getattr(layer, "output_size", None)
+    if isinstance(shard, int) and hasattr(layer, "output_sizes"):
+        return layer.output_sizes[shard]
+    if shard == "q" and hasattr(layer, "total_num_heads"):
+        return layer.total_num_heads * layer.head_size
+    if shard in ("k", "v") and hasattr(layer, "total_num_kv_heads"):
+        size = getattr(layer, "v_head_size", layer.head_size) if shard == "v" else layer.head_size
+        return layer.total_num_kv_heads * size
+    return None
 
 
 def _vocabulary_loader(layer: nn.Module, load: Callable[..., Any]) -> Callable[..., Any]:
