@@ -15,10 +15,13 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 
 from tests.e2e.damage import DESCRIPTION, WEIGHTS, Copy, Damage
+from tests.e2e.yardstick import run
+from tests.engine.world import load_model
 from tests.test_imports import deepseek_r1_description
 from vllm_npu_quant.errors import Finding, NpuQuantError, Severity
 
 STATIC, DYNAMIC = "msmodelslim-qwen3-w8a8", "msmodelslim-qwen3-w8a8-dynamic"
+NORM_BIAS = "msmodelslim-qwen3fp32-w8a8-normbias"
 UP = "model.layers.0.mlp.up_proj"
 KEY = "model.layers.1.self_attn.k_proj"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -308,3 +311,230 @@ def test_the_check_stays_linear_where_half_of_a_large_checkpoint_is_missing(monk
     found = modelslim.ModelSlimFormat.from_description(described, tensors=stored)
     check.check_checkpoint(found, SimpleNamespace(tensors=stored, findings=()))
     assert 0 < len(calls) < 100
+
+
+# The backstop: the same damages where nobody has looked at the headers, as for a hub model that is not downloaded yet.
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No header is compared with anything."""
+    from vllm_npu_quant.engine import config
+    from vllm_npu_quant.formats.modelslim import _Builder
+
+    monkeypatch.setattr(config, "check_checkpoint", lambda *_: [])
+    monkeypatch.setattr(_Builder, "check_files", lambda *_: None)
+
+
+def errors_while_loading(tmp_path: Path, name: str, *damages: Damage, **options: object) -> list[Finding]:
+    copy = Copy(name)
+    for damage in damages:
+        damage(copy)
+    folder = copy.write(tmp_path / "m")
+    with pytest.raises(NpuQuantError) as caught:
+        load_model(folder, **options)
+    return list(caught.value.findings)
+
+
+#: Damage -> (checkpoint, damage, the one error: code, layer, parts of expected and found).
+LOADING: dict[str, tuple[str, Damage, tuple[str, str, str, str]]] = {
+    "one shard of a fused weight": (
+        STATIC,
+        lambda c: c.delete(UP + ".weight"),
+        ("not-filled", "model.layers.0.mlp.gate_up_proj", f"{UP}.weight", "nothing for weight[512:1024, 0:256]"),
+    ),
+    "the middle shard of a fused scale": (
+        STATIC,
+        lambda c: c.delete(KEY + ".deq_scale"),
+        ("not-filled", "model.layers.1.self_attn.qkv_proj", f"{KEY}.deq_scale", "nothing for deq_scale[256:384]"),
+    ),
+    "the input scale of one shard": (
+        STATIC,
+        lambda c: c.delete(KEY + ".input_scale"),
+        ("not-filled", "model.layers.1.self_attn.qkv_proj", f"{KEY}.input_scale", "nothing for input_scale[1:2]"),
+    ),
+    "a weight that is not fused": (
+        DYNAMIC,
+        lambda c: c.delete("model.layers.1.mlp.down_proj.weight"),
+        ("not-filled", "model.layers.1.mlp.down_proj", "down_proj.weight", "nothing for weight[0:256, 0:512]"),
+    ),
+    "an offset": (
+        DYNAMIC,
+        lambda c: c.delete(UP + ".weight_offset"),
+        ("not-filled", "model.layers.0.mlp.gate_up_proj", f"{UP}.weight_offset", "weight_offset[512:1024, 0:1]"),
+    ),
+    "too few rows": (
+        STATIC,
+        lambda c: c.change(UP + ".weight", lambda x: x[:100]),
+        ("wrong-shape", "model.layers.0.mlp.gate_up_proj", "[N, K] that fills [1024, 256]", "[100, 256] for shard 1"),
+    ),
+    "too many rows": (
+        DYNAMIC,
+        lambda c: c.change(UP + ".weight_scale", lambda x: torch.cat([x, x])),
+        ("wrong-shape", "model.layers.0.mlp.gate_up_proj", "[N, G] that fills [1024, 1]", "[1024, 1] for shard 1"),
+    ),
+    "too few inputs": (
+        STATIC,
+        lambda c: c.change("model.layers.1.self_attn.o_proj.weight", lambda x: x[:, :100]),
+        ("wrong-shape", "model.layers.1.self_attn.o_proj", "[N, K] that fills [256, 256]", "[256, 100]"),
+    ),
+    "too many inputs": (
+        DYNAMIC,
+        lambda c: c.change("model.layers.1.self_attn.o_proj.weight", lambda x: torch.cat([x, x], dim=1)),
+        ("wrong-shape", "model.layers.1.self_attn.o_proj", "[N, K] that fills [256, 256]", "[256, 512]"),
+    ),
+    "another dtype": (
+        STATIC,
+        lambda c: c.change(UP + ".weight", lambda x: x.bfloat16()),
+        ("wrong-dtype", "model.layers.0.mlp.gate_up_proj", "I8", "BF16"),
+    ),
+    "shards with different input scales": (
+        STATIC,
+        lambda c: c.change(KEY + ".input_scale", lambda x: x * 2),
+        ("fused-shards-disagree", "model.layers.1.self_attn.qkv_proj", "one value", "0.0"),
+    ),
+    "an input scale that is no number": (
+        STATIC,
+        lambda c: c.change("model.layers.0.self_attn.o_proj.input_scale", lambda x: x * float("nan")),
+        ("bad-value", "model.layers.0.self_attn.o_proj", "> 0", "nan"),
+    ),
+    "an input scale of 0": (
+        STATIC,
+        lambda c: c.change("model.layers.0.self_attn.o_proj.input_scale", lambda x: x * 0),
+        ("bad-value", "model.layers.0.self_attn.o_proj", "> 0", "0"),
+    ),
+    "a norm": (
+        STATIC,
+        lambda c: c.delete("model.layers.0.input_layernorm.weight"),
+        ("not-filled", "model.layers.0.input_layernorm", "model.layers.0.input_layernorm.weight", "no tensor"),
+    ),
+    "the embedding": (
+        STATIC,
+        lambda c: c.delete("model.embed_tokens.weight"),
+        ("not-filled", "model.embed_tokens", "model.embed_tokens.weight", "no tensor"),
+    ),
+    "a norm's bias": (
+        NORM_BIAS,
+        lambda c: c.delete("model.layers.0.input_layernorm.bias"),
+        ("not-filled", "model.layers.0.input_layernorm", "model.layers.0.input_layernorm.bias", "no such tensor"),
+    ),
+    "a layer's bias from smoothing": (
+        NORM_BIAS,
+        lambda c: c.delete(KEY + ".bias"),
+        ("not-filled", "model.layers.1.self_attn.qkv_proj", f"{KEY}.bias", "nothing for checkpoint_bias[256:384]"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LOADING)
+@pytest.mark.usefixtures("unchecked")
+def test_damage_is_named_while_loading(case: str, tmp_path: Path) -> None:
+    name, damage, (code, layer, expected, found) = LOADING[case]
+    (finding,) = errors_while_loading(tmp_path, name, damage)
+    assert (finding.code, finding.layer) == (code, layer), finding.render()
+    assert expected in finding.expected
+    assert found in finding.found
+    assert finding.fix
+
+
+def test_a_width_that_only_the_model_knows(tmp_path: Path) -> None:
+    """All tensors of the layer agree with each other, so that the headers are right."""
+    (finding,) = errors_while_loading(tmp_path, STATIC, lambda c: c.change(UP + ".weight", lambda x: x[:, :200]))
+    assert (finding.code, finding.found) == ("wrong-shape", "[512, 200] for shard 1")
+
+
+def test_a_model_that_is_narrower_than_the_checkpoint(tmp_path: Path) -> None:
+    """vLLM would take the first rows of every layer, without a word."""
+    findings = errors_while_loading(tmp_path, STATIC, lambda c: c.config.update(intermediate_size=256))
+    assert {finding.code for finding in findings} == {"wrong-shape"}
+
+
+def test_fused_layers_of_different_types(tmp_path: Path) -> None:
+    """Whether two layers are fused is known when the model is built, before a weight is read."""
+    (finding,) = errors_while_loading(tmp_path, DYNAMIC, lambda c: c.describe(KEY, "W8A16"))
+    assert (finding.code, finding.layer) == ("fused-shards-disagree", "model.layers.1.self_attn.qkv_proj")
+    assert all(f"{part}_proj: W8A8_DYNAMIC" in finding.found for part in "qv")
+    assert "k_proj: W8A16" in finding.found
+
+
+@pytest.mark.parametrize("layer", ["model.norm", "model.embed_tokens"])
+def test_a_float_layer_that_neither_description_nor_files_have(layer: str, tmp_path: Path) -> None:
+    """vLLM looks for parameters without data in float models only."""
+    damages = (lambda c: c.forget(layer), lambda c: c.delete(layer + ".weight"))
+    (finding,) = errors_while_loading(tmp_path, STATIC, *damages)
+    assert (finding.code, finding.layer) == ("not-filled", layer)
+
+
+def test_a_head_that_neither_description_nor_files_have(tmp_path: Path) -> None:
+    damages = (lambda c: c.forget("lm_head"), lambda c: c.delete("lm_head.weight"))
+    (finding,) = errors_while_loading(tmp_path, STATIC, *damages)
+    assert (finding.code, finding.layer) == ("undescribed-layer", "lm_head")
+
+
+def test_a_float_layer_with_a_bias_that_the_model_class_has_not(tmp_path: Path) -> None:
+    """Asymmetric smoothing gives it to layers that are rolled back to float, too, and vLLM drops it without a word."""
+
+    def roll_back(copy: Copy) -> None:
+        for part in ("gate_proj", "up_proj"):
+            layer = f"model.layers.0.mlp.{part}"
+            rows, columns = copy.tensors[layer + ".weight"].shape
+            copy.delete(*[name for name in copy.tensors if name.startswith(layer)])
+            copy.forget(layer)
+            copy.tensors |= {layer + ".weight": torch.zeros(rows, columns), layer + ".bias": torch.ones(rows)}
+            copy.description |= {layer + ".weight": "FLOAT", layer + ".bias": "FLOAT"}
+
+    (finding,) = errors_while_loading(tmp_path, NORM_BIAS, roll_back)
+    assert (finding.code, finding.layer) == ("unsupported-scheme", "model.layers.0.mlp.gate_up_proj")
+    assert finding.found == "model.layers.0.mlp.gate_proj.bias, model.layers.0.mlp.up_proj.bias"
+
+
+def test_norms_that_take_no_bias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with GemmaRMSNorm: vLLM drops the bias without a word."""
+    from vllm.model_executor.models import qwen3
+
+    class GemmaLikeNorm(torch.nn.Module):
+        def __init__(self, size: int, eps: float) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(size))
+
+    monkeypatch.setattr(qwen3, "RMSNorm", GemmaLikeNorm)
+    findings = errors_while_loading(tmp_path, NORM_BIAS)
+    assert {(finding.code, finding.layer) for finding in findings} == {
+        ("unexpected-tensor", f"model.layers.{layer}.{norm}")
+        for layer in (0, 1)
+        for norm in ("input_layernorm", "post_attention_layernorm")
+    }
+    assert {finding.found for finding in findings} == {"a GemmaLikeNorm"}
+
+
+@pytest.mark.engine
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("case", ["the middle shard of a fused scale", "a norm's bias"])
+def test_the_engine_does_not_start(case: str, tmp_path: Path) -> None:
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    name, damage, (code, layer, *_) = LOADING[case]
+    copy = Copy(name)
+    damage(copy)
+    folder = copy.write(tmp_path / "m")
+    try:
+        with pytest.raises(NpuQuantError) as caught:
+            run(folder)
+    finally:
+        cleanup_dist_env_and_memory()
+    assert [(finding.code, finding.layer) for finding in caught.value.findings] == [(code, layer)]
+
+
+@pytest.mark.engine
+@pytest.mark.tp2
+@pytest.mark.usefixtures("unchecked")
+def test_two_ranks_do_not_start(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each rank names the rows that it lacks: the two ranks hold half of q, k and v each."""
+    copy = Copy(STATIC)
+    copy.delete(KEY + ".deq_scale")
+    folder = copy.write(tmp_path / "m")
+    with pytest.raises(Exception, match=r"(?i)initialization failed"):
+        run(folder, tensor_parallel_size=2)
+    said = "".join(capfd.readouterr())
+    assert "error[not-filled]: model.layers.1.self_attn.qkv_proj" in said
+    assert "nothing for deq_scale[128:192]" in said
