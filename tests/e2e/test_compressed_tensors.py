@@ -116,7 +116,8 @@ def test_vllms_own_method_stays_reachable(twin_run) -> None:
     name = "ct-qwen3-w8a8-dynamic"
     theirs = run(checkpoint(name), plugin=False)
     assert theirs.methods == {}
-    assert 0.001 < relative_error(theirs, twin_run(name)) <= 0.06
+    # No limit of ours: without VNNI, vLLM's own kernel saturates sums of two products at 16 bits.
+    assert 0.001 < relative_error(theirs, twin_run(name)) < 1
 
 
 @pytest.mark.tp2
