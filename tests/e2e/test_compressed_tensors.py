@@ -11,13 +11,11 @@ import pytest
 import torch
 
 from tests.e2e.rewritten import Quantized, fp8, int8, packed, write
+from tests.e2e.simulation import simulated_int4_activations
 from tests.e2e.twins import make_twin
 from tests.e2e.yardstick import Run, relative_error, run
 from tests.fixtures_index import FIXTURES, fixture, shared
 from vllm_npu_quant.errors import NpuQuantError
-from vllm_npu_quant.layouts.canonical import CanonicalLinear
-from vllm_npu_quant.methods import w4a4
-from vllm_npu_quant.methods.base import NpuLinearMethod, PrepareContext
 
 pytestmark = pytest.mark.engine
 
@@ -79,25 +77,12 @@ def test_an_unknown_setting_stops_the_engine(monkeypatch: pytest.MonkeyPatch) ->
         run(checkpoint("ct-qwen3-fp8-block"))
 
 
-class FloatSimulation(NpuLinearMethod):
-    """int4 activations in float32: ``x_scale = max|x| / 7``, ``x_q = clamp(round(x / x_scale), -8, 7)``."""
-
-    def prepare(self, linear: CanonicalLinear, context: PrepareContext) -> dict[str, torch.Tensor]:
-        return {"weight": linear.weight.dequantize()}
-
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        tokens = x.float().reshape(-1, x.shape[-1])
-        scale = tokens.abs().amax(1, keepdim=True) / 7
-        y = (torch.round(tokens / scale).clamp(-8, 7) * scale) @ layer.weight.T
-        return y.to(x.dtype).reshape(*x.shape[:-1], -1)
-
-
-def test_int4_activations_are_as_good_as_their_simulation(twin_run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int4_activations_are_as_good_as_their_simulation(twin_run) -> None:
     name = "ct-qwen3-w4a4-int"
     result = quantized(name)
     assert result.methods == {"W4A4DynamicLinear": 8}
-    monkeypatch.setattr(w4a4, "W4A4DynamicLinear", FloatSimulation)
-    simulated = relative_error(run(checkpoint(name)), twin_run(name))
+    with simulated_int4_activations():
+        simulated = relative_error(run(checkpoint(name)), twin_run(name))
     assert relative_error(result, twin_run(name)) <= 1.1 * simulated
 
 

@@ -9,18 +9,14 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
+from tests.e2e.simulation import simulated_int4_activations
 from tests.e2e.twins import make_twin
 from tests.e2e.yardstick import Run, relative_error, run
 from tests.fixtures_index import FIXTURES, fixture, shared
 from vllm_npu_quant.errors import NpuQuantError
-from vllm_npu_quant.layouts.canonical import CanonicalLinear, InputTransform
-from vllm_npu_quant.methods import w4a4
-from vllm_npu_quant.methods.base import NpuLinearMethod, PrepareContext
 
 pytestmark = pytest.mark.engine
 
@@ -71,37 +67,12 @@ def test_agrees_with_its_float_twin(name: str, twin_run) -> None:
     assert relative_error(result, twin_run(name)) <= limit
 
 
-class FloatSimulation(NpuLinearMethod):
-    """int4 activations in float32: ``x_scale = clip * max|x| / 7``, ``x_q = clamp(round(x / x_scale), -8, 7)``."""
-
-    def prepare(self, linear: CanonicalLinear, context: PrepareContext) -> dict[str, torch.Tensor]:
-        self.transform = linear.transform
-        return {"weight": linear.weight.dequantize()}
-
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        tokens = x.float().reshape(-1, x.shape[-1])
-        clip = 1.0
-        if self.transform is not None:
-            tokens, clip = simulated_transform(tokens, self.transform), self.transform.clip
-        scale = clip * tokens.abs().amax(1, keepdim=True) / 7
-        y = (torch.round(tokens / scale).clamp(-8, 7) * scale) @ layer.weight.T
-        return (y if bias is None else y + bias.float()).to(x.dtype).reshape(*x.shape[:-1], -1)
-
-
-def simulated_transform(tokens: torch.Tensor, transform: InputTransform) -> torch.Tensor:
-    left, right = transform.left, transform.right
-    assert left is not None
-    matrices = tokens.view(tokens.shape[0], left.shape[0], -1)
-    matrices = matrices if right is None else matrices @ right
-    return (left.T @ matrices).flatten(1)
-
-
 @pytest.mark.parametrize("name", INT4_ACTIVATIONS)
-def test_int4_activations_are_as_good_as_their_simulation(name: str, twin_run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int4_activations_are_as_good_as_their_simulation(name: str, twin_run) -> None:
     result = quantized(name)
     assert result.methods == INT4_ACTIVATIONS[name]
-    monkeypatch.setattr(w4a4, "W4A4DynamicLinear", FloatSimulation)
-    simulated = relative_error(run(checkpoint(name)), twin_run(name))
+    with simulated_int4_activations():
+        simulated = relative_error(run(checkpoint(name)), twin_run(name))
     assert relative_error(result, twin_run(name)) <= 1.1 * simulated
 
 
