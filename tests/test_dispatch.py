@@ -47,6 +47,7 @@ def test_layouts_name_functions_that_exist(layout: Layout) -> None:
     ("wanted", "method"),
     [
         (spec(8, TOKEN), "W8A8DynamicLinear"),
+        (spec(8, TOKEN, Granularity.GROUP), "W8A8DynamicGroupedLinear"),
         (spec(8, STATIC), "W8A8StaticLinear"),
         (spec(8, None), "WeightOnlyLinear"),
         (spec(8, None, Granularity.GROUP), "WeightOnlyLinear"),

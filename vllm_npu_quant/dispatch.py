@@ -109,6 +109,17 @@ ROWS: tuple[Row, ...] = (
         operators=("npu_dynamic_quant_asymmetric", "npu_quant_matmul"),
     ),
     Row(
+        "W8A8 dynamic, groups or zero points",
+        _LINEAR,
+        weight_bits=frozenset({8}),
+        weight_granularity=_CHANNEL_GROUP,
+        act=8,
+        act_dynamic=True,
+        transform=None,
+        method="vllm_npu_quant.methods.w8a8:W8A8DynamicGroupedLinear",
+        operators=("npu_dynamic_quant", "npu_quant_matmul"),
+    ),
+    Row(
         "W8A8 static",
         _LINEAR,
         weight_bits=frozenset({8}),

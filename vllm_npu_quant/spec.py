@@ -72,6 +72,9 @@ class Layout(str, Enum):
     CT_PACKED = "ct_packed"
     #: The same with activation order: weight_g_idx says which group each input belongs to.
     CT_PACKED_ACT_ORDER = "ct_packed_act_order"
+    #: The two as releases before 0.9 wrote them: zero points int8 [N, G], one per byte.
+    CT_PACKED_PLAIN_ZERO = "ct_packed_plain_zero"
+    CT_PACKED_PLAIN_ZERO_ACT_ORDER = "ct_packed_plain_zero_act_order"
     #: compressed-tensors and ModelSlim: E4M3 [N, K] with weight_scale per tensor, channel or block.
     FP8 = "fp8"
     #: DeepSeek's and transformers' blockwise FP8: the same with weight_scale_inv.

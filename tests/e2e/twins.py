@@ -268,6 +268,8 @@ def _gptq_layer(part: dict[str, torch.Tensor], plus: int) -> torch.Tensor:
 
 
 def _auto_round(tensors: Tensors, config: dict) -> Tensors:
+    if isinstance(config["group_size"], list):
+        return _fp8_config(tensors, config)
     layers = _layers(tensors, "qweight")
     weights = _rest(tensors, layers)
     for layer, part in layers.items():

@@ -179,7 +179,7 @@ def pack(values: np.ndarray, axis: int) -> np.ndarray:
     return np.moveaxis(words, -1, axis).astype(np.uint32).view(np.int32)
 
 
-def packed(group: int, *, symmetric: bool = False) -> Callable[[int, int, int], Case]:
+def packed(group: int, *, symmetric: bool = False, plain_zero: bool = False) -> Callable[[int, int, int], Case]:
     def make(outputs: int, inputs: int, seed: int = 0) -> Case:
         rng = rng_of(outputs, inputs, seed)
         size = group or inputs
@@ -189,12 +189,13 @@ def packed(group: int, *, symmetric: bool = False) -> Callable[[int, int, int], 
         columns = np.arange(inputs) // size
         wanted = (values - zero[:, columns]).astype(np.float32) * scale[:, columns]
         granularity = Granularity.GROUP if group else Granularity.CHANNEL
-        spec = LayerSpec("W4A16", Layout.CT_PACKED, WeightSpec(4, NumberKind.INT, granularity, group, symmetric))
+        layout = Layout.CT_PACKED_PLAIN_ZERO if plain_zero else Layout.CT_PACKED
+        spec = LayerSpec("W4A16", layout, WeightSpec(4, NumberKind.INT, granularity, group, symmetric))
         tensors = {
             "weight_packed": torch.from_numpy(pack(values, 1)),
             "weight_scale": torch.from_numpy(scale),
             "weight_shape": torch.tensor([outputs, inputs]),
-            "weight_zero_point": torch.from_numpy(pack(zero, 0)),
+            "weight_zero_point": torch.from_numpy(zero.astype(np.int8) if plain_zero else pack(zero, 0)),
         }
         return spec, tensors, wanted
 
@@ -243,6 +244,7 @@ CASES = {
     "fp8 tensor": fp8_tensor,
     "packed groups": packed(32),
     "packed groups, symmetric": packed(32, symmetric=True),
+    "packed groups, zero points of old releases": packed(32, plain_zero=True),
     "packed channels": packed(0),
     "packed odd groups": packed(24),
     "activation order": act_order(64),

@@ -528,6 +528,27 @@ def test_stored_activation_order_is_found() -> None:
     assert (finding.code, finding.expected.split()[0]) == ("missing-tensor", "model.layers.0.mlp.up_proj.weight_g_idx")
 
 
+@pytest.mark.parametrize("ordered", [False, True])
+def test_zero_points_of_old_releases_are_not_packed(ordered: bool) -> None:
+    """Before 0.9, zero points of packed weights were written as int8 [N, G]."""
+    layer = "model__layers__0__mlp__up_proj__"
+    tensors = {
+        layer + "weight_packed": ("I32", (16, 8)),
+        layer + "weight_scale": ("BF16", (16, 2)),
+        layer + "weight_zero_point": ("I8", (16, 2)),
+        layer + "weight_shape": ("I64", (2,)),
+        **({layer + "weight_g_idx": ("I32", (64,))} if ordered else {}),
+    }
+    asymmetric = config({**W4, "symmetric": False}, None, format="pack-quantized")
+    described = parse(asymmetric, stored(**tensors))
+    layout = Layout.CT_PACKED_PLAIN_ZERO_ACT_ORDER if ordered else Layout.CT_PACKED_PLAIN_ZERO
+    assert described.find("model.layers.0.mlp.up_proj").spec.layout is layout
+    assert not check_of(described, stored(**tensors))
+    tensors[layer + "weight_zero_point"] = ("I8", (2, 2))
+    (finding,) = check_of(parse(asymmetric, stored(**tensors)), stored(**tensors))
+    assert (finding.code, finding.found) == ("wrong-shape", "[2, 2]")
+
+
 def check_of(described: CompressedTensorsFormat, tensors: dict[str, Any]) -> list[Any]:
     return check_checkpoint(described, SimpleNamespace(tensors=tensors, findings=()))
 
@@ -789,9 +810,13 @@ def test_what_is_not_served_is_refused_by_name(case: str) -> None:
     assert finding.file == "config.json"
 
 
-def test_asymmetric_weights_with_quantized_inputs_have_no_method() -> None:
-    entry = parse(config(ASYMMETRIC)).find("model.layers.0.mlp.up_proj")
-    assert dispatch.find_row(LayerKind.LINEAR, entry.spec) is None
+@pytest.mark.parametrize("weights", [ASYMMETRIC, {**W8, "strategy": "group", "group_size": 32}])
+def test_asymmetric_or_grouped_weights_with_quantized_inputs_have_a_method(weights: dict[str, Any]) -> None:
+    entry = parse(config(weights)).find("model.layers.0.mlp.up_proj")
+    row = dispatch.find_row(LayerKind.LINEAR, entry.spec)
+    assert row is not None
+    assert row.method_name == "W8A8DynamicGroupedLinear"
+    assert dispatch.find_row(LayerKind.LINEAR, parse(config(weights, A8_STATIC)).find("lm_head").spec) is None
 
 
 def test_asymmetric_dynamic_inputs_have_a_method() -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fixtures_index import fixture
+from tests.layouts.memory import peak_of
 from vllm_npu_quant.checkpoint import Checkpoint
 from vllm_npu_quant.errors import NpuQuantError
 from vllm_npu_quant.formats.fp8 import fp8_spec, fp8_weight
@@ -145,18 +146,6 @@ def test_requantization_holds_no_float_copy_of_the_layer() -> None:
     weight = fp8.requantized(codes, scale, 128)
     used = peak_of(lambda: weight.rows(0, 4096))
     assert used - before < 48 << 20  # the integers, 16 MiB, and blocks; the layer as float32 would be 64 MiB
-
-
-def peak_of(action) -> int:
-    """Bytes that torch allocated on top, at the most."""
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        action()
-    current = top = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            current += event.nbytes()
-            top = max(top, current)
-    return top
 
 
 BROKEN = {

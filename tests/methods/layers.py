@@ -65,7 +65,9 @@ def prepared(
     method: NpuLinearMethod, linear: CanonicalLinear, dtype: torch.dtype, *, adds_constants: bool = True
 ) -> Any:
     """An object with the prepared tensors as attributes."""
-    return SimpleNamespace(**method.prepare(linear, PrepareContext(dtype, adds_constants)))
+    tensors = method.prepare(linear, PrepareContext(dtype, adds_constants))
+    method.finish(tensors)
+    return SimpleNamespace(**tensors)
 
 
 def relative_error(found: torch.Tensor, expected: np.ndarray) -> float:

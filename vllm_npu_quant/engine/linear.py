@@ -305,11 +305,14 @@ class NpuQuantLinearMethod(LinearMethodBase):
             prepared = self.method.prepare(canonical, self.context)
         except NpuQuantError as error:
             raise self._located(error) from error
+        bias = canonical.bias
+        del canonical
         for name in self.coverage:
             delattr(layer, name)
+        self.method.finish(prepared)
         for name, value in prepared.items():
             layer.register_parameter(name, nn.Parameter(value, requires_grad=False))
-        self._finish_bias(layer, canonical.bias)
+        self._finish_bias(layer, bias)
         self.coverage = {}
 
     def _finish_bias(self, layer: nn.Module, stored: torch.Tensor | None) -> None:

@@ -614,6 +614,18 @@ class _Reader:
         )
 
 
+def _stored_layout(layout: Layout, named: Mapping[str, StoredTensor]) -> Layout:
+    """The layout of a packed weight by its tensors: activation order is stored where the config does not tell, and old
+    releases did not pack zero points."""
+    if layout not in (Layout.CT_PACKED, Layout.CT_PACKED_ACT_ORDER):
+        return layout
+    ordered = layout is Layout.CT_PACKED_ACT_ORDER or "weight_g_idx" in named
+    zero = named.get("weight_zero_point")
+    if zero is not None and zero.dtype == "I8":
+        return Layout.CT_PACKED_PLAIN_ZERO_ACT_ORDER if ordered else Layout.CT_PACKED_PLAIN_ZERO
+    return Layout.CT_PACKED_ACT_ORDER if ordered else Layout.CT_PACKED
+
+
 def _int_name(weight: WeightSpec, activation: ActivationSpec | None) -> str:
     """The scheme in the field's short form: W4A16, W8A8_DYNAMIC, W8A8_STATIC."""
     if activation is None:
@@ -712,8 +724,7 @@ class _Builder:
     def _entry(self, layer: str, group: _Group, named: Mapping[str, StoredTensor], kv: set[str]) -> LayerEntry | None:
         spec = group.spec
         assert spec is not None
-        if "weight_g_idx" in named and spec.layout is Layout.CT_PACKED:
-            spec = replace(spec, layout=Layout.CT_PACKED_ACT_ORDER)
+        spec = replace(spec, layout=_stored_layout(spec.layout, named))
         known = {tensor.name: tensor for tensor in LAYOUTS[spec.layout].tensors}
         for name in named:
             if name not in known and name not in kv:

@@ -82,6 +82,13 @@ def _int8(extra: int) -> Callable[[WeightSpec, int, int], int]:
     return lambda _, outputs, inputs: outputs * inputs + extra * outputs
 
 
+def _int8_groups(weight: WeightSpec, outputs: int, inputs: int) -> int:
+    """int8 [G, k, N], float32 scale and zero point [G, N]."""
+    groups = _groups(weight, inputs)
+    depth = groups * weight.group_size if weight.group_size else inputs
+    return outputs * depth + (4 if weight.symmetric else 8) * groups * outputs
+
+
 def _static(_: WeightSpec, outputs: int, inputs: int) -> int:
     """int8 [K, N], float32 scale and int32 bias per output, scale and offset per input in the model's dtype."""
     return outputs * inputs + 8 * outputs + 2 * ACT * inputs
@@ -132,6 +139,7 @@ def _float(_: WeightSpec, outputs: int, inputs: int) -> int:
 _FORMULAS: dict[str, Callable[[WeightSpec, int, int], int]] = {
     "W8A8DynamicLinear": _int8(4),
     "W8A8DynamicAsymmetricLinear": _int8(12),
+    "W8A8DynamicGroupedLinear": _int8_groups,
     "W8A8StaticLinear": _static,
     "WeightOnlyLinear": _weight_only,
     "W4A8DynamicLinear": _w4a8,

@@ -64,6 +64,10 @@ class NpuLinearMethod(ABC):
     folds_bias: ClassVar[bool] = False
     #: Whether apply wants the inputs of all ranks of a row-parallel layer; ``prepare`` decides it.
     gathers_inputs = False
+    #: N of this rank; ``prepare`` sets it.
+    outputs = 0
+    #: Prepared tensors that ``finish`` casts to FRACTAL_NZ; ``prepare`` sets it.
+    tiled: tuple[str, ...] = ()
 
     @abstractmethod
     def prepare(self, linear: CanonicalLinear, context: PrepareContext) -> dict[str, torch.Tensor]:
@@ -73,13 +77,23 @@ class NpuLinearMethod(ABC):
             NpuQuantError: for values that the scheme does not allow.
         """
 
+    def finish(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Cast what ``prepare`` gave to FRACTAL_NZ, in place.
+
+        It is called when the checkpoint's own tensors are gone: the cast makes a copy, and a layer never has three.
+        """
+        for name in self.tiled:
+            tensors[name] = to_nz(tensors.pop(name))
+
     def bias_dtype(self, act_dtype: torch.dtype) -> torch.dtype:
         """The dtype in which the operator takes the layer's bias; it is converted once, after loading."""
         return act_dtype
 
-    @abstractmethod
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """The layer's output.
+
+        No tokens give no outputs, as in vLLM's own layers: a rank without work asks for it, and no operator takes an empty
+        tensor. A graph sees only the shape.
 
         Args:
             layer: an object that has the prepared tensors as attributes.
@@ -89,6 +103,13 @@ class NpuLinearMethod(ABC):
         Returns:
             [..., N] in x's dtype.
         """
+        if x.numel() == 0:
+            return x.new_empty((*x.shape[:-1], self.outputs))
+        return self.compute(layer, x, bias)
+
+    @abstractmethod
+    def compute(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """``apply`` for at least one token."""
 
 
 def to_nz(weight: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,7 @@ class DequantizedLinear(NpuLinearMethod):
             raise NpuQuantError([transformed_inputs("a weight that is dequantized at load")])
         order = linear.input_permutation
         kept = None if order is None else (order >= 0).nonzero().flatten()  # the others only fill groups up
+        self.outputs = weight.outputs
         inputs = weight.inputs if kept is None else kept.numel()
         device = weight.scale.device
         floats = torch.empty(weight.outputs, inputs, dtype=context.act_dtype, device=device)
@@ -40,5 +41,5 @@ class DequantizedLinear(NpuLinearMethod):
                 floats[start:stop].index_copy_(1, order[kept], block[:, kept])
         return {"weight": floats}
 
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def compute(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.linear(x, layer.weight, bias)

@@ -27,6 +27,9 @@ NAMESPACE = "npu_quant"
 #: npu_kronecker_quant is called with at most so many tokens at a time, as vllm-ascend does.
 KRONECKER_TOKENS = 32768
 
+#: Bytes of int32 that int8_matmul_by_groups makes at a time: one product per group, token and output.
+GROUP_PRODUCTS = 64 << 20
+
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
@@ -144,6 +147,59 @@ def int8_int4_linear(
         total = out if total is None else total.to(torch.float32) + out
     assert total is not None
     return total.to(x.dtype)
+
+
+def _groups_fake(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return x.new_empty((x.shape[0], weight.shape[2]), dtype=dtype)
+
+
+@_operator(
+    "int8_matmul_by_groups(Tensor x, Tensor x_scale, Tensor weight, Tensor scale, Tensor? zero, ScalarType dtype) -> Tensor",
+    _groups_fake,
+)
+def int8_matmul_by_groups(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """int8 per token times int8 with a scale, and a zero point or none, for every group of inputs.
+
+        y = sum_g (x[g] @ weight[g] - zero[g] * sum_k x[g]) * scale[g] * x_scale
+
+    One npu_quant_matmul with the groups as its batch gives the products as exact int32, for as many tokens at a time as
+    GROUP_PRODUCTS allows.
+
+    Args:
+        x: int8 [M, K]. x_scale: float32 [M].
+        weight: int8 [G, k, N], G * k at least K; the inputs after K are zeros. scale, zero: float32 [G, N].
+
+    Returns:
+        [M, N] in ``dtype``.
+    """
+    groups, size, outputs = weight.shape
+    by_groups = F.pad(x, (0, groups * size - x.shape[1])).view(x.shape[0], groups, size).transpose(0, 1)
+    at_once = max(GROUP_PRODUCTS // (4 * groups * outputs), 1)
+    result = x.new_empty((x.shape[0], outputs), dtype=dtype)
+    for start in range(0, x.shape[0], at_once):
+        stop = min(start + at_once, x.shape[0])
+        part = by_groups[:, start:stop].contiguous()
+        # The scale is ignored where the output is int32, and has to be there.
+        products = torch.ops.npu.npu_quant_matmul(part, weight, scale.view(-1)[:1], output_dtype=torch.int32)
+        if zero is not None:
+            products = products - part.sum(dim=2, keepdim=True, dtype=torch.int32) * zero.unsqueeze(1)
+        sums = (products * scale.unsqueeze(1)).sum(dim=0)
+        result[start:stop] = (sums * x_scale[start:stop].unsqueeze(1)).to(dtype)
+    return result
 
 
 def _halves_fake(

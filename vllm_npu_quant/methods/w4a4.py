@@ -46,7 +46,6 @@ class W4A4DynamicLinear(TransformingLinear):
 
     def __init__(self) -> None:
         super().__init__()
-        self.outputs = 0
         self.depth = 0
         self.grouped = False
         self.kronecker = False
@@ -120,7 +119,7 @@ class W4A4DynamicLinear(TransformingLinear):
             return torch.ops.npu_quant.clipped_quant_int4(tokens, plan.clip)
         return torch.ops.npu_quant.dynamic_quant_int4(tokens)
 
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def compute(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         quantized, token_scale = self._quantized(layer, x)
         results = []
         for number, (start, stop) in enumerate(self.pieces):

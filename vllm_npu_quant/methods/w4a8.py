@@ -86,7 +86,6 @@ class W4A8DynamicLinear(TransformingLinear):
 
     def __init__(self) -> None:
         super().__init__()
-        self.outputs = 0
         self.pieces: list[tuple[int, int]] = []
         self.parts: list[tuple[int, int]] = []
         self.by_halves = False
@@ -135,7 +134,7 @@ class W4A8DynamicLinear(TransformingLinear):
                 tensors[numbered("assist", place)] = assist if self.by_halves else assist.unsqueeze(0)
         return tensors
 
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def compute(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         tokens = self.input_tokens(layer, x)
         results = []
         for number, (start, stop) in enumerate(self.pieces):

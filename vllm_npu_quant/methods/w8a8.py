@@ -11,6 +11,7 @@ from vllm_npu_quant.errors import Finding, NpuQuantError
 from vllm_npu_quant.layouts.canonical import CanonicalLinear
 from vllm_npu_quant.layouts.compressed_tensors import row_sums
 from vllm_npu_quant.layouts.int4 import transposed_int8
+from vllm_npu_quant.methods import operators
 from vllm_npu_quant.methods.base import (
     MAX_INPUTS,
     PrepareContext,
@@ -18,12 +19,13 @@ from vllm_npu_quant.methods.base import (
     numbered,
     permuted_inputs,
     split_outputs,
-    to_nz,
     too_many_inputs,
 )
 from vllm_npu_quant.methods.transforms import TransformingLinear
 
-__all__ = ["W8A8DynamicAsymmetricLinear", "W8A8DynamicLinear", "W8A8StaticLinear"]
+__all__ = ["W8A8DynamicAsymmetricLinear", "W8A8DynamicGroupedLinear", "W8A8DynamicLinear", "W8A8StaticLinear"]
+
+assert operators.NAMESPACE  # importing the module defines the operators
 
 
 class _Int8Linear(TransformingLinear):
@@ -34,19 +36,28 @@ class _Int8Linear(TransformingLinear):
         self.pieces: list[tuple[int, int]] = []
 
     def prepare_weight(self, linear: CanonicalLinear, scale: torch.Tensor) -> dict[str, torch.Tensor]:
-        weight = linear.weight
+        """The pieces and their scales, one per output channel."""
         if linear.weight.zero is not None:
             raise NpuQuantError([bad_zero_points("npu_quant_matmul")])
+        tensors = self.prepare_pieces(linear, linear.weight.inputs)
+        self.tiled = tuple(tensors)
+        for number, (start, stop) in enumerate(self.pieces):
+            tensors[numbered("weight_scale", number)] = scale[start:stop].contiguous()
+        return tensors
+
+    def prepare_pieces(self, linear: CanonicalLinear, depth: int) -> dict[str, torch.Tensor]:
+        """The pieces as int8 [depth, n]; inputs after K are zeros."""
+        weight = linear.weight
         if weight.inputs > MAX_INPUTS:
             raise NpuQuantError([too_many_inputs("npu_quant_matmul", weight.inputs)])
         if linear.input_permutation is not None:
             raise NpuQuantError([permuted_inputs("npu_quant_matmul")])
+        self.outputs = weight.outputs
         self.pieces = split_outputs(weight.outputs)
-        tensors = {}
-        for number, (start, stop) in enumerate(self.pieces):
-            tensors[numbered("weight", number)] = to_nz(transposed_int8(weight.rows, start, stop, weight.inputs))
-            tensors[numbered("weight_scale", number)] = scale[start:stop].contiguous()
-        return tensors
+        return {
+            numbered("weight", number): transposed_int8(weight.rows, start, stop, weight.inputs, depth=depth)
+            for number, (start, stop) in enumerate(self.pieces)
+        }
 
     def matmul(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None, **options: Any) -> torch.Tensor:
         """npu_quant_matmul over the pieces; x int8 [M, K] -> [M, N]."""
@@ -79,7 +90,7 @@ class W8A8DynamicLinear(_Int8Linear):
             **self.prepare_input(linear, context),
         }
 
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def compute(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         tokens = self.input_tokens(layer, x)
         quantized, token_scale = torch.ops.npu.npu_dynamic_quant(tokens)
         y = self.matmul(layer, quantized, bias, pertoken_scale=token_scale, output_dtype=x.dtype)
@@ -108,13 +119,54 @@ class W8A8DynamicAsymmetricLinear(_Int8Linear):
     def bias_dtype(self, act_dtype: torch.dtype) -> torch.dtype:
         return torch.float32
 
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def compute(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         tokens = self.input_tokens(layer, x)
         quantized, token_scale, offset = torch.ops.npu.npu_dynamic_quant_asymmetric(tokens)
         product = self.matmul(layer, quantized, None, output_dtype=torch.int32)
         y = (product - offset.unsqueeze(-1) * layer.row_sums) * (token_scale.unsqueeze(-1) * layer.scales)
         y = (y if bias is None else y + bias).to(x.dtype)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+class W8A8DynamicGroupedLinear(_Int8Linear):
+    """int8 weight with scales per group of inputs or with zero points, int8 activation per token with a scale from the token.
+
+    ``y[m, n] = sum_g (x_q[m, g] . w_q[n, g] - zero[n, g] * sum_k x_q[m, g, k]) * weight_scale[n, g] * x_scale[m] + bias[n]``
+    with ``x_scale[m] = max|x[m]| / 127``. No operator of A2 and A3 multiplies int8 by int8 in groups, so each group's
+    products are exact int32 (npu_dynamic_quant, and npu_quant_matmul with the groups as its batch), and are scaled and
+    summed in float32.
+    """
+
+    def prepare(self, linear: CanonicalLinear, context: PrepareContext) -> dict[str, torch.Tensor]:
+        weight = linear.weight
+        group = weight.group_size or weight.inputs
+        groups = -(-weight.inputs // group)
+        tensors = self.prepare_input(linear, context) | self.prepare_pieces(linear, groups * group)
+        for number, (start, stop) in enumerate(self.pieces):
+            name = numbered("weight", number)
+            tensors[name] = tensors[name].view(groups, group, stop - start)
+            for place, numbers in (("weight_scale", weight.scale), ("weight_zero", weight.zero)):
+                if numbers is not None:
+                    own = numbers.expand(weight.outputs, groups)[start:stop].t().to(torch.float32)
+                    tensors[numbered(place, number)] = own.contiguous()
+        return tensors
+
+    def compute(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        quantized, token_scale = torch.ops.npu.npu_dynamic_quant(self.input_tokens(layer, x))
+        parts = [
+            torch.ops.npu_quant.int8_matmul_by_groups(
+                quantized,
+                token_scale,
+                getattr(layer, numbered("weight", number)),
+                getattr(layer, numbered("weight_scale", number)),
+                getattr(layer, numbered("weight_zero", number), None),
+                x.dtype,
+            )
+            for number in range(len(self.pieces))
+        ]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        y = y.reshape(*x.shape[:-1], self.outputs)
+        return y if bias is None else y + bias
 
 
 class W8A8StaticLinear(_Int8Linear):
@@ -158,7 +210,7 @@ class W8A8StaticLinear(_Int8Linear):
             tensors["quant_bias"] = constant
         return tensors
 
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def compute(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         tokens = self.input_tokens(layer, x)
         quantized = torch.ops.npu.npu_quantize(
             tokens, layer.input_scale_reciprocal, layer.input_offset, torch.qint8, -1, False

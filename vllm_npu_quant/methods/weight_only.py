@@ -20,7 +20,6 @@ from vllm_npu_quant.methods.base import (
     PrepareContext,
     numbered,
     split_outputs,
-    to_nz,
     tokens_of,
     too_many_inputs,
     transformed_inputs,
@@ -136,7 +135,6 @@ class WeightOnlyLinear(NpuLinearMethod):
 
     def __init__(self) -> None:
         self.group_size = 0
-        self.outputs = 0
         self.pieces: list[tuple[int, int]] = []
         self.filled = False
 
@@ -161,12 +159,11 @@ class WeightOnlyLinear(NpuLinearMethod):
         self.outputs = weight.outputs
         self.group_size = grouping.size
         self.pieces = split_outputs(weight.outputs)
+        self.tiled = () if packed else tuple(numbered("weight", number) for number in range(len(self.pieces)))
         tensors: dict[str, torch.Tensor] = {}
         for number, (start, stop) in enumerate(self.pieces):
             arranged = (weight.rows, start, stop, weight.inputs, grouping.positions, grouping.depth)
-            tensors[numbered("weight", number)] = (
-                transposed_int4(*arranged) if packed else to_nz(transposed_int8(*arranged))
-            )
+            tensors[numbered("weight", number)] = (transposed_int4 if packed else transposed_int8)(*arranged)
             fill = -(stop - start) % INT4_PER_INT32 if packed else 0
             # Outputs that only fill up have the weight 0 and the scale 0.
             tensors[numbered("weight_scale", number)] = F.pad(scale[:, start:stop], (0, fill)).contiguous()
@@ -196,7 +193,7 @@ class WeightOnlyLinear(NpuLinearMethod):
     def bias_dtype(self, act_dtype: torch.dtype) -> torch.dtype:
         return torch.float32 if act_dtype == torch.bfloat16 else act_dtype
 
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def compute(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         tokens = tokens_of(x)
         index = getattr(layer, "input_index", None)
         if index is not None:
