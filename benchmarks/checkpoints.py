@@ -93,7 +93,10 @@ class Examination:
     def go_on(self, *, two_ranks: bool) -> None:
         """Run what the row lacks."""
         if "result" not in self.row and "error" not in self.row:
-            self._one_rank()
+            try:
+                self._one_rank()
+            except Exception as error:
+                self.row["result"] = reason(error)
         if two_ranks and "error" in self.row and "two_ranks" not in self.row:
             try:
                 error = relative_error(run(self.folder, tensor_parallel_size=2), self._twin())
@@ -103,11 +106,7 @@ class Examination:
         self.file.write_text(json.dumps(self.row))
 
     def _one_rank(self) -> None:
-        try:
-            result = run(self.folder)
-        except Exception as error:
-            self.row["result"] = reason(error)
-            return
+        result = run(self.folder)
         with tempfile.TemporaryDirectory() as scratch:
             twin = run(make_twin(self.folder, Path(scratch) / "twin"), plugin=False)
         np.save(self.twin_file, twin.logprobs)
