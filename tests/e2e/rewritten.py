@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints in spellings for which no producer's folder is at hand: the tiny float model, rounded to nearest here.
+"""Checkpoints in spellings for which no producer's folder is at hand: a tiny float model, rounded to nearest here.
 
 Each comes with its float twin, written from the same numbers. The formulas share nothing with the package.
 """
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from tests.e2e.twins import Tensors, read_tensors
 from tests.fixtures_index import fixture
 
-__all__ = ["Quantized", "fp8", "int8", "packed", "write"]
+__all__ = ["Quantized", "awq", "float_model", "fp8", "gptq", "int8", "modelslim_int8", "packed", "write"]
 
 
 @dataclass
@@ -39,6 +39,8 @@ def write(
     rules: Mapping[str, Quantizer],
     quantization_config: dict[str, Any],
     extra: Tensors | None = None,
+    *,
+    source: Path | None = None,
     **config_changes: Any,
 ) -> tuple[Path, Path]:
     """Write a checkpoint and its twin.
@@ -46,14 +48,15 @@ def write(
     Args:
         out: a folder of one's own.
         rules: name fragment -> quantizer; the first fragment that a Linear's name contains decides, others stay float.
-        quantization_config: for config.json.
+        quantization_config: for config.json; a ModelSlim description, which begins with "version", becomes a file of its own.
         extra: tensors that are stored besides.
+        source: the float model; the tiny Qwen3 where none is given.
         config_changes: entries of config.json, in both.
 
     Returns:
         The folders of the checkpoint and of its twin.
     """
-    source = fixture("source-tiny-qwen3")
+    source = source or fixture("source-tiny-qwen3")
     stored: Tensors = dict(extra or {})
     twin: Tensors = {}
     for name, value in read_tensors(source).items():
@@ -72,10 +75,51 @@ def write(
         for file in source.iterdir():
             if file.suffix in (".json", ".jinja") and "index" not in file.name:
                 shutil.copy(file, folder)
-        own = config | ({"quantization_config": quantization_config} if quantized else {})
+        described = "version" in quantization_config and "quant_method" not in quantization_config
+        own = config | ({"quantization_config": quantization_config} if quantized and not described else {})
+        if quantized and described:
+            types = {name: "FLOAT" for name in stored} | quantization_config
+            (folder / "quant_model_description.json").write_text(json.dumps(types))
         (folder / "config.json").write_text(json.dumps(own))
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
     return folders
+
+
+def float_model(out: Path, model_type: str, **fields: Any) -> Path:
+    """A tiny model of another architecture with random weights, biases and norms, in bfloat16.
+
+    Args:
+        out: a folder of one's own.
+        model_type, fields: as in config.json; the sizes of the tiny Qwen3 where they are not given.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 2,
+        "vocab_size": 512,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.06,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+    }
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(sizes | fields)), dtype=torch.bfloat16)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name.endswith("bias"):
+                value.normal_(0, 0.3)
+            elif value.dim() == 1:
+                value.normal_(1, 0.1)
+    model.save_pretrained(out)
+    for file in fixture("source-tiny-qwen3").glob("*token*"):
+        shutil.copy(file, out)
+    return out
 
 
 def int8(weight: torch.Tensor, *, per_tensor: bool = False) -> Quantized:
@@ -133,3 +177,71 @@ def fp8(weight: torch.Tensor, *, block: tuple[int, int] | None = None, channel: 
     values = (weight / spread).to(torch.float8_e4m3fn)
     stored_scale = scale if block or channel else scale.reshape(())
     return Quantized({"weight": values, name: stored_scale}, values.float() * spread)
+
+
+def modelslim_int8(weight: torch.Tensor, *, group: int = 0) -> Quantized:
+    """ModelSlim's W8A8_DYNAMIC and W8A16, symmetric."""
+    groups = weight.unflatten(1, (-1, group or weight.shape[1]))
+    scale = groups.abs().amax(2) / 127
+    values = torch.round(groups / scale.unsqueeze(2)).clamp(-128, 127)
+    stored = {
+        "weight": values.flatten(1).to(torch.int8),
+        "weight_scale": scale,
+        "weight_offset": torch.zeros_like(scale),
+    }
+    return Quantized(stored, (values * scale.unsqueeze(2)).flatten(1))
+
+
+def _groups(weight: torch.Tensor, g_idx: torch.Tensor, bits: int, *, sym: bool) -> tuple[torch.Tensor, ...]:
+    """Codes [N, K], float16 scales [N, G] and zero points [N, G], both of the groups that ``g_idx`` gives the inputs. No
+    zero point is 0: stored minus one, it would borrow from its neighbour."""
+    levels = 2**bits - 1
+    parts = [weight[:, g_idx == g] for g in range(int(g_idx.max()) + 1)]
+    low = torch.stack([part.amin(1).clamp(max=0) for part in parts], 1)
+    high = torch.stack([part.amax(1).clamp(min=0) for part in parts], 1)
+    if sym:
+        high = torch.maximum(high, -low)
+        low = -high
+    scale = ((high - low) / levels).clamp(min=1e-5).half()
+    zero = torch.full_like(scale, 2 ** (bits - 1)) if sym else torch.round(-low / scale.float()).clamp(1, levels)
+    codes = torch.round(weight / scale.float()[:, g_idx] + zero.float()[:, g_idx]).clamp(0, levels)
+    return codes, scale, zero.float()
+
+
+def _stream(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes along the last dimension as a stream of bits in int32, lowest bits first."""
+    numbers = codes.numpy().astype(np.uint8)
+    places = (numbers[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
+    stream = np.packbits(places.reshape(numbers.shape[0], -1), axis=1, bitorder="little")
+    return torch.from_numpy(np.ascontiguousarray(stream).view("<i4"))
+
+
+def gptq(
+    weight: torch.Tensor, *, bits: int = 4, group: int = 128, sym: bool = True, v2: bool = False, act_order: int = 0
+) -> Quantized:
+    """GPTQ. ``group``: -1 for one per output. ``act_order``: a seed for the order of the inputs, 0 for their own."""
+    inputs = weight.shape[1]
+    g_idx = torch.arange(inputs) // (group if group > 0 else inputs)
+    if act_order:
+        g_idx = g_idx[torch.randperm(inputs, generator=torch.Generator().manual_seed(act_order))]
+    codes, scale, zero = _groups(weight, g_idx, bits, sym=sym)
+    stored = {
+        "qweight": _stream(codes, bits).t(),
+        "qzeros": _stream((zero - (0 if v2 else 1)).t(), bits),
+        "scales": scale.t(),
+        "g_idx": g_idx.to(torch.int32),
+    }
+    return Quantized(stored, (codes - zero[:, g_idx]) * scale.float()[:, g_idx])
+
+
+def awq(weight: torch.Tensor, *, group: int = 128) -> Quantized:
+    """AutoAWQ's gemm version: eight outputs to a word, in the order 0, 2, 4, 6, 1, 3, 5, 7."""
+    inputs = weight.shape[1]
+    g_idx = torch.arange(inputs) // (group if group > 0 else inputs)
+    codes, scale, zero = _groups(weight, g_idx, 4, sym=False)
+
+    def columns(numbers: torch.Tensor) -> torch.Tensor:
+        return _stream(numbers.t().unflatten(1, (-1, 8))[:, :, [0, 2, 4, 6, 1, 3, 5, 7]].flatten(1), 4)
+
+    stored = {"qweight": columns(codes), "qzeros": columns(zero), "scales": scale.t()}
+    return Quantized(stored, (codes - zero[:, g_idx]) * scale.float()[:, g_idx])
