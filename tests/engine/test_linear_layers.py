@@ -338,6 +338,27 @@ def test_a_quantized_head_with_a_padded_vocabulary(vocabulary: int, padding: int
     assert not logits[:, vocabulary:].any()  # rows that no file holds
 
 
+def test_w4a8_as_w4a16_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_NPU_QUANT_W4A8", "w4a16")
+    said: list[str] = []
+    monkeypatch.setattr(config_module.logger, "info", lambda text, *values: said.append(text % values))
+    tensors = ("weight", "weight_scale", "weight_offset")
+    names = [f"{BLOCK}mlp.{part}_proj" for part in ("gate", "up")]
+    config = config_of("W4A8_DYNAMIC", {name: dict.fromkeys(tensors, torch.empty(0)) for name in names})
+    layer = MergedColumnParallelLinear(64, [16, 16], bias=False, params_dtype=torch.bfloat16)
+    methods = [config.get_quant_method(layer, BLOCK + "mlp.gate_up_proj") for _ in range(2)]
+    assert [method.row.method_name for method in methods] == ["WeightOnlyLinear"] * 2
+    assert said == ["VLLM_NPU_QUANT_W4A8=w4a16: activations of W4A8_DYNAMIC layers are not quantized"]
+
+
+@pytest.mark.parametrize("name", ["gate_up", "row"])
+@pytest.mark.parametrize("kind", LIMITS)
+def test_no_tokens_give_no_outputs(kind: str, name: str) -> None:
+    layer, stored = build(name, kind)
+    output, _ = layer(torch.empty(0, COLUMNS, dtype=torch.bfloat16))
+    assert output.shape == (0, sum(len(tensors["weight"]) for tensors in stored))
+
+
 def test_a_quantized_embedding_is_refused() -> None:
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The names under which AWQ, GPTQ and AutoRound checkpoints are asked for, and the files that hold their configs."""
+"""The names under which AWQ, GPTQ, AutoRound and FP8 checkpoints are asked for, and the files that hold their configs."""
 
 from __future__ import annotations
 
@@ -64,6 +64,19 @@ def test_names(name: str, asked: str | None, method: str) -> None:
 def test_vllms_own_methods_stay_reachable(name: str, theirs: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_NPU_QUANT", "0")
     assert model_config(fixture(name)).quantization in theirs
+
+
+@pytest.mark.parametrize("asked", [None, "fp8", "npu_fp8"])
+def test_names_of_fp8(asked: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AutoRound's blocks are DeepSeek's, under another method's name."""
+    fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    folder = folder_with(tmp_path, "autoround-qwen3-fp8block", {}, quantization_config=fp8)
+    config = EngineArgs(str(folder), quantization=asked).create_engine_config()
+    assert config.model_config.quantization == "npu_fp8"
+    assert config.quant_config.resolver.resolve("model.layers.0.mlp.down_proj").spec.scheme.startswith("FP8_BLOCK")
+    if asked != "npu_fp8":
+        monkeypatch.setenv("VLLM_NPU_QUANT", "0")
+        assert model_config(folder, asked).quantization == "fp8"
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from vllm_npu_quant import dispatch
 from vllm_npu_quant.layouts import int4
 from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight, StaticActivation
 from vllm_npu_quant.layouts.int4 import pack_pairs, unpack_pairs
+from vllm_npu_quant.methods import w8a8
 from vllm_npu_quant.methods.base import FRACTAL_NZ, PrepareContext
 from vllm_npu_quant.methods.dequantized import DequantizedLinear
 from vllm_npu_quant.methods.w4a4 import W4A4DynamicLinear
@@ -104,6 +107,20 @@ def test_one_graph_serves_any_number_of_tokens(name: str) -> None:
         torch._dynamo.mark_dynamic(x, 0)
         assert torch.equal(compiled(x), method.apply(layer, x))
     assert len(graphs) == 1
+
+
+def test_only_plain_calls_of_npu_dynamic_quant_are_seen_by_a_graph() -> None:
+    """vllm-ascend fuses that operator with the norm in front of it, and drops the arguments that it does not know."""
+    folder = Path(w8a8.__file__).parent
+    seen = 0
+    for file in sorted(folder.glob("*.py")):
+        if file.name == "operators.py" or file.name.startswith("moe"):
+            continue  # behind operators of our own
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "npu_dynamic_quant":
+                seen += 1
+                assert (len(node.args), node.keywords) == (1, []), f"{file.name}:{node.lineno}"
+    assert seen >= 2
 
 
 #: N and K; blocks of rows are made so small that they are a small part of the weight.
