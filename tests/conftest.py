@@ -31,7 +31,9 @@ DEFAULT_TWO_RANKS = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all-ranks", action="store_true", help="run every two-rank engine test, not one for each kind")
+    parser.addoption(
+        "--all-ranks", action="store_true", help="run every two-rank engine test, not one for each kind, and variants"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -40,7 +42,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [
         item
         for item in items
-        if item.get_closest_marker("tp2") and "[" in item.name and not item.name.endswith(DEFAULT_TWO_RANKS)
+        if item.get_closest_marker("variant")
+        or (item.get_closest_marker("tp2") and "[" in item.name and not item.name.endswith(DEFAULT_TWO_RANKS))
     ]
     if left_out:
         items[:] = [item for item in items if item not in set(left_out)]

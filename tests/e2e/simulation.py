@@ -28,7 +28,7 @@ class FloatSimulation(NpuLinearMethod):
         self.transform = linear.transform
         return {"weight": linear.weight.dequantize()}
 
-    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def compute(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         tokens = x.float().reshape(-1, x.shape[-1])
         clip = 1.0
         if self.transform is not None:

@@ -71,7 +71,13 @@ def attention_of(model: Any) -> set[str]:
     return {type(module).__name__ for module in model.modules() if hasattr(module, "W_UK_T")}
 
 
-@pytest.mark.parametrize("name", FORMATS)
+#: One of int8 and one of int4 run by default.
+DEFAULT = ("ModelSlim", "GPTQ")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in DEFAULT else pytest.param(name, marks=pytest.mark.variant) for name in FORMATS]
+)
 def test_it_agrees_with_its_float_twin(
     name: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,7 +90,13 @@ def written(tmp_path_factory: pytest.TempPathFactory):
     return make
 
 
-@pytest.mark.parametrize("name", CASES)
+#: The others run with --all-ranks.
+DEFAULT = ("qwen2 gptq of 3 bits in any order", "qwen2 modelslim groups")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in DEFAULT else pytest.param(name, marks=pytest.mark.variant) for name in CASES]
+)
 def test_it_agrees_with_its_float_twin(name: str, written) -> None:
     folder, twin = written(name)
     result = run(folder)
