@@ -99,8 +99,8 @@ class Examination:
                 self.row["result"] = reason(error)
         if two_ranks and "error" in self.row and "two_ranks" not in self.row:
             try:
-                error = relative_error(run(self.folder, tensor_parallel_size=2), self._twin())
-                self.row["two_ranks"] = round(error, 4)
+                both = run(self.folder, tensor_parallel_size=2)
+                self.row["two_ranks"] = round(relative_error(both, self._twin()), 4)
             except Exception as error:
                 self.row["two_ranks"] = reason(error)
         self.file.write_text(json.dumps(self.row))
