@@ -281,7 +281,7 @@ class NpuQuantConfig(QuantizationConfig):
             return platforms.unquantized_moe(layer, tid2eid)
         from vllm_npu_quant.engine.moe import NpuQuantMoEMethod
 
-        return NpuQuantMoEMethod(layer, resolved, resolver.format.source)
+        return NpuQuantMoEMethod(layer, resolved, resolver.format.source, tid2eid)
 
     def _resolver(self, prefix: str) -> LayerResolver:
         if self.resolver is None:

@@ -301,8 +301,11 @@ class _Product:
 class NpuQuantMoEMethod(FusedMoEMethodBase):
     """The routed experts of one layer, of which w13, w2 or both are quantized."""
 
-    def __init__(self, layer: nn.Module, resolved: ResolvedExperts, source: str) -> None:
+    def __init__(self, layer: nn.Module, resolved: ResolvedExperts, source: str, tid2eid: Any = None) -> None:
         """
+        Args:
+            tid2eid: vllm-ascend's table of experts by token id, for models that route by it.
+
         Raises:
             NpuQuantError: for what cannot be served, from the description alone.
         """
@@ -321,8 +324,10 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
         self.methods: tuple[GroupedMethod, ...] = tuple(
             load_object(row.method)(product.name + "_") for row, product in zip(self.rows, self.products, strict=True)
         )
-        # vllm-ascend looks here for its own scheme object.
+        # vllm-ascend looks here for its own scheme object. None keeps it from shortcuts that read its schemes' weights.
         self.quant_method = None
+        self.tid2eid = tid2eid
+        self.ascend: Any = None
 
     def _findings(self, layer: nn.Module) -> list[Finding]:
         found = [
@@ -332,6 +337,7 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
         def refuse(code: str, message: str, expected: str, what: str, fix: str) -> None:
             found.append(Finding(code, message, self.prefix, self.source, expected=expected, found=what, fix=fix))
 
+        found += [replace(finding, layer=self.prefix) for finding in platforms.moe_findings()]
         activation = getattr(layer.activation, "value", layer.activation)
         limits = {name: getattr(layer, name, None) for name in ("swiglu_limit", "swiglu_alpha", "swiglu_beta")}
         if activation != "silu" or any(value is not None for value in limits.values()):
@@ -467,6 +473,7 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
             self.methods[0], self.methods[1], self.hidden_size, self.inner_size, (w13.group_size, w2.group_size)
         )
         self.placement = placement
+        self.ascend = platforms.ascend_experts(self.chain, placement, self.tid2eid)
         sizes = (self.chain.w13_sizes, self.chain.w2_sizes)
         for product, method, size in zip(self.products, self.methods, sizes, strict=True):
             try:
@@ -477,6 +484,14 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
             for name, value in method.finish(prepared).items():
                 layer.register_parameter(method.prefix + name, nn.Parameter(value, requires_grad=False))
 
+    @property
+    def is_monolithic(self) -> bool:
+        return False
+
+    def maybe_make_prepare_finalize(self, routing_tables: Any = None) -> None:
+        """vLLM before 0.27 would put a modular kernel in this method's place."""
+        return None
+
     def get_fused_moe_quant_config(self, layer: nn.Module) -> None:
         """vLLM's own kernels are not used."""
         return None
@@ -485,14 +500,18 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
         self,
         layer: nn.Module,
         x: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor | None = None,
+        topk_ids: torch.Tensor | None = None,
         shared_experts: Any = None,
         shared_experts_input: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The routed experts' output on this rank, not reduced. Shared experts are vLLM's to add."""
-        if platforms.on_npu():
-            return self.compute(layer, x, topk_weights, topk_ids)
+        **ascend: Any,
+    ) -> Any:
+        """The routed experts' output on this rank, not reduced. Shared experts are vLLM's to add.
+
+        vllm-ascend's layers may give ``ascend``, its own arguments, in the place of a routing; they get its result type.
+        """
+        if self.ascend is not None:
+            return self.ascend.apply(layer, x, topk_weights, topk_ids, ascend)
         return torch.ops.npu_quant.fused_experts(x, topk_weights, topk_ids, self.key)
 
     def compute(

@@ -10,7 +10,18 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.platforms import current_platform
 
-__all__ = ["float_experts_crash", "is_moe", "on_npu", "unquantized_linear", "unquantized_moe"]
+from vllm_npu_quant.errors import Finding
+from vllm_npu_quant.methods.moe import FusedExperts, Placement
+
+__all__ = [
+    "ascend_experts",
+    "float_experts_crash",
+    "is_moe",
+    "moe_findings",
+    "on_npu",
+    "unquantized_linear",
+    "unquantized_moe",
+]
 
 
 def on_npu() -> bool:
@@ -50,3 +61,21 @@ def unquantized_moe(layer: Any, tid2eid: Any) -> QuantizeMethodBase:
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
     return UnquantizedFusedMoEMethod(layer.moe_config)
+
+
+def moe_findings() -> list[Finding]:
+    """What of the host's configuration quantized experts cannot be served with."""
+    if not on_npu():
+        return []
+    from vllm_npu_quant.ascend import moe
+
+    return moe.findings()
+
+
+def ascend_experts(chain: FusedExperts, placement: Placement, tid2eid: Any) -> Any:
+    """The experts of a layer as vllm-ascend's layers call them; None where these are vLLM's own layers."""
+    if not on_npu():
+        return None
+    from vllm_npu_quant.ascend.moe import AscendExperts
+
+    return AscendExperts(chain, placement, tid2eid)

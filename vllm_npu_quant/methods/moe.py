@@ -228,16 +228,49 @@ class FusedExperts:
             row_idx_type=0,
         )
         counts = counts.to(torch.int64)
-        if self.w13.takes is Input.INT4:
-            rows, row_scale = torch.ops.npu.npu_dynamic_quant(rows, dst_type=torch.quint4x2)
-        elif self.w13.takes is Input.FLOAT:
-            row_scale = None
-        inner, inner_scale = self._activated(layer, rows, row_scale, counts, x.dtype)
-        y = self.w2.matmul(layer, inner, inner_scale, counts, x.dtype)
+        inner, inner_scale = self.inner(layer, rows, row_scale, counts, x.dtype)
+        y = self.down(layer, inner, inner_scale, counts, x.dtype)
         weights = topk_weights
         if not placement.whole:
             row_index, weights = _without_absent(y, row_index, counts, weights, (tokens, k))
-        y = torch.ops.npu.npu_moe_token_unpermute(y, row_index, probs=weights)
+        return torch.ops.npu.npu_moe_token_unpermute(y, row_index, probs=weights)
+
+    def inner(
+        self,
+        layer: Any,
+        rows: torch.Tensor,
+        row_scale: torch.Tensor | None,
+        counts: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """silu(gate) * up of sorted rows, quantized as w2 takes it: [M, inner] and float32 [M], or None.
+
+        Args:
+            rows: [M, hidden, or more that are 0] in ``dtype``, or in int8 with ``row_scale``.
+            row_scale: float32 [M]; it is not read where w13 takes another input.
+            counts: int64 [E], the rows of each expert.
+        """
+        missing = self.w13_sizes.inputs - rows.shape[1]
+        if missing:
+            rows = F.pad(rows, (0, missing))
+        if self.w13.takes is Input.INT8 and rows.dtype != torch.int8:
+            rows, row_scale = torch.ops.npu.npu_dynamic_quant(rows)
+        elif self.w13.takes is Input.INT4:
+            rows, row_scale = torch.ops.npu.npu_dynamic_quant(rows, dst_type=torch.quint4x2)
+        elif self.w13.takes is Input.FLOAT:
+            row_scale = None
+        return self._activated(layer, rows, row_scale, counts, dtype)
+
+    def down(
+        self,
+        layer: Any,
+        inner: torch.Tensor,
+        inner_scale: torch.Tensor | None,
+        counts: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """The second product of what ``inner`` gave: [M, hidden]."""
+        y = self.w2.matmul(layer, inner, inner_scale, counts, dtype)
         return y[:, : self.hidden].contiguous() if y.shape[1] > self.hidden else y
 
     def _activated(
