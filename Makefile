@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # make demo   a quantized model answers, on this machine's CPU
 # make test   the test suite
+# make ascend-contract   the released vllm-ascend's contract, without an NPU
 # A Python from 3.10 with venv is all that has to be there; PYTHON=python3.11 picks the interpreter.
 
 PYTHON ?= python3
@@ -15,13 +16,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 QUIET := $(shell test -t 2 || echo --quiet --quiet)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench ascend-env ascend-contract clean
 
 help:
 	@echo "make demo    install into $(VENV) and generate text from a W8A8 checkpoint"
 	@echo "make test    install the test tools and run the whole suite"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   perplexity of a W8A8 checkpoint against its bfloat16 original"
+	@echo "make ascend-env       environments with the released vllm-ascend, its vLLM and torch_npu, without an NPU"
+	@echo "make ascend-contract  vllm-ascend's contract, checked in these environments, with a count"
 	@echo "make clean   remove $(VENV) and what the tools leave"
 
 demo: $(STAMPS)/cpu
@@ -38,6 +41,12 @@ lint: $(STAMPS)/dev
 
 bench: $(STAMPS)/cpu
 	@$(BIN)/python benchmarks/perplexity.py --demo
+
+ascend-env: $(STAMPS)/test
+	@$(BIN)/python tests/ascend/environment.py
+
+ascend-contract: $(STAMPS)/test
+	@$(BIN)/python tests/ascend/run_contract.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

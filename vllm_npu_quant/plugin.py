@@ -34,6 +34,9 @@ def register() -> None:
     An exception here would stop vLLM for everybody, so none leaves: it is logged, and the plugin stays off.
     """
     try:
+        from vllm_npu_quant.engine.environment import declare_settings
+
+        declare_settings()
         if not settings.plugin_enabled():
             return
         from vllm_npu_quant.engine.registration import register_all

@@ -8,6 +8,7 @@ from importlib import metadata
 
 __all__ = [
     "FP8",
+    "VARIABLES",
     "W4A8",
     "ascend_host",
     "cpu_build",
@@ -27,6 +28,12 @@ FP8 = "VLLM_NPU_QUANT_FP8"
 #: How layers with 4-bit weights and 8-bit activations are computed. int8 (the default): as the checkpoint says. w4a16: with
 #: activations in the model's dtype, which is another scheme, and said in one line.
 W4A8 = "VLLM_NPU_QUANT_W4A8"
+#: Which kernels emulate the operators: emulation.registry.
+EMULATION = "VLLM_NPU_QUANT_EMULATION"
+#: Where tests and the maker of environments keep what they download.
+CACHE = "VLLM_NPU_QUANT_CACHE"
+#: All of them.
+VARIABLES = (MODE, TAKEOVER, FP8, W4A8, EMULATION, CACHE)
 
 
 def plugin_mode() -> str:

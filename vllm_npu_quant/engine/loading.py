@@ -75,7 +75,8 @@ def _not_filled(config: NpuQuantConfig, model: nn.Module, loaded: set[str]) -> l
     exempt: set[int] = set()
     for module in model.modules():
         method = getattr(module, "quant_method", None)
-        if isinstance(method, NormBiasMethod):
+        # vllm-ascend's RMSNorm says bias_loaded: there, as here, all norms have a bias where one has.
+        if isinstance(method, NormBiasMethod) or hasattr(module, "bias_loaded"):
             exempt.add(id(module.bias))
         elif hasattr(method, "process_weights_after_loading") and not _is_embedding(module):
             exempt.update(map(id, module.parameters()))
@@ -158,4 +159,6 @@ def _has_bias(module: nn.Module) -> bool:
     method = getattr(module, "quant_method", None)
     if isinstance(method, NormBiasMethod):
         return method.loaded
+    if hasattr(module, "bias_loaded"):
+        return bool(module.bias_loaded)
     return isinstance(getattr(module, "bias", None), torch.Tensor)

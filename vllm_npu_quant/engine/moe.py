@@ -337,11 +337,11 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
         def refuse(code: str, message: str, expected: str, what: str, fix: str) -> None:
             found.append(Finding(code, message, self.prefix, self.source, expected=expected, found=what, fix=fix))
 
-        found += [replace(finding, layer=self.prefix) for finding in platforms.moe_findings()]
+        found += [replace(finding, layer=self.prefix) for finding in platforms.host_findings(experts=True)]
         activation = getattr(layer.activation, "value", layer.activation)
         limits = {name: getattr(layer, name, None) for name in ("swiglu_limit", "swiglu_alpha", "swiglu_beta")}
-        if activation != "silu" or any(value is not None for value in limits.values()):
-            set_limits = ", ".join(f"{name} {value}" for name, value in limits.items() if value is not None)
+        if activation != "silu" or any(limits.values()):
+            set_limits = ", ".join(f"{name} {value}" for name, value in limits.items() if value)
             refuse(
                 "unsupported-scheme",
                 "quantized experts are served with the activation silu(gate) * up",

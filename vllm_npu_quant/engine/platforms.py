@@ -16,8 +16,9 @@ from vllm_npu_quant.methods.moe import FusedExperts, Placement
 __all__ = [
     "ascend_experts",
     "float_experts_crash",
+    "host_findings",
     "is_moe",
-    "moe_findings",
+    "nz_wanted",
     "on_npu",
     "unquantized_linear",
     "unquantized_moe",
@@ -63,13 +64,22 @@ def unquantized_moe(layer: Any, tid2eid: Any) -> QuantizeMethodBase:
     return UnquantizedFusedMoEMethod(layer.moe_config)
 
 
-def moe_findings() -> list[Finding]:
-    """What of the host's configuration quantized experts cannot be served with."""
+def host_findings(*, experts: bool = False) -> list[Finding]:
+    """What of the host's configuration quantized layers, or quantized experts, cannot be served with."""
     if not on_npu():
         return []
-    from vllm_npu_quant.ascend import moe
+    from vllm_npu_quant.ascend import host, moe
 
-    return moe.findings()
+    return moe.findings() if experts else host.findings()
+
+
+def nz_wanted() -> bool:
+    """Whether weights may be cast to the NPU's own memory layout, where an operator takes both."""
+    if not on_npu():
+        return True
+    from vllm_npu_quant.ascend import host
+
+    return host.nz_wanted()
 
 
 def ascend_experts(chain: FusedExperts, placement: Placement, tid2eid: Any) -> Any:
