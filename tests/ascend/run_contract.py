@@ -44,6 +44,7 @@ def run(name: str, arguments: list[str]) -> tuple[int, int, int]:
         report = Path(scratch) / "report.xml"
         files = [str(environments.HERE / "contract" / points) for points in POINTS]
         command = [str(environment.python), "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "--tb=short"]
+        command += ["-p", "tests.ascend.contract.fixtures"]
         subprocess.run(
             [*command, f"--junitxml={report}", *files, *arguments],
             cwd=environments.ROOT,

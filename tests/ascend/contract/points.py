@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ascend.contract.fixtures import host, model_of, modelslim, moe  # noqa: F401
+from tests.ascend.contract.fixtures import model_of, modelslim
 from tests.ascend.contract.world import FIXTURES, HOME, World
 
 AWQ = "awq-qwen3-autoawq-g128"

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ascend.contract.fixtures import host, moe  # noqa: F401
 from tests.ascend.contract.world import World
 from tests.methods.layers import random_input, relative_error
 from tests.methods.moe_layers import FLOAT, SCHEMES, W4A8, W4A16_GROUP, W8A8, MoeLayer, Scheme, routing
@@ -90,7 +89,7 @@ class Served:
 
 
 @contextmanager
-def communication(host: World, method: Any, kind: str = "ALLGATHER") -> Iterator[None]:  # noqa: F811
+def communication(host: World, method: Any, kind: str = "ALLGATHER") -> Iterator[None]:
     from vllm.forward_context import set_forward_context
     from vllm_ascend.ascend_forward_context import _EXTRA_CTX, MoECommType
 
@@ -100,7 +99,7 @@ def communication(host: World, method: Any, kind: str = "ALLGATHER") -> Iterator
         yield
 
 
-def all_gather(moe: tuple[Any, Any], host: World, count: int, local: int, k: int = 2) -> Any:  # noqa: F811
+def all_gather(moe: tuple[Any, Any], host: World, count: int, local: int, k: int = 2) -> Any:
     """vllm-ascend's all-gather communication for layers of another size than the loaded model's."""
     from vllm_ascend.ops.fused_moe.moe_comm_method import AllGatherCommImpl
     from vllm_ascend.ops.fused_moe.token_dispatcher import TokenDispatcherWithAllGather
@@ -111,7 +110,7 @@ def all_gather(moe: tuple[Any, Any], host: World, count: int, local: int, k: int
 
 
 @pytest.mark.parametrize("scheme", **by_name)
-def test_every_scheme_through_all_gather(host: World, moe: tuple[Any, Any], scheme: Scheme) -> None:  # noqa: F811
+def test_every_scheme_through_all_gather(host: World, moe: tuple[Any, Any], scheme: Scheme) -> None:
     layer = MoeLayer.random(scheme, scheme, 96, 48, 5)
     x, (weights, ids) = random_input(9, 96, torch.bfloat16), routing(9, 2, 5)
     with communication(host, all_gather(moe, host, 5, 5)):
@@ -123,8 +122,8 @@ def test_every_scheme_through_all_gather(host: World, moe: tuple[Any, Any], sche
 
 @pytest.mark.parametrize(("w13", "w2"), [(W8A8, W4A16_GROUP), (W4A16_GROUP, W8A8), (FLOAT, W4A8), (W4A8, FLOAT)])
 def test_any_two_schemes_through_all_gather(
-    host: World,  # noqa: F811
-    moe: tuple[Any, Any],  # noqa: F811
+    host: World,
+    moe: tuple[Any, Any],
     w13: Scheme,
     w2: Scheme,
 ) -> None:
@@ -137,8 +136,8 @@ def test_any_two_schemes_through_all_gather(
 
 @pytest.mark.parametrize("scheme", **by_name)
 def test_expert_parallel_ranks_add_up(
-    host: World,  # noqa: F811
-    moe: tuple[Any, Any],  # noqa: F811
+    host: World,
+    moe: tuple[Any, Any],
     scheme: Scheme,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -195,7 +194,7 @@ class RecordingDispatcher:
         return (rows.view(*weights.shape, -1).float() * weights.unsqueeze(-1).float()).sum(1).to(hidden_states.dtype)
 
 
-def mc2(moe: tuple[Any, Any], host: World, name: str = "MC2CommImpl") -> Any:  # noqa: F811
+def mc2(moe: tuple[Any, Any], host: World, name: str = "MC2CommImpl") -> Any:
     from vllm_ascend.ops.fused_moe import moe_comm_method
 
     made = object.__new__(getattr(moe_comm_method, name))
@@ -207,7 +206,7 @@ def mc2(moe: tuple[Any, Any], host: World, name: str = "MC2CommImpl") -> Any:  #
 
 
 @pytest.mark.parametrize("scheme", **by_name)
-def test_every_scheme_through_mc2(host: World, moe: tuple[Any, Any], scheme: Scheme) -> None:  # noqa: F811
+def test_every_scheme_through_mc2(host: World, moe: tuple[Any, Any], scheme: Scheme) -> None:
     layer = MoeLayer.random(scheme, scheme, 96, 48, 5)
     x, (weights, ids) = random_input(9, 96, torch.bfloat16), routing(9, 2, 5)
     method = mc2(moe, host)
@@ -223,8 +222,8 @@ def test_every_scheme_through_mc2(host: World, moe: tuple[Any, Any], scheme: Sch
 
 
 def test_asymmetric_weights_go_through_vllm_ascends_own_w4a16_path(
-    host: World,  # noqa: F811
-    moe: tuple[Any, Any],  # noqa: F811
+    host: World,
+    moe: tuple[Any, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Where fused_experts has its own products (0.23); they are ours, with the same operators."""
@@ -248,7 +247,7 @@ def test_asymmetric_weights_go_through_vllm_ascends_own_w4a16_path(
     assert torch.equal(theirs, ours)
 
 
-def test_fused_mc2_is_refused_when_it_is_met(host: World, moe: tuple[Any, Any]) -> None:  # noqa: F811
+def test_fused_mc2_is_refused_when_it_is_met(host: World, moe: tuple[Any, Any]) -> None:
     layer = MoeLayer.random(W8A8, W8A8, 64, 32, 5)
     x, (weights, ids) = random_input(9, 64, torch.bfloat16), routing(9, 2, 5)
     with (
@@ -260,8 +259,8 @@ def test_fused_mc2_is_refused_when_it_is_met(host: World, moe: tuple[Any, Any]) 
 
 @pytest.mark.parametrize("scheme", [W8A8, W4A16_GROUP, W4A8], ids=lambda scheme: scheme.name)
 def test_an_unknown_release_gets_the_whole_chain(
-    host: World,  # noqa: F811
-    moe: tuple[Any, Any],  # noqa: F811
+    host: World,
+    moe: tuple[Any, Any],
     scheme: Scheme,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -286,7 +285,7 @@ def test_an_unknown_release_gets_the_whole_chain(
     assert relative_error(total, layer.expected(x, weights, ids)) < limit(scheme)
 
 
-def test_the_contract_is_found_by_signature(host: World, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_the_contract_is_found_by_signature(host: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A required argument that nobody here knows means another contract."""
     from vllm_npu_quant.ascend import moe as adapter
 
@@ -305,7 +304,7 @@ def test_the_contract_is_found_by_signature(host: World, monkeypatch: pytest.Mon
     assert adapter.contract.__wrapped__() is None
 
 
-def test_lora_on_experts_is_refused(host: World, moe: tuple[Any, Any]) -> None:  # noqa: F811
+def test_lora_on_experts_is_refused(host: World, moe: tuple[Any, Any]) -> None:
     layer = MoeLayer.random(W8A8, W8A8, 64, 32, 5)
     x, (weights, ids) = random_input(9, 64, torch.bfloat16), routing(9, 2, 5)
     served = Served(layer, 5)
@@ -314,7 +313,7 @@ def test_lora_on_experts_is_refused(host: World, moe: tuple[Any, Any]) -> None: 
         served.run(x, weights, ids)
 
 
-def test_loaded_model_through_vllm_ascends_whole_forward(host: World, moe: tuple[Any, Any]) -> None:  # noqa: F811
+def test_loaded_model_through_vllm_ascends_whole_forward(host: World, moe: tuple[Any, Any]) -> None:
     """prepare, routing, dispatch, products, combine, finalize: bit by bit what our chain computes."""
     experts = host.experts(moe[1].model.layers[0].mlp)
     x = torch.randn(6, experts.moe_config.hidden_dim, dtype=torch.bfloat16)
