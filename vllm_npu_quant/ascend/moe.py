@@ -54,7 +54,7 @@ class Contract:
     build: Callable[..., Any]
     takes: frozenset[str]
     asks_method: bool
-    base: type
+    base: Any
 
 
 #: Arguments of build_fused_experts_input that may be required, all of which we have.
@@ -142,7 +142,7 @@ class AscendExperts:
         communication = context.moe_comm_method
         if known is None or not isinstance(communication, known.base):
             return self._alone(layer, x, topk_weights, topk_ids, given, context)
-        own = type(communication).fused_experts is known.base.fused_experts  # type: ignore[attr-defined]
+        own = type(communication).fused_experts is known.base.fused_experts
         if not own:
             raise NpuQuantError([_no_communication(layer, type(communication).__name__)])
         values = self._values(layer, x, topk_weights, topk_ids, given)
@@ -152,7 +152,7 @@ class AscendExperts:
             return communication.fused_experts(fused_experts_input=asked, quant_method=products)
         if self._as_theirs(layer):
             return communication.fused_experts(fused_experts_input=asked)
-        return type(communication).fused_experts(_OwnProducts(communication, products), fused_experts_input=asked)  # type: ignore[attr-defined]
+        return type(communication).fused_experts(_OwnProducts(communication, products), fused_experts_input=asked)
 
     def _routed(self, layer: Any, x: torch.Tensor, given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """vllm-ascend's routing, where it leaves it to the quantization method: as its own methods do it."""
