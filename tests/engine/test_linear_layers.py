@@ -20,6 +20,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from tests.engine.world import world
+from tests.layouts.memory import peak_of
 from vllm_npu_quant import emulation
 from vllm_npu_quant.engine import config as config_module
 from vllm_npu_quant.engine import linear as linear_module
@@ -27,6 +28,7 @@ from vllm_npu_quant.engine.config import ModelSlimConfig
 from vllm_npu_quant.errors import NpuQuantError
 from vllm_npu_quant.formats.modelslim import ModelSlimFormat
 from vllm_npu_quant.formats.resolve import LayerResolver
+from vllm_npu_quant.layouts import int4
 from vllm_npu_quant.methods import base as methods_base
 from vllm_npu_quant.methods import w8a8, weight_only
 
@@ -357,6 +359,25 @@ def test_no_tokens_give_no_outputs(kind: str, name: str) -> None:
     layer, stored = build(name, kind)
     output, _ = layer(torch.empty(0, COLUMNS, dtype=torch.bfloat16))
     assert output.shape == (0, sum(len(tensors["weight"]) for tensors in stored))
+
+
+@pytest.mark.parametrize("kind", LIMITS)
+def test_preparing_a_layer_holds_one_more_copy_of_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while the weight is cast to FRACTAL_NZ: the stored one is gone by then."""
+    monkeypatch.setattr(int4, "BLOCK_ELEMENTS", 1 << 14)
+    rows, columns = 1024, 768
+    stored = stored_layer(kind, rows, columns, 0)
+    config = config_of(kind, {BLOCK + "mlp.fc": stored})
+    layers: list[Any] = []
+
+    def build_and_prepare() -> None:
+        options = {"params_dtype": torch.bfloat16, "quant_config": config, "prefix": BLOCK + "mlp.fc"}
+        layers.append(ReplicatedLinear(columns, rows, bias=False, **options))
+        load(layers[0], stored)
+        layers[0].quant_method.process_weights_after_loading(layers[0])
+
+    assert 2 * rows * columns <= peak_of(build_and_prepare) <= 2.2 * rows * columns
+    assert torch.ops.npu.get_npu_format(layers[0].weight) == methods_base.FRACTAL_NZ
 
 
 def test_a_quantized_embedding_is_refused() -> None:
