@@ -568,7 +568,7 @@ def test_a_kv_cache_scheme_drops_its_scales() -> None:
     )
     described = parse(config(kv_cache_scheme=scheme), UP | scales)
     (finding,) = described.findings
-    assert (finding.code, finding.severity) == ("kv-cache-not-quantized", Severity.INFO)
+    assert (finding.code, finding.severity) == ("kv-cache-not-quantized", Severity.WARNING)
     assert "k_scale" in finding.found
     assert "8-bit int per tensor" in finding.found
     assert {"k_scale", "v_scale"} <= set(described.dropped_tensors())

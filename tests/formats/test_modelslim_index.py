@@ -176,7 +176,7 @@ def test_kv_cache_scales_are_dropped_with_a_finding() -> None:
     layers = {"l.k_proj": {**DYNAMIC, "kv_cache_scale": "C8", "kv_cache_offset": "C8"}}
     found = ModelSlimFormat.from_description(description(layers, kv_cache_type="C8", kv_quant_type="C8"))
     (finding,) = found.findings
-    assert (finding.code, finding.severity) == ("kv-cache-not-quantized", Severity.INFO)
+    assert (finding.code, finding.severity) == ("kv-cache-not-quantized", Severity.WARNING)
     assert found.dropped_tensors() == ("kv_cache_scale", "kv_cache_offset")
     assert found.find("l.k_proj").spec.scheme == "W8A8_DYNAMIC"
 

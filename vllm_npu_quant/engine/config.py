@@ -177,7 +177,9 @@ class NpuQuantConfig(QuantizationConfig):
         else:
             logger.info("The weight files of %s are not on this host yet: they are checked while they load", model_name)
         for finding in findings:
-            if finding.severity is not Severity.ERROR:
+            if finding.severity is Severity.WARNING:
+                logger.warning("%s", finding.render())
+            elif finding.severity is Severity.INFO:
                 logger.info("%s", finding.render())
         raise_findings(findings)
         self.resolver = LayerResolver(self.format, self.packed_modules_mapping)

@@ -168,7 +168,7 @@ def kv_cache_finding(found: str, source: str) -> Finding:
         "the weights are served; the KV cache stays in the model's dtype and its scales are dropped",
         file=source,
         found=found,
-        severity=Severity.INFO,
+        severity=Severity.WARNING,
     )
 
 

@@ -631,7 +631,7 @@ class _Builder:
             self.report(
                 "kv-cache-not-quantized",
                 "the weights are served; the KV cache stays in the model's dtype and its scales are dropped",
-                severity=Severity.INFO,
+                severity=Severity.WARNING,
                 found=header.kv_cache_type or header.kv_quant_type or KV_CACHE_TYPE,
             )
 
