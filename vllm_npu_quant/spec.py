@@ -70,6 +70,8 @@ class Layout(str, Enum):
     CT_STATIC = "ct_static"
     #: compressed-tensors, 32 // bits integers per int32 along K, zero points packed along N.
     CT_PACKED = "ct_packed"
+    #: The same as compressed-tensors 0.18 and later write it, a stream of bits: another thing for 3 bits only.
+    CT_PACKED_DENSE = "ct_packed_dense"
     #: The same with activation order: weight_g_idx says which group each input belongs to.
     CT_PACKED_ACT_ORDER = "ct_packed_act_order"
     #: The two as releases before 0.9 wrote them: zero points int8 [N, G], one per byte.

@@ -507,6 +507,34 @@ def test_mixed_precision_gives_each_group_its_format() -> None:
     assert described.find("model.layers.0.self_attn.o_proj").spec.layout is Layout.CT_INT
 
 
+@pytest.mark.parametrize(
+    ("words", "version", "strategy", "layout"),
+    [
+        (6, "0.17.0", "group", Layout.CT_PACKED_DENSE),
+        (7, "0.19.0", "group", Layout.CT_PACKED),
+        (6, "0.18.1.a20260601", "channel", Layout.CT_PACKED_DENSE),
+        (6, "1.0.0", "channel", Layout.CT_PACKED_DENSE),
+        (7, "0.17.2", "channel", Layout.CT_PACKED),
+        (7, None, "channel", Layout.CT_PACKED),
+    ],
+)
+def test_3_bits_are_packed_without_padding_since_0_18(words: int, version: Any, strategy: str, layout: Layout) -> None:
+    weights = {"num_bits": 3, "type": "int", "strategy": strategy, "symmetric": True}
+    groups = 1
+    if strategy == "group":
+        weights["group_size"], groups = 32, 2
+    layer = "model__layers__0__mlp__up_proj__"
+    tensors = {
+        layer + "weight_packed": ("I32", (16, words)),
+        layer + "weight_scale": ("BF16", (16, groups)),
+        layer + "weight_shape": ("I64", (2,)),
+    }
+    described = parse(config(weights, None, format="pack-quantized", version=version), stored(**tensors))
+    assert described.findings == ()
+    assert described.find("model.layers.0.mlp.up_proj").spec.layout is layout
+    assert not check_of(described, stored(**tensors))
+
+
 def test_stored_activation_order_is_found() -> None:
     layer = "model__layers__0__mlp__up_proj__"
     tensors = {
@@ -705,6 +733,21 @@ def test_a_group_size_that_does_not_fit_is_named() -> None:
 # What is refused, by name: the config alone.
 
 ASYMMETRIC = {**W8, "symmetric": False}
+#: As llm-compressor writes SpinQuant's R1 (multiplied into the weights) and R4 (applied to the inputs of down_proj).
+FUSED_TRANSFORM = {
+    "type": "hadamard",
+    "apply": [
+        {"targets": ["re:.*o_proj$"], "location": "weight_output", "inverse": False, "ignore": []},
+        {"targets": ["re:.*q_proj$"], "location": "weight_input", "inverse": True, "ignore": []},
+    ],
+}
+ONLINE_TRANSFORM = {
+    "type": "hadamard",
+    "apply": [
+        {"targets": ["re:.*down_proj$"], "location": "input", "inverse": False, "ignore": []},
+        {"targets": ["re:.*down_proj$"], "location": "weight_input", "inverse": True, "ignore": []},
+    ],
+}
 REFUSED = {
     "nvfp4": (
         config(
@@ -731,6 +774,11 @@ REFUSED = {
     ),
     "transforms": (
         config(transform_config={"config_groups": {"R1": {"type": "hadamard", "apply": []}}}),
+        "unsupported-scheme",
+        "transforms that are applied while the model runs",
+    ),
+    "a transform of the inputs beside a fused one": (
+        config(transform_config={"config_groups": {"R1": FUSED_TRANSFORM, "R4": ONLINE_TRANSFORM}}),
         "unsupported-scheme",
         "transforms that are applied while the model runs",
     ),
@@ -847,6 +895,28 @@ def test_empty_transforms_and_dense_sparsity_are_nothing() -> None:
     described = parse(config(transform_config={"config_groups": {}}, sparsity_config={"format": "dense"}))
     assert described.findings == ()
     assert parse(config(transform_config=None, sparsity_config=None, kv_cache_scheme={})).findings == ()
+
+
+def test_transforms_that_the_producer_fused_into_the_weights_are_nothing() -> None:
+    described = parse(config(transform_config={"config_groups": {"R1": FUSED_TRANSFORM}}))
+    assert described.findings == ()
+
+
+@pytest.mark.parametrize(
+    "transforms",
+    [
+        {"config_groups": ["R4"]},
+        {"config_groups": {"R4": None}},
+        {"config_groups": {"R4": {"apply": {}}}},
+        {"config_groups": {"R4": {"apply": ["weight_input"]}}},
+        {"config_groups": {"R4": {"apply": [{"location": ["weight_input"]}]}}},
+        {"R4": ONLINE_TRANSFORM},
+    ],
+    ids=repr,
+)
+def test_transforms_that_are_not_understood_are_refused(transforms: Any) -> None:
+    found = parse(config(transform_config=transforms)).findings
+    assert [finding.code for finding in found] == ["unsupported-scheme"]
 
 
 def test_a_large_moe_stays_small_and_fast() -> None:

@@ -155,13 +155,22 @@ def _sizes(spec: LayerSpec, tensor: TensorSpec, weight: StoredTensor) -> LayerSi
 def _exact_inputs(
     sizes: LayerSizes, layer: str, wanted: Sequence[TensorSpec], tensors: Mapping[str, StoredTensor]
 ) -> LayerSizes:
-    """The sizes with the inputs that an unpacked tensor has, where the packed weight has room for a few more."""
+    """The sizes with the inputs that an unpacked tensor or the groups tell, where the packed weight has room for a few
+    more."""
     packed = next((dim for dim in wanted[0].dims if dim.axis is Axis.IN and dim.pack > 1), None)
     for tensor in wanted if packed is not None else ():
         stored = tensors.get(f"{layer}.{tensor.name}")
-        if stored is not None and tensor.dims == (IN,) and len(stored.shape) == 1 and packed is not None:
+        if stored is None or packed is None:
+            continue
+        group = tensor.axis_of(Axis.GROUP)
+        if tensor.dims == (IN,) and len(stored.shape) == 1:
             exact = replace(sizes, inputs=stored.shape[0])
-            return exact if packed.length(exact) == packed.length(sizes) else sizes
+        elif group is not None and sizes.group_size and len(stored.shape) == len(tensor.dims):
+            exact = replace(sizes, inputs=stored.shape[group] * sizes.group_size)
+        else:
+            continue
+        if packed.length(exact) == packed.length(sizes):
+            return exact
     return sizes
 
 

@@ -74,6 +74,11 @@ _REFUSED_FORMATS = {
 }
 _PACKED, _INT, _FLOAT, _NAIVE = "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"
 _SERVED_FORMATS = (_PACKED, _INT, _FLOAT, _NAIVE)
+_PACKED_LAYOUTS = (Layout.CT_PACKED, Layout.CT_PACKED_DENSE, Layout.CT_PACKED_ACT_ORDER)
+
+_VERSION = re.compile(r"(\d{1,4})\.(\d{1,4})")
+#: The first release that packs integers as a stream of bits, without padding.
+_DENSE_SINCE = (0, 18)
 #: Formats that say nothing about how quantized weights lie: each group has its own, or the weights were not compressed.
 _NO_FORMAT = ("mixed-precision", "dense", "fakequant")
 
@@ -219,6 +224,7 @@ class CompressedTensorsConfig(BaseModel):
     run_compressed: Any = None
     total_num_heads: StrictInt | None = None
     total_num_kv_heads: StrictInt | None = None
+    provider: StrictStr | None = None
 
     @field_validator("config_groups", mode="before")
     @classmethod
@@ -358,7 +364,7 @@ class CompressedTensorsFormat(RuleFormat):
         if group is None or group.spec is None:
             return None if embedding else FLOAT_ENTRY
         # What every release writes beside packed weights.
-        listed = {"weight_shape"} if group.spec.layout in (Layout.CT_PACKED, Layout.CT_PACKED_ACT_ORDER) else set()
+        listed = {"weight_shape"} if group.spec.layout in _PACKED_LAYOUTS else set()
         return LayerEntry(group.spec, group.needs | listed)
 
     def dropped_tensors(self) -> tuple[str, ...]:
@@ -417,18 +423,43 @@ class CompressedTensorsFormat(RuleFormat):
         return result
 
 
+#: Where the producer has multiplied the stored weights by the transform; nothing is left to do when the model runs.
+_FUSED_LOCATIONS = ("weight_input", "weight_output")
+
+
+def _online_transforms(config: Mapping[str, Any]) -> list[str]:
+    """The transforms that the model would have to apply, as "name at location", in the config's order.
+
+    SpinQuant's R1 and R2 are listed although they are fused: vLLM and the library ignore them, too. What is not understood
+    counts as one that has to be applied.
+    """
+    groups = config.get("config_groups", config)
+    if not isinstance(groups, Mapping):
+        return [shown(groups)]
+    online: list[str] = []
+    for name, scheme in groups.items():
+        apply = scheme.get("apply") if isinstance(scheme, Mapping) else None
+        for use in apply if isinstance(apply, list) and apply else [None]:
+            location = use.get("location") if isinstance(use, Mapping) else None
+            if location not in _FUSED_LOCATIONS:
+                online.append(
+                    f"{shown_name(str(name), 60)} at {shown(location) if location is not None else 'no location'}"
+                )
+    return list(dict.fromkeys(online))
+
+
 def _refused_parts(config: CompressedTensorsConfig, source: str) -> list[Finding]:
     """Findings for the parts of a config that change what weights mean and are not served."""
     findings = []
-    transforms = config.transform_config or {}
-    if transforms.get("config_groups", transforms):
+    online = _online_transforms(config.transform_config or {})
+    if online:
         findings.append(
             Finding(
                 "unsupported-scheme",
                 "transforms that are applied while the model runs (transform_config) are not served",
                 file=source,
-                expected="no transform_config",
-                found=shown(transforms.get("config_groups", transforms)),
+                expected="transforms at weight_input and weight_output only, which the producer fused into the weights",
+                found=", ".join(online[:4]),
                 fix="export the checkpoint without transforms, or with transforms that are fused into the weights",
             )
         )
@@ -725,6 +756,8 @@ class _Builder:
         spec = group.spec
         assert spec is not None
         spec = replace(spec, layout=_stored_layout(spec.layout, named))
+        if spec.layout is Layout.CT_PACKED and self._dense(spec, named):
+            spec = replace(spec, layout=Layout.CT_PACKED_DENSE)
         known = {tensor.name: tensor for tensor in LAYOUTS[spec.layout].tensors}
         for name in named:
             if name not in known and name not in kv:
@@ -743,6 +776,29 @@ class _Builder:
             self.use.add(group.fp8, static=group.static)
         optional = {name for name in named if name in known and known[name].optional}
         return LayerEntry(spec, group.needs | optional)
+
+    def _dense(self, spec: LayerSpec, named: Mapping[str, StoredTensor]) -> bool:
+        """Whether integers are packed without padding, where that is another thing: for 3 bits.
+
+        The number of words says it where the groups tell the number of inputs, else the release that is named in the config.
+        """
+        weight = spec.weight
+        if weight is None or weight.bits != 3:
+            return False
+        packed, scale = named.get("weight_packed"), named.get("weight_scale")
+        if (
+            weight.group_size
+            and packed is not None
+            and scale is not None
+            and len(packed.shape) == len(scale.shape) == 2
+        ):
+            inputs = scale.shape[1] * weight.group_size
+            if packed.shape[1] == -(-inputs * weight.bits // 32):
+                return True
+            if packed.shape[1] == -(-inputs // (32 // weight.bits)):
+                return False
+        release = _VERSION.match(self.config.version or "")
+        return release is not None and tuple(map(int, release.groups())) >= _DENSE_SINCE
 
     def _contradiction(self, layer: str, named: Mapping[str, StoredTensor], match: Match) -> None:
         stored = named.get("weight_packed") or named.get("weight") or next(iter(named.values()))

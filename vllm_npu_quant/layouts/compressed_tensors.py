@@ -3,8 +3,9 @@
 
 Formulas (compressed_tensors: quantization.lifecycle.forward, compressors.pack_quantized): ``w = (q - zero_point) * scale``
 with q in two's complement, per tensor, channel or group of inputs; packed integers and zero points are offset-binary,
-``q + 2^(bits-1)``, 32 // bits of them in an int32 from the low bits up, weights along K and zero points along N; static
-activations ``x_q = clamp(round(x / input_scale + input_zero_point))``.
+``q + 2^(bits-1)``, 32 // bits of them in an int32 from the low bits up (since 0.18 a stream of bits, which is another thing
+for 3 bits only), weights along K and zero points along N; static activations
+``x_q = clamp(round(x / input_scale + input_zero_point))``.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ import torch
 from vllm_npu_quant.errors import Finding, NpuQuantError
 from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight, StaticActivation
 from vllm_npu_quant.layouts.g_idx import arrange
+from vllm_npu_quant.layouts.gptq import unpack
 from vllm_npu_quant.layouts.int4 import row_blocks, unpack_pairs
 from vllm_npu_quant.layouts.tables import group_size_of
 from vllm_npu_quant.spec import Granularity, LayerSpec, WeightSpec
 
 __all__ = [
     "act_order_to_canonical",
+    "dense_to_canonical",
+    "dense_zero_points",
     "group_of_inputs",
     "int_to_canonical",
     "one_scale_per_row",
@@ -68,6 +72,17 @@ def unpacked_zero_points(stored: torch.Tensor, spec: LayerSpec, outputs: int) ->
     """Zero points packed along N, int32 [ceil(N / p), G] with p = 32 // bits, as int8 [R, G], N <= R <= ``outputs``."""
     assert spec.on_disk is not None
     return unpack_outputs(stored, spec.on_disk.bits)[:outputs]
+
+
+def dense_zero_points(stored: torch.Tensor, spec: LayerSpec, outputs: int) -> torch.Tensor:
+    """Zero points that follow each other bit by bit along N, int32 [ceil(N * bits / 32), G], as int8 [R, G]."""
+    assert spec.on_disk is not None
+    return _signed(unpack(stored, spec.on_disk.bits)[:outputs], spec.on_disk.bits)
+
+
+def _signed(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Offset-binary uint8 as two's complement int8."""
+    return codes.bitwise_xor(128).view(torch.int8) if bits == 8 else codes.view(torch.int8) - (1 << (bits - 1))
 
 
 def unpack_outputs(packed: torch.Tensor, bits: int) -> torch.Tensor:
@@ -204,6 +219,23 @@ def packed_to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) ->
 
     def rows(start: int, stop: int) -> torch.Tensor:
         return unpack_inputs(packed[start:stop], bits)[:, :inputs]
+
+    weight = CanonicalWeight(packed.shape[0], inputs, rows, scale, zero, _group_size(spec, scale), bits)
+    return CanonicalLinear(weight, bias=tensors.get("bias"))
+
+
+def dense_to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> CanonicalLinear:
+    """Layout CT_PACKED_DENSE: as CT_PACKED, with weight_packed int32 [N, ceil(K * bits / 32)], a stream of bits along K."""
+    assert spec.on_disk is not None
+    bits = spec.on_disk.bits
+    packed = tensors["weight_packed"]
+    scale, zero = _scales(tensors, spec)
+    inputs = packed.shape[1] * 32 // bits
+    if "weight_shape" in tensors:
+        inputs = min(inputs, int(tensors["weight_shape"][1]))
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        return _signed(unpack(packed[start:stop].t(), bits)[:inputs].t().contiguous(), bits)
 
     weight = CanonicalWeight(packed.shape[0], inputs, rows, scale, zero, _group_size(spec, scale), bits)
     return CanonicalLinear(weight, bias=tensors.get("bias"))

@@ -279,30 +279,30 @@ _CT_WEIGHT = (
 )
 
 
-def _ct_packed(groups: Axis, *, plain_zero: bool = False) -> LayoutRow:
+def _ct_packed(groups: Axis, *, plain_zero: bool = False, pack: int = PER_WORD) -> LayoutRow:
     """compressed-tensors' packed weights. Zero points are unpacked at load, so that shards need not be multiples of a
     word."""
     group = Dim(groups)
     zero = TensorSpec(
         "weight_zero_point",
         ("I32",),
-        (Dim(Axis.OUT, PER_WORD), group),
+        (Dim(Axis.OUT, pack), group),
         "int8",
         True,
         (OUT, group),
-        _CT + "unpacked_zero_points",
+        _CT + ("dense_zero_points" if pack == DENSE else "unpacked_zero_points"),
     )
     if plain_zero:
         zero = _scale_per_row("weight_zero_point", "I8", load_dtype="int8", optional=True, groups=group)
     tensors = (
-        TensorSpec("weight_packed", ("I32",), (OUT, Dim(Axis.IN, PER_WORD)), "int32"),
+        TensorSpec("weight_packed", ("I32",), (OUT, Dim(Axis.IN, pack)), "int32"),
         _scale_per_row("weight_scale", groups=group),
         zero,
         TensorSpec("weight_shape", ("I64",), (Dim(Axis.FIXED, size=2),), "int64", optional=True),
         BIAS,
     )
     if groups is Axis.GROUP:
-        return LayoutRow(tensors, _CT + "packed_to_canonical")
+        return LayoutRow(tensors, _CT + ("dense_to_canonical" if pack == DENSE else "packed_to_canonical"))
     g_idx = TensorSpec("weight_g_idx", ("I32", "I64"), (IN,), "int32", rearrange=_CT + "group_of_inputs")
     return LayoutRow((*tensors, g_idx), _CT + "act_order_to_canonical")
 
@@ -372,6 +372,7 @@ LAYOUTS: dict[Layout, LayoutRow] = {
         _CT + "static_to_canonical",
     ),
     Layout.CT_PACKED: _ct_packed(Axis.GROUP),
+    Layout.CT_PACKED_DENSE: _ct_packed(Axis.GROUP, pack=DENSE),
     Layout.CT_PACKED_ACT_ORDER: _ct_packed(Axis.ALL_GROUPS),
     Layout.CT_PACKED_PLAIN_ZERO: _ct_packed(Axis.GROUP, plain_zero=True),
     Layout.CT_PACKED_PLAIN_ZERO_ACT_ORDER: _ct_packed(Axis.ALL_GROUPS, plain_zero=True),
