@@ -219,6 +219,35 @@ def test_fp8_blocks(monkeypatch):
     assert of(tensors, **fp8, extra_config={"model.layers.0.mlp.gate": {"bits": 16}}).find(UP).spec.weight.bits == 16
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_fp8_per_output(dynamic):
+    """As the scheme FP8_STATIC is written: weight_scale [N], and input_scale where the inputs' scale is static."""
+    fp8 = {
+        "bits": 8,
+        "group_size": -1,
+        "data_type": "fp",
+        "packing_format": "auto_round:fp8_static",
+        "act_bits": 8,
+        "act_data_type": "fp",
+        "act_dynamic": dynamic,
+        "act_group_size": 0,
+        "act_sym": True,
+    }
+    tensors = headers(
+        float_layer(UP, 512, 256, dtype="F8_E4M3"),
+        {f"{UP}.weight_scale": ("F32", (512,))} | ({} if dynamic else {f"{UP}.input_scale": ("F32", (1,))}),
+        float_layer("lm_head"),
+    )
+    found = of(tensors, **fp8)
+    assert check(found, tensors) == []
+    (finding,) = of_severity(list(found.findings), Severity.INFO)
+    assert finding.code == "requantized"
+    entry = found.find(UP)
+    assert (entry.spec.layout, entry.spec.stored.granularity) == (Layout.FP8, Granularity.CHANNEL)
+    assert (entry.spec.weight.bits, entry.spec.activation.bits) == (8, 8)
+    assert ("input_scale" in entry.tensors) is not dynamic
+
+
 BROKEN: dict[str, tuple[dict[str, Any], str, str, str]] = {
     "5 bits": ({"bits": 5}, "unsupported-scheme", "5 bits", "2 or 3 or 4 or 8"),
     "8 bits of awq": ({"bits": 8, "packing_format": "auto_round:auto_awq"}, "unsupported-scheme", "8 bits", "4 bits"),
@@ -229,7 +258,13 @@ BROKEN: dict[str, tuple[dict[str, Any], str, str, str]] = {
     "activations of one": ({"extra_config": {UP: {"act_bits": 4}}}, "unsupported-scheme", "4-bit activations", "llm"),
     "gguf scales": ({"super_bits": 6}, "unsupported-scheme", "scales that are quantized", "super_bits"),
     "rotation": ({"rotation_config": {"block_size": 32}}, "unsupported-scheme", "rotated", "no rotation_config"),
-    "fp8 without blocks": ({"bits": 8, "data_type": "fp"}, "unsupported-scheme", "FP8 weights without blocks", "128"),
+    "fp8 in groups": (
+        {"bits": 8, "data_type": "fp", "act_bits": 8, "group_size": 128},
+        "unsupported-scheme",
+        "FP8 weights in groups",
+        "[128, 128]",
+    ),
+    "fp8 with float inputs": ({"bits": 8, "data_type": "fp"}, "unsupported-scheme", "with float inputs", "act_bits: 8"),
     "packing": ({"packing_format": "auto_round:exllamav2"}, "unsupported-scheme", "exllamav2", "auto_round:auto_gptq"),
     "no bits": ({"bits": "drop"}, "bad-config", "Field required", "correct the field"),
     "group size 0": ({"group_size": 0}, "bad-config", "group_size", "correct the field"),

@@ -292,6 +292,19 @@ def test_broken_configs_are_refused(case: str) -> None:
     assert found[0].file == "config.json"
 
 
+def test_the_fields_that_auto_round_adds_are_known() -> None:
+    added = {"bits": 8, "data_type": "fp", "group_size": [128, 128], "sym": True, "act_bits": 8, "act_data_type": "fp"}
+    added |= {
+        "act_dynamic": True,
+        "act_sym": True,
+        "autoround_version": "0.16.1",
+        "block_name_to_quantize": "model.layers",
+    }
+    codes = [finding.code for finding in Fp8Format.from_config({**DEEPSEEK, **added}).findings]
+    assert codes == [finding.code for finding in Fp8Format.from_config(DEEPSEEK).findings]
+    assert "bad-config" in [f.code for f in Fp8Format.from_config({**DEEPSEEK, **added, "bits": 4}).findings]
+
+
 def test_unknown_fields_are_reported_and_ignored() -> None:
     described = parse({**DEEPSEEK, "rotation": {"kind": "hadamard"}, "empty": []})
     warning = next(finding for finding in described.findings if finding.severity is Severity.WARNING)

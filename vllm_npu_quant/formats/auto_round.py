@@ -2,9 +2,9 @@
 """AutoRound checkpoints (``quant_method: auto-round``).
 
 ``packing_format`` says whose layout the weights have: GPTQ's with zero points minus one (auto_round:auto_gptq), GPTQ's with
-zero points as they are (auto_round, auto_round:gptqmodel), AWQ's (auto_round:auto_awq), or FP8 in blocks. Layers under
-``block_name_to_quantize`` have the scheme of the config; ``extra_config`` overrides fields of single layers by name, and of
-others by regular expressions found anywhere in their names, the first that matches; 16 bits mean float.
+zero points as they are (auto_round, auto_round:gptqmodel), AWQ's (auto_round:auto_awq), or FP8 in blocks or per output.
+Layers under ``block_name_to_quantize`` have the scheme of the config; ``extra_config`` overrides fields of single layers by
+name, and of others by regular expressions found anywhere in their names, the first that matches; 16 bits mean float.
 """
 
 from __future__ import annotations
@@ -50,6 +50,9 @@ PACKINGS = {
 
 #: What makes a key of extra_config a regular expression and not a name.
 _SPECIAL = frozenset("*+?^$()[]{}|\\")
+
+#: Names of E4M3 in data_type.
+_FP8_TYPES = ("fp", "fp8", "fp8_e4m3")
 
 #: Activations of this many bits and more are not quantized.
 _FLOAT_BITS = 16
@@ -212,17 +215,30 @@ class AutoRoundFormat(PackedFormat):
         if isinstance(scheme.group_size, tuple):
             weight = fp8_weight(Granularity.BLOCK, scheme.group_size)
             return fp8_spec("FP8_BLOCK_DYNAMIC", weight, Layout.FP8_INV, activation=True, mode=self.mode)
+        if scheme.data_type in _FP8_TYPES:
+            weight = fp8_weight(Granularity.CHANNEL)
+            return fp8_spec(self._fp8_name(), weight, Layout.FP8, activation=True, mode=self.mode)
         layout = PACKINGS.get(self.config.packing_format, Layout.GPTQ)
         return integer_spec("AutoRound", layout, scheme.bits, scheme.group_size or -1, bool(scheme.sym))
+
+    def _fp8_name(self) -> str:
+        assert self.config is not None
+        if isinstance(self.config.group_size, tuple):
+            return "FP8_BLOCK_DYNAMIC"
+        return "FP8_CHANNEL_STATIC" if self._static else "FP8_CHANNEL_DYNAMIC"
+
+    @property
+    def _static(self) -> bool:
+        return self.config is not None and self.config.act_dynamic is False
 
     def unpacked(
         self, layer: str, named: Mapping[str, StoredTensor], silent: list[str], found: FindingLimit
     ) -> LayerEntry | None:
         weight = named.get("weight")
         spec = self.ruling(layer).spec
-        if weight is None or weight.dtype not in FP8_DTYPES or spec.layout is not Layout.FP8_INV:
+        if weight is None or weight.dtype not in FP8_DTYPES or spec.layout not in (Layout.FP8, Layout.FP8_INV):
             return super().unpacked(layer, named, silent, found)
-        self.use.add("FP8_BLOCK_DYNAMIC")
+        self.use.add(self._fp8_name(), static=self._static)
         known = {tensor.name for tensor in LAYOUTS[spec.layout].tensors if tensor.optional}
         return LayerEntry(spec, frozenset(known & set(named)))
 
@@ -276,8 +292,8 @@ class AutoRoundFormat(PackedFormat):
             self.patterns = None
             self._regexes = []
             self.config = self.config.model_copy(update={"extra_config": {}})
-        elif isinstance(self.config.group_size, tuple):
-            self.use.add("FP8_BLOCK_DYNAMIC")
+        elif isinstance(self.config.group_size, tuple) or self.config.data_type in _FP8_TYPES:
+            self.use.add(self._fp8_name(), static=self._static)
         line = self.use.finding(self.source)
         for finding in (*(self.use.findings if line is not None else ()), *([line] if line is not None else ())):
             found.add(finding)
@@ -311,11 +327,15 @@ def _refusals(scheme: LayerScheme, packing: str) -> list[tuple[str, str, str]]:
         return [("rotated activations", "no rotation_config", "rotation_config")]
     if scheme.super_bits:
         return [("scales that are quantized, too", "no super_bits", f"super_bits: {scheme.super_bits}")]
-    if scheme.data_type in ("fp", "fp8", "fp8_e4m3") and scheme.bits == 8:
+    if scheme.data_type in _FP8_TYPES and scheme.bits == 8:
         if isinstance(scheme.group_size, tuple) and min(scheme.group_size) > 0:
             return []
-        wanted = "group_size [128, 128], or the format llm_compressor"
-        return [("FP8 weights without blocks", wanted, f"group_size: {scheme.group_size}")]
+        if scheme.act_bits != 8:
+            return [("FP8 weights with float inputs", "act_bits: 8", f"act_bits: {scheme.act_bits}")]
+        if scheme.group_size == -1:
+            return []
+        wanted = "group_size -1 or [128, 128]"
+        return [("FP8 weights in groups", wanted, f"group_size: {scheme.group_size}")]
     if scheme.data_type != "int" or isinstance(scheme.group_size, tuple):
         value = f"data_type: {scheme.data_type}, group_size: {scheme.group_size}"
         return [(f"data_type {scheme.data_type!r:.40}", "data_type int, or FP8 in blocks", value)]

@@ -202,6 +202,25 @@ def config_findings(error: ValidationError, source: str) -> list[Finding]:
     ]
 
 
+#: What AutoRound's export in the format "fp8" adds: the scheme once more, and how it was made.
+_AUTO_ROUND_FIELDS = frozenset(
+    {
+        *(
+            "bits",
+            "data_type",
+            "group_size",
+            "sym",
+            "act_bits",
+            "act_data_type",
+            "act_dynamic",
+            "act_group_size",
+            "act_sym",
+        ),
+        *("amp", "autoround_version", "block_name_to_quantize", "enable_quanted_input", "iters", "nsamples", "seqlen"),
+    }
+)
+
+
 class Fp8Config(BaseModel):
     """``quantization_config`` of an FP8 checkpoint. Fields that producers add are accepted, and reported where they are
     not empty."""
@@ -452,5 +471,8 @@ def _config_problems(config: Fp8Config, source: str) -> list[Finding]:
                 fix="remove quantization_config from config.json to serve the weights as they are",
             )
         )
-    unknown = unknown_fields_finding(config.model_extra, source)
+    extra = config.model_extra or {}
+    if extra.get("bits") == 8 and extra.get("data_type") in ("fp", "fp8", "fp8_e4m3"):
+        extra = {name: value for name, value in extra.items() if name not in _AUTO_ROUND_FIELDS}
+    unknown = unknown_fields_finding(extra, source)
     return findings + ([unknown] if unknown is not None else [])

@@ -116,8 +116,9 @@ def _samples() -> Iterable[tuple[str, str, Mapping[str, Any]]]:
         yield "auto-round", f"{bits} bits, auto_gptq packing", config
     config = {**rounded, "bits": 4, "sym": False, "packing_format": "auto_round:auto_awq"}
     yield "auto-round", "4 bits, auto_awq packing", config
-    config = {**rounded, "bits": 8, "sym": True, "data_type": "fp", "packing_format": "auto_round:auto_gptq"}
-    yield "auto-round", "FP8", config
+    fp8 = {**rounded, "bits": 8, "sym": True, "data_type": "fp", "act_bits": 8, "packing_format": "auto_round:fp8"}
+    yield "auto-round", "FP8 per channel", {**fp8, "group_size": -1}
+    yield "auto-round", "FP8 per block", {**fp8, "group_size": [128, 128]}
 
 
 def _weights(bits: int, strategy: str, **more: Any) -> dict[str, Any]:
