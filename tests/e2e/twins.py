@@ -204,6 +204,7 @@ def _compressed_tensors(tensors: Tensors, config: dict) -> Tensors:
         scale = part["weight_scale"]
         if "weight_packed" in part:
             outputs, inputs = part["weight_shape"].tolist()
+            scale = scale.reshape(-1, 1).expand(outputs, -1) if scale.dim() < 2 else scale
             packed = part["weight_packed"]
             bits = 32 * packed.shape[1] // inputs
             values = _bits(packed, bits)[:outputs, :inputs] - 2 ** (bits - 1)
@@ -220,10 +221,10 @@ def _compressed_tensors(tensors: Tensors, config: dict) -> Tensors:
 
 
 def _fp8(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """A scale per tensor, per row [N, 1], or per block of 128 x 128."""
+    """A scale per tensor, per row [N] or [N, 1], or per block of 128 x 128."""
     if (scale.dim() == 2 and scale.shape[1] > 1) or (scale.dim() == 2 and scale.shape[0] not in (1, weight.shape[0])):
         scale = scale.repeat_interleave(128, 0)[: weight.shape[0]].repeat_interleave(128, 1)[:, : weight.shape[1]]
-    return weight.float() * scale.float()
+    return weight.float() * (scale[:, None] if scale.dim() == 1 and scale.numel() > 1 else scale).float()
 
 
 def _awq(tensors: Tensors, config: dict) -> Tensors:
@@ -268,15 +269,16 @@ def _gptq_layer(part: dict[str, torch.Tensor], plus: int) -> torch.Tensor:
 
 
 def _auto_round(tensors: Tensors, config: dict) -> Tensors:
-    if isinstance(config["group_size"], list):
+    if config.get("data_type") == "fp" or isinstance(config["group_size"], list):
         return _fp8_config(tensors, config)
     layers = _layers(tensors, "qweight")
     weights = _rest(tensors, layers)
+    plus = 0 if config.get("packing_format") in ("auto_round", "auto_round:gptqmodel") else 1
     for layer, part in layers.items():
         # AWQ packs along the outputs, so its qweight is as long as there are inputs.
         groups = part["scales"].shape[0]
         packed_along_outputs = part["qweight"].shape[1] == part["qzeros"].shape[1] and groups < part["qweight"].shape[0]
-        weights[layer + ".weight"] = _awq_layer(part) if packed_along_outputs else _gptq_layer(part, 1)
+        weights[layer + ".weight"] = _awq_layer(part) if packed_along_outputs else _gptq_layer(part, plus)
     return weights
 
 
