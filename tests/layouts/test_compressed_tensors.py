@@ -20,8 +20,6 @@ from vllm_npu_quant.formats.compressed_tensors import CompressedTensorsFormat
 from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight
 from vllm_npu_quant.layouts.compressed_tensors import (
     act_order_to_canonical,
-    dense_to_canonical,
-    dense_zero_points,
     group_of_inputs,
     int_to_canonical,
     one_scale_per_row,
@@ -89,40 +87,6 @@ def test_the_library_packs_the_same_way(case: tuple[np.ndarray, int]) -> None:
     spec = LayerSpec("", Layout.CT_PACKED, WeightSpec(bits))
     unpacked = unpacked_zero_points(along_outputs, spec, values.shape[0])
     assert torch.equal(unpacked, torch.from_numpy(values))
-
-
-def stream(values: np.ndarray, bits: int) -> np.ndarray:
-    """Offset-binary integers [n, k] one after the other, bit by bit, along k: int32 [n, ceil(k * bits / 32)]."""
-    codes = (values.astype(np.int64) + (1 << (bits - 1))).astype(np.uint8)
-    each = np.unpackbits(codes[..., None], axis=-1, bitorder="little")[..., :bits].reshape(values.shape[0], -1)
-    padded = np.pad(each, [(0, 0), (0, -each.shape[1] % 32)])
-    return np.packbits(padded, axis=-1, bitorder="little").view("<i4")
-
-
-@pytest.mark.parametrize(("columns", "groups"), [(64, 2), (96, 3), (40, 1), (512, 8)])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_integers_packed_without_padding(columns: int, groups: int, bits: int) -> None:
-    random = np.random.default_rng(bits)
-    low, high = -(1 << (bits - 1)), 1 << (bits - 1)
-    values = random.integers(low, high, (35, columns)).astype(np.int8)
-    zeros = random.integers(low, high, (35, groups)).astype(np.int8)
-    scale = random.random((35, groups)).astype(np.float32)
-    weight = WeightSpec(bits, NumberKind.INT, Granularity.GROUP, columns // groups, False)
-    layer = LayerSpec("", Layout.CT_PACKED_DENSE, weight)
-    stored_zeros = torch.from_numpy(stream(zeros.T, bits).T.copy())
-    tensors = {
-        "weight_packed": torch.from_numpy(stream(values, bits)),
-        "weight_scale": torch.from_numpy(scale),
-        "weight_zero_point": dense_zero_points(stored_zeros, layer, 35),
-        "weight_shape": torch.tensor([35, columns]),
-    }
-    assert np.array_equal(tensors["weight_zero_point"].numpy(), zeros)
-    linear = dense_to_canonical(tensors, layer)
-    assert np.array_equal(linear.weight.values.numpy(), values)
-    wanted = (values - np.repeat(zeros.astype(np.float32), columns // groups, 1)) * np.repeat(
-        scale, columns // groups, 1
-    )
-    assert np.array_equal(linear.weight.dequantize().numpy(), wanted)
 
 
 def spec(granularity: Granularity, group_size: int = 0, block_rows: int = 0, bits: int = 8) -> LayerSpec:

@@ -134,6 +134,14 @@ def compressed_packed(numbers: Numbers) -> Stored:
     }
 
 
+def compressed_dense(numbers: Numbers) -> Stored:
+    zeros = stream((numbers.zero + numbers.middle).T, numbers.bits)
+    return compressed_packed(numbers) | {
+        "weight_packed": stream(numbers.values + numbers.middle, numbers.bits),
+        "weight_zero_point": np.ascontiguousarray(zeros.T),
+    }
+
+
 def plain_zero(numbers: Numbers) -> Stored:
     return compressed_packed(numbers) | {"weight_zero_point": numbers.zero.astype(np.int8)}
 
@@ -199,6 +207,7 @@ WAYS: dict[Layout, Way] = {
     Layout.CT_INT: Way(compressed, (2, 4, 6, 8)),
     Layout.CT_STATIC: Way(compressed_static, (8,), grouped=False, asymmetric=False),
     Layout.CT_PACKED: Way(compressed_packed, (1, 2, 3, 4, 5, 8)),
+    Layout.CT_PACKED_DENSE: Way(compressed_dense, GPTQ_BITS),
     Layout.CT_PACKED_ACT_ORDER: Way(compressed_packed, (2, 4, 8), ordered=True),
     Layout.CT_PACKED_PLAIN_ZERO: Way(plain_zero, (4, 8)),
     Layout.CT_PACKED_PLAIN_ZERO_ACT_ORDER: Way(plain_zero, (4, 8), ordered=True),
