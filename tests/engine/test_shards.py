@@ -202,6 +202,33 @@ def packed(group: int, *, symmetric: bool = False, plain_zero: bool = False) -> 
     return make
 
 
+def dense(group: int) -> Callable[[int, int, int], Case]:
+    """3-bit integers with 4 added, bit by bit in int32, as compressed-tensors 0.18 and later pack them."""
+
+    def stream(values: np.ndarray) -> torch.Tensor:
+        bits = (((values + 4)[..., None] >> np.arange(3)) & 1).reshape(values.shape[0], -1).astype(np.uint8)
+        bits = np.pad(bits, [(0, 0), (0, -bits.shape[1] % 32)])
+        return torch.from_numpy(np.packbits(bits, axis=1, bitorder="little").view(np.int32))
+
+    def make(outputs: int, inputs: int, seed: int = 0) -> Case:
+        rng = rng_of(outputs, inputs, seed)
+        values = rng.integers(-4, 4, (outputs, inputs))
+        scale = rng.uniform(0.5, 2, (outputs, -(-inputs // group))).astype(np.float32)
+        zero = rng.integers(-4, 4, scale.shape)
+        columns = np.arange(inputs) // group
+        weight = WeightSpec(3, NumberKind.INT, Granularity.GROUP, group, False)
+        tensors = {
+            "weight_packed": stream(values),
+            "weight_scale": torch.from_numpy(scale),
+            "weight_shape": torch.tensor([outputs, inputs]),
+            "weight_zero_point": stream(zero.T).t().contiguous(),
+        }
+        wanted = (values - zero[:, columns]).astype(np.float32) * scale[:, columns]
+        return LayerSpec("W3A16", Layout.CT_PACKED_DENSE, weight), tensors, wanted
+
+    return make
+
+
 def act_order(group: int) -> Callable[[int, int, int], Case]:
     def make(outputs: int, inputs: int, seed: int = 0) -> Case:
         _, tensors, _ = packed(group)(outputs, inputs, seed)
@@ -247,6 +274,7 @@ CASES = {
     "packed groups, zero points of old releases": packed(32, plain_zero=True),
     "packed channels": packed(0),
     "packed odd groups": packed(24),
+    "3 bits without padding": dense(32),
     "activation order": act_order(64),
     "int8 tensor": int8_tensor,
     "int4 groups": int4_group,
@@ -259,6 +287,10 @@ def test_row_parallel_parts_are_the_whole(name: str, size: int) -> None:
     """K = 192: at 3 and 4 ranks, parts of 64 and 48 inputs cut blocks of 128 and groups of 32 and 24."""
     outputs, inputs = 20, 192
     spec, tensors, wanted = CASES[name](outputs, inputs)
+    if spec.layout is Layout.CT_PACKED_DENSE and inputs // size % 32:
+        with pytest.raises(NpuQuantError, match="sizes per rank divisible by 32"):
+            row_parallel(spec, tensors, outputs, inputs, 0, size)
+        return
     parts = [dequantized(row_parallel(spec, tensors, outputs, inputs, rank, size)) for rank in range(size)]
     assert np.array_equal(np.concatenate(parts, axis=1), wanted)
 
