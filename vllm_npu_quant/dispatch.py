@@ -35,6 +35,7 @@ class Row:
         transform: whether the layer's input is multiplied by matrices first; None stands for any.
         method: "module:qualname" of the method class.
         operators: the torch_npu operators that it calls per forward, in order.
+        remark: what a user should know before relying on it, for the support matrix.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Row:
     weight_symmetric: bool | None = None
     act_symmetric: bool = True
     transform: bool | None = False
+    remark: str = ""
 
     def matches(self, kind: LayerKind, spec: LayerSpec) -> bool:
         return (
@@ -222,6 +224,20 @@ ROWS: tuple[Row, ...] = (
         method="vllm_npu_quant.methods.moe_w8a8:W8A8DynamicExperts",
         operators=("npu_grouped_matmul",),
     ),
+    # npu_moe_init_routing_v2 quantizes with one static scale for all experts, and every expert has its own. The integers of
+    # the weights stay; tokens get a scale each, which is finer than the calibrated one.
+    Row(
+        "W8A8 static, activations per token",
+        _MOE,
+        weight_bits=frozenset({8}),
+        weight_granularity=_CHANNEL,
+        weight_symmetric=True,
+        act=8,
+        act_dynamic=False,
+        method="vllm_npu_quant.methods.moe_w8a8:W8A8DynamicExperts",
+        operators=("npu_grouped_matmul",),
+        remark="experts' activations are quantized per token, and their static scales are not used",
+    ),
     Row(
         "W8A16",
         _MOE,
@@ -243,7 +259,18 @@ ROWS: tuple[Row, ...] = (
         method="vllm_npu_quant.methods.moe_weight_only:FloatExperts",
         operators=("npu_grouped_matmul",),
     ),
-    # Offsets per group are undocumented, and used by vllm-ascend and SGLang.
+    Row(
+        "W4A16 group, asymmetric",
+        _MOE,
+        weight_bits=frozenset({2, 3, 4}),
+        weight_granularity=frozenset({Granularity.GROUP}),
+        weight_symmetric=False,
+        act=None,
+        act_dynamic=None,
+        method="vllm_npu_quant.methods.moe_weight_only:WeightOnlyExperts",
+        operators=("npu_grouped_matmul",),
+        remark="experts' offsets per group: undocumented for npu_grouped_matmul, used by peers (vllm-ascend, SGLang)",
+    ),
     Row(
         "W4A16",
         _MOE,

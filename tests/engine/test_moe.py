@@ -71,7 +71,7 @@ def config_for(name: str):
 
 
 def layer_of(name: str, **options: Any):
-    return make_layer(config_for(name), experts_prefix(tensors_of(name)), **sizes_of(folder_of(name)), **options)
+    return make_layer(config_for(name), experts_prefix(tensors_of(name)), **{**sizes_of(folder_of(name)), **options})
 
 
 def loaded(name: str, **options: Any):
@@ -111,13 +111,35 @@ def test_expert_parallel_ranks_add_up(name: str, placement: str, floats) -> None
     assert error_of(y, name, floats, given) < CHECKPOINTS[name]
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 1000])
-def test_numbers_of_tokens(tokens: int, floats) -> None:
-    given = inputs(W8A8, tokens)
-    y = run(loaded(W8A8), *given)
+@pytest.mark.parametrize("choices", [1, 8])
+@pytest.mark.parametrize("tokens", [0, 1, 7, 1000])
+@pytest.mark.parametrize("name", [W8A8, "msmodelslim-qwen3moe-moe-w4a8", "ct-qwen3moe-w4a16-g128"])
+def test_numbers_of_tokens_and_choices(name: str, tokens: int, choices: int, floats) -> None:
+    sizes = sizes_of(folder_of(name))
+    x = random_input(tokens, sizes["hidden"], torch.bfloat16)
+    given = x, *routing(tokens, choices, sizes["experts"])
+    y = run(loaded(name, top_k=choices) if tokens != 1000 else _kept(name, choices), *given)
     assert y.shape == given[0].shape
+    assert y.dtype == x.dtype
+    some = slice(0, 40)  # the oracle goes token by token
     if tokens:
-        assert error_of(y, W8A8, floats, given) < 0.02
+        assert error_of(y[some], name, floats, tuple(part[some] for part in given)) < CHECKPOINTS[name]
+
+
+@cache
+def _kept(name: str, choices: int):
+    return loaded(name, top_k=choices)
+
+
+@pytest.mark.parametrize("tp", [(1, 0), (2, 0)], ids=["one_rank", "two_ranks"])
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_all_tokens_to_one_expert(name: str, tp: tuple[int, int], floats) -> None:
+    """The other experts have none."""
+    x, _, _ = inputs(name, 9)
+    ids = torch.full((9, 1), 5, dtype=torch.int32)
+    given = x, torch.ones(9, 1), ids
+    y = sum(run(loaded(name, tp=(tp[0], rank), top_k=1), *given).double() for rank in range(tp[0]))
+    assert error_of(y, name, floats, given) < CHECKPOINTS[name]
 
 
 def test_float16(floats) -> None:
@@ -183,6 +205,77 @@ def test_what_the_layer_says_of_itself() -> None:
     )
     assert not method.supports_eplb
     assert method.get_fused_moe_quant_config(layer_of(W8A8)) is None
+
+
+@pytest.mark.parametrize("name", ["msmodelslim-qwen3moe-moe-w4a8", "ct-qwen3moe-w4a8-int8-channel"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_w4a8_with_activations_in_the_models_dtype(
+    name: str, ranks: int, floats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_NPU_QUANT_W4A8", "w4a16")
+    layers = [loaded(name, tp=(ranks, rank)) for rank in range(ranks)]
+    assert layers[0].quant_method.method_classes == "WeightOnlyExperts"
+    assert layers[0].quant_method.scheme.endswith(" as W4A16")
+    given = inputs(name)
+    # Below what int8 activations would cost.
+    assert error_of(sum(run(layer, *given).double() for layer in layers), name, floats, given) < 0.007
+
+
+# --------------------------------------------------------------------------------------------------- static activations
+
+
+def static_checkpoint(folder: Path, offset: int, *, bias: int = 0, wide: bool = False) -> Path:
+    """The W8A8 checkpoint with the experts of layer 0 as msModelSlim's W8A8 (static) stores them.
+
+    Args:
+        offset: input_offset. bias: added to one quant_bias. wide: deq_scale as the float32's bits in int64.
+    """
+    source = FIXTURES / W8A8
+    description = json.loads((source / "quant_model_description.json").read_text())
+    tensors = dict(tensors_of(W8A8))
+    for name in [name for name in tensors if name.startswith(PREFIX) and name.endswith(".weight")]:
+        stem = name.removesuffix("weight")
+        scale, _ = tensors.pop(stem + "weight_scale"), tensors.pop(stem + "weight_offset")
+        del description[stem + "weight_scale"], description[stem + "weight_offset"]
+        quant_bias = -offset * tensors[name].sum(1, dtype=torch.int32)
+        quant_bias[0] += bias
+        own = {
+            "input_scale": torch.tensor([0.03]),
+            "input_offset": torch.tensor([float(offset)]),
+            "quant_bias": quant_bias,
+            "deq_scale": scale.float().reshape(-1) * 0.03,
+        }
+        if wide:
+            own["deq_scale"] = torch.from_numpy(own["deq_scale"].numpy().view("uint32").astype("int64"))
+        tensors |= {stem + key: value for key, value in own.items()}
+        description |= {stem + key: "W8A8" for key in ("weight", *own)}
+    (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+    (folder / "quant_model_description.json").write_text(json.dumps(description))
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["float32", "int64"])
+@pytest.mark.parametrize("offset", [0, -5])
+def test_static_experts_get_a_scale_per_token(tmp_path: Path, offset: int, wide: bool, floats) -> None:
+    folder = static_checkpoint(tmp_path, offset, wide=wide)
+    tensors, config, given = read_tensors(folder), config_of(folder), inputs(W8A8)
+    for ranks in (1, 2):
+        layers = [
+            load(make_layer(config, PREFIX, **sizes_of(folder), tp=(ranks, rank)), tensors) for rank in range(ranks)
+        ]
+        assert layers[0].quant_method.method_classes == "W8A8DynamicExperts"
+        y = sum(run(layer, *given).double() for layer in layers)
+        assert relative_error(y, expected(floats(W8A8), PREFIX, *given)) < 0.02
+
+
+@pytest.mark.parametrize("offset", [0, -5])
+def test_static_experts_with_a_bias_are_refused(tmp_path: Path, offset: int) -> None:
+    folder = static_checkpoint(tmp_path, offset, bias=7)
+    with pytest.raises(NpuQuantError, match="bias") as caught:
+        load(make_layer(config_of(folder), PREFIX, **sizes_of(folder)), read_tensors(folder))
+    assert caught.value.codes == ("unsupported-scheme",)
+    assert caught.value.findings[0].layer == PREFIX
 
 
 # ------------------------------------------------------------------------------------------------------ mixed precision

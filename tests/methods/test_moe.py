@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.methods.layers import DTYPES, random_input, relative_error
 from tests.methods.moe_layers import FLOAT, SCHEMES, W4A8, W4A16_GROUP, W8A8, MoeLayer, Scheme, routing
 from vllm_npu_quant.errors import NpuQuantError
 from vllm_npu_quant.layouts.canonical import CanonicalLinear, InputTransform
+from vllm_npu_quant.methods import moe
 from vllm_npu_quant.methods.moe import Input, Placement
 from vllm_npu_quant.methods.moe_int4 import W4A4DynamicExperts, W4A8DynamicExperts
 from vllm_npu_quant.methods.moe_w8a8 import W8A8DynamicExperts
@@ -148,6 +152,69 @@ def test_a_rank_without_a_token_gives_zeros(scheme: Scheme) -> None:
     _, ids = routing(5, 2, 2)
     y = layer.run(random_input(5, 64, torch.bfloat16), torch.full((5, 2), 0.5), ids, torch.tensor([-1, -1, 0, 1]), 4)
     assert torch.equal(y, torch.zeros_like(y))
+
+
+class Called(TorchDispatchMode):
+    """Notes the torch_npu operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "npu":
+            self.names.append(func._schema.name.removeprefix("npu::"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "expert_map",
+    [None, [-1, -1, -1, 0, 1, 2], [0, -1, 1, -1, 2, -1], [-1, -1, -1, -1, -1, 0]],
+    ids=["whole", "range", "holes", "one"],
+)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=names(SCHEMES))
+def test_routing_without_v2_gives_the_same(
+    scheme: Scheme, expert_map: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = MoeLayer.random(scheme, scheme, 64, 32, 6)
+    placed = None if expert_map is None else torch.tensor(expert_map, dtype=torch.int32)
+    if expert_map is not None:
+        layer = layer.some_experts([expert for expert, number in enumerate(expert_map) if number >= 0])
+    given = random_input(13, 64, torch.bfloat16), *routing(13, 3, 6), placed, 6
+    with Called() as newer:
+        wanted = layer.run(*given)
+    monkeypatch.setattr(moe, "has_routing_v2", lambda: False)
+    with Called() as older:
+        found = layer.run(*given)
+    assert torch.equal(found, wanted)
+    assert "npu_moe_init_routing_v2" in newer.names
+    assert "npu_moe_init_routing_v2" not in older.names
+    routers = [name for name in older.names if name.startswith("npu_moe")]
+    assert routers == ["npu_moe_init_routing", "npu_moe_compute_expert_tokens", "npu_moe_token_unpermute"]
+
+
+@pytest.mark.parametrize("scheme", [W8A8, W4A8, FLOAT], ids=lambda scheme: scheme.name)
+def test_routing_without_v2_where_a_rank_has_no_token(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moe, "has_routing_v2", lambda: False)
+    layer = MoeLayer.random(scheme, scheme, 64, 32, 4).some_experts([2, 3])
+    _, ids = routing(5, 2, 2)
+    y = layer.run(random_input(5, 64, torch.bfloat16), torch.full((5, 2), 0.5), ids, torch.tensor([-1, -1, 0, 1]), 4)
+    assert torch.equal(y, torch.zeros_like(y))
+
+
+@pytest.mark.parametrize("w2", SCHEMES, ids=names(SCHEMES))
+@pytest.mark.parametrize("w13", SCHEMES, ids=names(SCHEMES))
+def test_the_operators_that_a_layer_says_it_calls(w13: Scheme, w2: Scheme) -> None:
+    layer = MoeLayer.random(w13, w2, 96, 96, 2)
+    chain, tensors = layer.prepared(torch.bfloat16)
+    weights, ids = routing(5, 2, 2)
+    with Called() as called:
+        chain.apply(tensors, Placement.of(2, None), random_input(5, 96, torch.bfloat16), weights, ids)
+    halves = [method for method in (chain.w13, chain.w2) if getattr(method, "by_halves", False)]
+    # W4A8 by halves multiplies twice.
+    wanted = list(moe.operators_of(chain.w13, chain.w2))
+    assert len(called.names) == len(wanted) + len(halves)
+    assert list(dict.fromkeys(called.names)) == list(dict.fromkeys(wanted))
 
 
 def test_placement() -> None:

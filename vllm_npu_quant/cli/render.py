@@ -270,9 +270,14 @@ def matrix_markdown(rows: Sequence[MatrixRow]) -> str:
             cells = [row.scheme, row.methods.get("linear", "-"), row.methods.get("fused_moe", "-")]
             cells += [row.chips[chip.key] for chip in chips]
             lines.append("| " + " | ".join(cells) + " |")
-        remarks = [f"- {row.scheme}: {row.remark}." for row in rows if row.format == name and row.remark]
-        if remarks:
-            lines += ["", "Not served:", "", *remarks]
+        for title, served in (("Not served:", False), ("Served, and to know:", True)):
+            remarks = [
+                f"- {row.scheme}: {row.remark}."
+                for row in rows
+                if row.format == name and row.remark and bool(row.methods) == served
+            ]
+            if remarks:
+                lines += ["", title, "", *remarks]
     lines += ["", "## Chips", ""]
     lines += [f"- {chip.key.upper()}: {chip.name}; model dtype {' or '.join(chip.dtypes)}" for chip in chips]
     return "\n".join([*lines, ""])

@@ -293,7 +293,10 @@ class NpuQuantConfig(QuantizationConfig):
     def _experts(self, layer: nn.Module, prefix: str, tid2eid: Any) -> QuantizeMethodBase | None:
         resolver = self._resolver(prefix)
         resolved = resolver.resolve_experts(prefix)
-        specs = [resolved.w13.spec, resolved.w2.spec]
+        entry = resolved.entry
+        gate, up, down = (replace(one, spec=self._w4a8(one.spec)) for one in (entry.gate, entry.up, entry.down))
+        resolved = replace(resolved, entry=replace(entry, gate=gate, up=up, down=down))
+        specs = [gate.spec, down.spec]
         if all(spec.is_float for spec in specs) and not platforms.float_experts_crash(layer):
             return platforms.unquantized_moe(layer, tid2eid)
         from vllm_npu_quant.engine.moe import NpuQuantMoEMethod

@@ -4,15 +4,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+from vllm_npu_quant.dispatch import describe
 from vllm_npu_quant.errors import Finding
-from vllm_npu_quant.formats.base import ExpertsEntry, LayerEntry
+from vllm_npu_quant.formats.base import FLOAT_ENTRY, ExpertsEntry, LayerEntry
 
-__all__ = ["EXPERT_NAMES", "collect_experts", "split_expert"]
+__all__ = ["EXPERT_NAMES", "FUSED_FLOAT", "collect_experts", "holds_fused_floats", "split_expert"]
 
 #: The projections of an expert: gate, up, down, in the two spellings that checkpoints use.
 EXPERT_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+
+#: Float experts whose layer is stored as two tensors for all experts; their number is not looked at.
+FUSED_FLOAT = ExpertsEntry(0, FLOAT_ENTRY, FLOAT_ENTRY, FLOAT_ENTRY, ("gate_up_proj", "gate_up_proj", "down_proj"))
+
+
+def holds_fused_floats(layer: str, last_names: Iterable[str]) -> bool:
+    """Whether a layer's tensors are those of float experts, stored together: [E, ...] as newer model classes have them."""
+    return layer.endswith(".experts") and {"gate_up_proj", "down_proj"} <= set(last_names)
+
 
 _EXPERT = re.compile(r"(?P<layer>.*\.experts)\.(?P<number>0|[1-9][0-9]{0,18})\.(?P<projection>[^.]+)")
 
@@ -85,7 +95,7 @@ def collect_experts(
                     file=source,
                     expected="one scheme for all experts",
                     found="; ".join(
-                        f"{entry.spec.scheme} for experts {', '.join(members[:4])}"
+                        f"{describe(entry.spec)} for experts {', '.join(members[:4])}"
                         + (" ..." if len(members) > 4 else "")
                         for entry, members in by_entry.items()
                     ),

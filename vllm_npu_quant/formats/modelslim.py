@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, TypeAda
 from vllm_npu_quant.errors import Finding, Severity, nearest_names
 from vllm_npu_quant.formats.base import FLOAT_ENTRY, ExpertsEntry, LayerEntry, QuantFormat
 from vllm_npu_quant.formats.check import FindingLimit, StoredTensor
-from vllm_npu_quant.formats.experts import collect_experts, split_expert
+from vllm_npu_quant.formats.experts import FUSED_FLOAT, collect_experts, holds_fused_floats, split_expert
 from vllm_npu_quant.formats.fp8 import Fp8Use, fp8_spec, fp8_weight
 from vllm_npu_quant.layouts.tables import LAYOUTS
 from vllm_npu_quant.spec import (
@@ -214,6 +214,7 @@ class ModelSlimFormat(QuantFormat):
     Attributes:
         layers: entry of every layer outside of routed experts.
         experts: entry of every MoE layer's experts, by the name that ends in ".experts".
+        fused_floats: MoE layers whose float experts are stored as two tensors.
         kv_cache: whether the checkpoint carries KV-cache scales.
         dropped: last name components of tensors that are not loaded.
         header: the description's own fields.
@@ -221,6 +222,7 @@ class ModelSlimFormat(QuantFormat):
 
     layers: dict[str, LayerEntry] = field(default_factory=dict)
     experts: dict[str, ExpertsEntry] = field(default_factory=dict)
+    fused_floats: frozenset[str] = frozenset()
     kv_cache: bool = False
     dropped: tuple[str, ...] = ()
     header: dict[str, Any] = field(default_factory=dict)
@@ -232,7 +234,7 @@ class ModelSlimFormat(QuantFormat):
         return self.layers.get(layer)
 
     def find_experts(self, layer: str) -> ExpertsEntry | None:
-        return self.experts.get(layer)
+        return FUSED_FLOAT if layer in self.fused_floats else self.experts.get(layer)
 
     def layer_names(self) -> Iterable[str]:
         yield from self.layers
@@ -283,6 +285,7 @@ class ModelSlimFormat(QuantFormat):
             norm_biases=frozenset(builder.norm_biases),
             layers=builder.layers,
             experts=builder.experts,
+            fused_floats=frozenset(builder.fused_floats),
             kv_cache=builder.kv_cache,
             dropped=(*(_KV_TENSORS if builder.kv_cache else ()), *((_SCALE_BIAS,) if builder.scale_bias else ())),
             header={"version": header.version, "group_size": header.group_size},
@@ -299,6 +302,7 @@ class _Builder:
         self.found = FindingLimit()
         self.layers: dict[str, LayerEntry] = {}
         self.experts: dict[str, ExpertsEntry] = {}
+        self.fused_floats: list[str] = []
         self.norm_biases: list[str] = []
         self.biased: list[str] = []
         self.kv_cache = False
@@ -369,6 +373,9 @@ class _Builder:
                 listed.append((suffix, kind))
         by_experts: dict[str, dict[str, dict[str, LayerEntry]]] = {}
         for layer, listed in suffixes.items():
+            if holds_fused_floats(layer, dict(listed)) and {kind for _, kind in listed} == {FLOAT_TYPE}:
+                self.fused_floats.append(layer)
+                continue
             shape = self._shape(layer, dict(listed))
             signature = (shape, *listed)
             if signature in self._entries:

@@ -198,7 +198,7 @@ class LayerResolver:
         name, entry = hit
         if entry.gate.spec != entry.up.spec:
             schemes = [
-                (f"{name}.*.{part}", part_entry.spec.scheme)
+                (f"{name}.*.{part}", describe(part_entry.spec))
                 for part, part_entry in ((entry.names[0], entry.gate), (entry.names[1], entry.up))
             ]
             raise NpuQuantError([self._disagree(prefix, schemes)])

@@ -17,7 +17,7 @@ from typing import Any
 from vllm_npu_quant.errors import Finding
 from vllm_npu_quant.formats.base import ExpertsEntry, LayerEntry, QuantFormat
 from vllm_npu_quant.formats.check import StoredTensor
-from vllm_npu_quant.formats.experts import EXPERT_NAMES, collect_experts, split_expert
+from vllm_npu_quant.formats.experts import EXPERT_NAMES, FUSED_FLOAT, collect_experts, holds_fused_floats, split_expert
 from vllm_npu_quant.formats.resolve import FUSED_FAMILIES
 
 __all__ = ["FLOAT_DTYPES", "LayerIndex", "RuleFormat", "index_layers", "is_embedding", "stored_layers_of"]
@@ -48,12 +48,14 @@ class LayerIndex:
     Attributes:
         layers: entry of every layer outside of routed experts.
         experts: entry of every MoE layer's experts, by the name that ends in ".experts".
+        fused_floats: MoE layers whose float experts are stored as two tensors.
         biased: quantized layers whose own bias is stored.
         findings: what is wrong with the experts.
     """
 
     layers: dict[str, LayerEntry] = field(default_factory=dict)
     experts: dict[str, ExpertsEntry] = field(default_factory=dict)
+    fused_floats: frozenset[str] = frozenset()
     biased: frozenset[str] = frozenset()
     findings: list[Finding] = field(default_factory=list)
 
@@ -74,10 +76,12 @@ def index_layers(
     index = LayerIndex()
     same: dict[LayerEntry, LayerEntry] = {}  # one object per distinct entry keeps the pickle small
     by_experts: dict[str, dict[str, dict[str, LayerEntry]]] = {}
-    biased = []
+    biased, fused_floats = [], []
     for layer, tensors in stored.items():
         decided = decide(layer, tensors)
         if decided is None:
+            if holds_fused_floats(layer, tensors) and all(part.dtype in FLOAT_DTYPES for part in tensors.values()):
+                fused_floats.append(layer)
             continue
         entry = same.setdefault(decided, decided)
         expert = split_expert(layer)
@@ -93,7 +97,7 @@ def index_layers(
         index.findings += findings
         if experts is not None:
             index.experts[layer] = experts
-    index.biased = frozenset(biased)
+    index.biased, index.fused_floats = frozenset(biased), frozenset(fused_floats)
     return index
 
 
@@ -120,7 +124,7 @@ class RuleFormat(QuantFormat):
 
     def find_experts(self, layer: str) -> ExpertsEntry | None:
         if self.index is not None:
-            return self.index.experts.get(layer)
+            return FUSED_FLOAT if layer in self.index.fused_floats else self.index.experts.get(layer)
         # Their number is not known, nor which of the two families of names the checkpoint has.
         names = EXPERT_NAMES[0]
         entries = [self.rule(f"{layer}.0.{name}") for name in names]

@@ -31,7 +31,7 @@ class MatrixRow:
         methods: layer kind -> the NPU method class; empty where the kind is not served.
         chips: chip -> "yes", "linear" or "experts" where only these are served, "no", or "?" where the operators' pages that
             were read do not say.
-        remark: why it is not served, or what is converted.
+        remark: why it is not served, or what to know of how it is.
     """
 
     format: str
@@ -64,7 +64,8 @@ def _row(name: str, label: str, config: Mapping[str, Any]) -> MatrixRow:
     numbers = dispatch.describe(entry.spec).partition(": ")[2]
     methods = {kind.value: row.method_name for kind, row in rows.items()}
     chips = {key: _chip(key, rows) for key in CHIPS}
-    return MatrixRow(name, label, numbers, methods, chips)
+    remark = "; ".join(dict.fromkeys(row.remark for row in rows.values() if row.remark))
+    return MatrixRow(name, label, numbers, methods, chips, remark)
 
 
 def _chip(key: str, rows: Mapping[LayerKind, dispatch.Row]) -> str:

@@ -7,6 +7,9 @@
     w2          npu_grouped_matmul        down
     combine     npu_moe_token_unpermute   the sum over a token's experts, weighted
 
+Where the CANN version has no npu_moe_init_routing_v2, its predecessors sort: npu_moe_init_routing and
+npu_moe_compute_expert_tokens, with npu_dynamic_quant after them.
+
 w13 and w2 are two methods that know nothing of each other, so that a layer may mix any two schemes. The combine operator is
 npu_moe_token_unpermute, as in vllm-ascend, which found npu_moe_finalize_routing less accurate.
 """
@@ -190,6 +193,7 @@ class FusedExperts:
         self.w13 = w13
         self.w2 = w2
         self.hidden = hidden
+        self.routed = _routed if has_routing_v2() else _routed_by_v1
         inner = _up(inner, lcm(w13.outputs_multiple, w2.depth_multiple(groups[1])))
         self.w13_sizes = GroupedSizes(_up(hidden, w13.depth_multiple(groups[0])), inner)
         self.w2_sizes = GroupedSizes(inner, _up(hidden, w2.outputs_multiple))
@@ -213,21 +217,8 @@ class FusedExperts:
         tokens, k = topk_ids.shape
         if tokens == 0:
             return x.new_empty((0, self.hidden))
-        ids = topk_ids.to(torch.int32)
-        if placement.to_local is not None:
-            ids = placement.to_local[ids.to(torch.int64)]
-        rows, row_index, counts, row_scale = torch.ops.npu.npu_moe_init_routing_v2(
-            F.pad(x, (0, self.w13_sizes.inputs - self.hidden)).contiguous(),
-            ids.contiguous(),
-            active_num=tokens * k,
-            expert_num=placement.count,
-            expert_tokens_num_type=1,
-            expert_tokens_num_flag=True,
-            quant_mode=1 if self.w13.takes is Input.INT8 else -1,
-            active_expert_range=[placement.first, placement.last],
-            row_idx_type=0,
-        )
-        counts = counts.to(torch.int64)
+        padded = F.pad(x, (0, self.w13_sizes.inputs - self.hidden)).contiguous()
+        rows, row_index, counts, row_scale = self.routed(padded, topk_ids.to(torch.int32), placement, self.w13.takes)
         inner, inner_scale = self.inner(layer, rows, row_scale, counts, x.dtype)
         y = self.down(layer, inner, inner_scale, counts, x.dtype)
         weights = topk_weights
@@ -301,8 +292,61 @@ class FusedExperts:
         return inner, None
 
 
+def has_routing_v2() -> bool:
+    """Whether this host has npu_moe_init_routing_v2, which older versions of torch_npu and CANN lack."""
+    return hasattr(torch.ops.npu, "npu_moe_init_routing_v2")
+
+
+#: Rows sorted by expert; int32 [T * k], the row of choice j of token i at i * k + j, -1 where its expert
+#: is on another rank; int64 [E], the rows of each expert of this rank; float32 [T * k]
+#: where the rows are int8, or None.
+Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+def _routed(x: torch.Tensor, ids: torch.Tensor, placement: Placement, takes: Input) -> Routed:
+    """The rows by npu_moe_init_routing_v2.
+
+    Args:
+        x: [T, K]. ids: int32 [T, k], numbers of the whole layer.
+    """
+    if placement.to_local is not None:
+        ids = placement.to_local[ids.to(torch.int64)]
+    rows, row_index, counts, row_scale = torch.ops.npu.npu_moe_init_routing_v2(
+        x,
+        ids.contiguous(),
+        active_num=ids.numel(),
+        expert_num=placement.count,
+        expert_tokens_num_type=1,
+        expert_tokens_num_flag=True,
+        quant_mode=1 if takes is Input.INT8 else -1,
+        active_expert_range=[placement.first, placement.last],
+        row_idx_type=0,
+    )
+    return rows, row_index, counts.to(torch.int64), row_scale if takes is Input.INT8 else None
+
+
+def _routed_by_v1(x: torch.Tensor, ids: torch.Tensor, placement: Placement, takes: Input) -> Routed:
+    """The same by npu_moe_init_routing, not quantized: it knows no range of experts, counts column-major, and gives running
+    totals."""
+    tokens, k = ids.shape
+    here = placement.last - placement.first
+    if placement.to_local is not None:
+        ids = placement.to_local[ids.to(torch.int64)]
+    elif not placement.whole:
+        # Experts of other ranks sort last, past the rows that are read.
+        absent = (ids < placement.first) | (ids >= placement.last)
+        ids = torch.where(absent, here, ids - placement.first)
+    numbers = torch.arange(tokens * k, dtype=torch.int32, device=x.device).view(k, tokens).t().contiguous()
+    rows, by_column, experts = torch.ops.npu.npu_moe_init_routing(x, numbers, ids.contiguous(), tokens)
+    totals = torch.ops.npu.npu_moe_compute_expert_tokens(experts, here).to(torch.int64)
+    row_index = by_column.view(k, tokens).t().flatten()
+    if not placement.whole:
+        row_index = torch.where(row_index < totals[-1], row_index, -1)
+    return rows, row_index, torch.diff(totals, prepend=totals.new_zeros(1)), None
+
+
 def operators_of(w13: GroupedMethod, w2: GroupedMethod) -> tuple[str, ...]:
-    """The torch_npu operators that the chain calls, in order."""
+    """The torch_npu operators that the chain calls, in order, where routing is npu_moe_init_routing_v2."""
     quantizes = ("npu_dynamic_quant",)
     return (
         "npu_moe_init_routing_v2",
