@@ -87,7 +87,16 @@ class GroupedSizes:
 
 
 class GroupedMethod(ABC):
-    """The arithmetic of one grouped product. ``prefix`` ("w13_", "w2_") stands before the names of its tensors."""
+    """The arithmetic of one grouped product. ``prefix`` ("w13_", "w2_") stands before the names of its tensors.
+
+    Prepared tensors, with W = shards * N columns; a method has those that its product needs:
+
+    - weight: int8 [E, K, W] (FRACTAL_NZ), int32 [E, K, W/8] with eight int4 in an element, or the model's dtype [E, K, W].
+    - weight_scale: float32 [E, W] for int8 activations on int8 weights; int64 [E, G, W] with float32 bits for int4 weights
+      and quantized activations ([E, W] for W4A4 per channel); the model's dtype [E, W] or [E, G, W] for weight-only.
+    - weight_offset: as weight_scale, for weight-only with zero points; the operator adds it.
+    - scale_bias: float32 [E, W], ``8 * sum_k(w)`` of W4A8.
+    """
 
     takes: ClassVar[Input]
     #: Inputs and outputs of the prepared weight are multiples of these.
