@@ -91,7 +91,7 @@ def measure(name: str, experts: int, hidden: int, inner: int, queue: multiproces
             else:
                 param.random_(-100, 100)
     packed = experts * 3 * hidden * inner // 2
-    chain = FusedExperts(*methods, hidden, inner, (products[0].group_size, products[1].group_size))
+    chain = FusedExperts(methods[0], methods[1], hidden, inner, (products[0].group_size, products[1].group_size))
     before, started = _reset_peak(), time.perf_counter()
     for product, method, sizes in zip(products, methods, (chain.w13_sizes, chain.w2_sizes), strict=True):
         prepared = method.prepare(product.experts(layer), sizes, torch.bfloat16)
