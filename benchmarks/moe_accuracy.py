@@ -44,6 +44,7 @@ class Scheme:
     Attributes:
         experts, others: how routed experts and the other Linear layers are stored.
         config: quantization_config of config.json; for ModelSlim, None, and ``types`` are the two layers' types.
+        down: how the experts' down projections are stored, and their ModelSlim type, where it is another way.
         limit: the largest ratio to the float model's perplexity; None where there is no promise.
     """
 
@@ -53,6 +54,7 @@ class Scheme:
     config: dict[str, Any] | None
     types: tuple[str, str] = ("", "")
     limit: float | None = None
+    down: tuple[Quantizer, str] | None = None
 
 
 def _groups(weight: torch.Tensor, size: int) -> torch.Tensor:
@@ -256,10 +258,12 @@ def write(source: Path, scheme: Scheme, target: Path) -> tuple[Path, Path]:
             stored[name] = twin[name] = value
             description[name] = "FLOAT"
             continue
-        experts = ".experts." in layer
-        parts, meant = (scheme.experts if experts else scheme.others)(value.float())
+        quantize, kind = (scheme.experts, scheme.types[0]) if ".experts." in layer else (scheme.others, scheme.types[1])
+        if scheme.down is not None and ".experts." in layer and layer.endswith(("down_proj", "w2")):
+            quantize, kind = scheme.down
+        parts, meant = quantize(value.float())
         stored |= {f"{layer}.{last}": tensor.contiguous() for last, tensor in parts.items()}
-        description |= dict.fromkeys((f"{layer}.{last}" for last in parts), scheme.types[0 if experts else 1])
+        description |= dict.fromkeys((f"{layer}.{last}" for last in parts), kind)
         twin[name] = meant.to(value.dtype)
     folders = target / "checkpoint", target / "twin"
     config = json.loads((source / "config.json").read_text())

@@ -48,6 +48,8 @@ SCHEMES: dict[str, tuple[Any, ...]] = {
         ),
     ),
     "modelslim_w4a8": (moe_accuracy.modelslim_w4a8, None),
+    # gate and up in 4 bits, down in 8.
+    "modelslim_mixed": (moe_accuracy.modelslim_w4a8, None, (moe_accuracy.modelslim_int8, "W8A8_DYNAMIC")),
 }
 
 CASES = {
@@ -55,6 +57,7 @@ CASES = {
     ("mixtral", "gptq"): 0.03,
     ("mixtral", "awq"): 0.03,
     ("mixtral", "modelslim_w4a8"): 0.06,
+    ("mixtral", "modelslim_mixed"): 0.06,
     ("mixtral", "ct_w8a8"): 0.06,
     ("deepseek", "ct_w4a16"): 0.03,
     ("deepseek", "gptq"): 0.03,
@@ -118,17 +121,27 @@ def mixtral(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("family", "scheme"), CASES, ids=["-".join(case) for case in CASES])
+#: What runs by default; the others run with --all-ranks.
+DEFAULT = ("mixtral", "modelslim_mixed")
+
+
+@pytest.mark.parametrize(
+    ("family", "scheme"),
+    [pytest.param(*case, id="-".join(case), marks=() if case == DEFAULT else pytest.mark.variant) for case in CASES],
+)
 def test_agrees_with_its_float_twin(family: str, scheme: str, tmp_path: Path) -> None:
     source = mixtral(tmp_path / "source") if family == "mixtral" else shared("source/tiny-deepseek-v3")
-    quantize, config = SCHEMES[scheme]
+    quantize, config, *down = SCHEMES[scheme]
     others = moe_accuracy.modelslim_int8 if config is None else quantize
-    row = moe_accuracy.Scheme(scheme, quantize, others, config, ("W4A8_DYNAMIC", "W8A8_DYNAMIC"))
+    types = ("W4A8_DYNAMIC", "W8A8_DYNAMIC")
+    row = moe_accuracy.Scheme(scheme, quantize, others, config, types, down=down[0] if down else None)
     checkpoint, twin = moe_accuracy.write(source, row, tmp_path)
     with routers() as choices:
         reference = run(twin, plugin=False)
     with routers(choices) as chosen:
         result = run(checkpoint)
     assert [group.count for group in result.groups if group.kind == "fused_moe"] == [2 if family == "mixtral" else 1]
+    if down:
+        assert "W4A8DynamicExperts + W8A8DynamicExperts" in result.methods
     assert 0.0005 < relative_error(result, reference) <= CASES[family, scheme]
     assert changed_share(chosen, choices) <= MOST_CHANGED
