@@ -18,8 +18,11 @@ __all__ = ["engine_config", "load_model", "world"]
 
 
 @contextmanager
-def world(config: Any) -> Iterator[None]:
-    """A process group of one rank, and ``config`` as vLLM's current one."""
+def world(config: Any, *, rank: int = 0, size: int = 1, store: str | None = None) -> Iterator[None]:
+    """A process group of one rank, and ``config`` as vLLM's current one.
+
+    With more ranks, each in a process of its own, ``store`` is the path of a file that they share.
+    """
     from vllm.config import set_current_vllm_config
     from vllm.distributed import (
         cleanup_dist_env_and_memory,
@@ -27,9 +30,9 @@ def world(config: Any) -> Iterator[None]:
         initialize_model_parallel,
     )
 
-    with tempfile.TemporaryDirectory() as store, set_current_vllm_config(config):
-        init_distributed_environment(1, 0, f"file://{store}/store", 0, "gloo")
-        initialize_model_parallel(1, 1)
+    with tempfile.TemporaryDirectory() as scratch, set_current_vllm_config(config):
+        init_distributed_environment(size, rank, f"file://{store or scratch + '/store'}", 0, "gloo")
+        initialize_model_parallel(size, 1)
         try:
             yield
         finally:

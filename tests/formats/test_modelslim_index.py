@@ -14,7 +14,8 @@ from tests.fixtures_index import fixture, fixtures
 from vllm_npu_quant.checkpoint import Checkpoint
 from vllm_npu_quant.errors import Severity
 from vllm_npu_quant.formats.check import check_checkpoint
-from vllm_npu_quant.formats.modelslim import ModelSlimFormat, as_static, is_description_file
+from vllm_npu_quant.formats.detect import is_description_file
+from vllm_npu_quant.formats.modelslim import ModelSlimFormat, as_static
 from vllm_npu_quant.spec import Granularity
 
 DYNAMIC = {"weight": "W8A8_DYNAMIC", "weight_scale": "W8A8_DYNAMIC", "weight_offset": "W8A8_DYNAMIC"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -50,6 +51,7 @@ class Checkpoint:
         files: names of the weight files that vLLM would load, sorted.
         ignored: names of the other files with weights, and why vLLM would not load them.
         indexes: names of the index files.
+        leaving: names of links that lead out of the folder, with their targets; none of them is opened.
         tensors: every tensor of ``files``, by name.
         sizes: bytes of each of ``files``.
         findings: everything that is wrong with the files and the indexes, and nothing about quantization.
@@ -64,13 +66,19 @@ class Checkpoint:
         self.files: tuple[str, ...] = ()
         self.ignored: Mapping[str, str] = {}
         self.indexes: tuple[str, ...] = ()
+        self.leaving: Mapping[str, str] = {}
         self.tensors: Mapping[str, TensorInfo] = {}
         self.sizes: Mapping[str, int] = {}
         self.findings: tuple[Finding, ...] = ()
 
     @classmethod
-    def open(cls, folder: str | Path) -> Checkpoint:
+    def open(cls, folder: str | Path, *, follow_links: bool = True) -> Checkpoint:
         """List the tensors of a local folder (for a hub id see ``find_local``).
+
+        Args:
+            folder: the folder.
+            follow_links: whether links that lead out of the folder are followed, as vLLM does. Those of a snapshot in
+                huggingface_hub's cache, which lead to the blobs beside it, always are.
 
         Raises:
             NpuQuantError: unreadable-file, where there is no such folder. Everything else goes to ``findings``.
@@ -80,15 +88,24 @@ class Checkpoint:
             names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "the path is not valid"
+            fix = "Check the path; for a model of a hub, download it first."
+            if isinstance(error, NotADirectoryError):
+                reason, fix = (
+                    "a file",
+                    f"Give the folder that holds the checkpoint: {shown_name(str(folder.parent), 1000)}",
+                )
             finding = Finding(
                 "unreadable-file",
                 "the folder of the checkpoint cannot be read",
                 file=shown_name(str(folder), 1000),
+                expected="a folder with config.json and *.safetensors",
                 found=reason,
-                fix="Check the path; for a model of a hub, download it first.",
+                fix=fix,
             )
             raise NpuQuantError([finding]) from None
         checkpoint = cls(folder)
+        if not follow_links:
+            checkpoint.leaving = MappingProxyType(_leaving(folder, names))
         checkpoint._scan(names)
         return checkpoint
 
@@ -103,6 +120,8 @@ class Checkpoint:
 
     def read_json(self, name: str) -> dict[str, Any]:
         """The object of one of the folder's JSON files, with the size limit of its kind; errors as in ``read_json``."""
+        if name in self.leaving:
+            raise NpuQuantError([_leaves(name, self.leaving[name])])
         limit = CONFIG_MAX_BYTES
         if name.endswith(".index.json"):
             limit = INDEX_MAX_BYTES
@@ -160,12 +179,19 @@ class Checkpoint:
         if weights:
             ignored |= dict.fromkeys(_matching(names, _PICKLES), "vLLM loads safetensors where they exist")
         else:
-            findings.append(_no_weights(names))
+            findings.append(_no_weights(self.folder, names))
 
         adapters = fnmatch.filter(files, "adapter_*.safetensors")
         if adapters and len(files) > len(adapters):
             findings.append(_adapter(adapters[0]))
-        headers = {name: self._header(name) for name in files}
+        if vllm_index not in indexes:
+            findings.extend(_missing_shards(files))
+        headers = {
+            name: Header(name, {}, {}, (_leaves(name, self.leaving[name]),), 0)
+            if name in self.leaving
+            else self._header(name)
+            for name in files
+        }
         for header in headers.values():
             findings.extend(header.findings)
         self.files = tuple(files)
@@ -374,7 +400,56 @@ def _adapter(name: str) -> Finding:
     )
 
 
-def _no_weights(names: list[str]) -> Finding:
+def _leaving(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Links that lead out of the folder, with their targets."""
+    root = os.path.realpath(folder)
+    parent = os.path.dirname(root)
+    if os.path.basename(parent) == "snapshots":  # huggingface_hub's cache: snapshots/<revision> and blobs
+        root = os.path.dirname(parent)
+    found = {}
+    for name in names:
+        path = os.path.join(folder, name)
+        if os.path.islink(path) and not os.path.realpath(path).startswith(root + os.sep):
+            found[name] = os.readlink(path)
+    return found
+
+
+def _leaves(name: str, target: str) -> Finding:
+    return Finding(
+        "unreadable-file",
+        "the file is a link that leads out of the folder, and was not opened",
+        file=shown_name(name, 1000),
+        expected="a file of the folder",
+        found=f"a link to {shown_name(target)}",
+        fix="Copy the file into the folder; if the link is your own, pass --follow-links.",
+    )
+
+
+_SHARD = re.compile(r"(.*-)([0-9]{5})-of-([0-9]{5})\.safetensors")
+
+
+def _missing_shards(files: Iterable[str]) -> Iterable[Finding]:
+    """Parts of a series "...-00001-of-00004.safetensors" that are not there; an index, where there is one, knows better."""
+    series: dict[tuple[str, int], set[int]] = defaultdict(set)
+    for name in files:
+        match = _SHARD.fullmatch(name)
+        if match:
+            series[match[1], int(match[3])].add(int(match[2]))
+    for (prefix, count), numbers in series.items():
+        missing = sorted(set(range(1, count + 1)) - numbers) if 0 not in numbers else []
+        if missing:
+            listed = ", ".join(f"{prefix}{number:05d}-of-{count:05d}.safetensors" for number in missing[:5])
+            yield Finding(
+                "index-mismatch",
+                f"{len(missing)} of {count} weight files are missing, by the numbers in the names of the others",
+                file=shown_name(listed, 1000),
+                expected=f"{count} files",
+                found=f"{count - len(missing)} files, and no index",
+                fix="Finish the download, or copy the files from where the checkpoint was made.",
+            )
+
+
+def _no_weights(folder: Path, names: list[str]) -> Finding:
     """The finding for a folder without safetensors files."""
     for patterns, message, fix in (
         (
@@ -399,13 +474,32 @@ def _no_weights(names: list[str]) -> Finding:
                 found=f"{len(found)} such files",
                 fix=fix,
             )
+    below = _weights_below(folder, names)
     return Finding(
         "unreadable-file",
-        "the folder holds no weights",
+        "the folder holds no weights" + (", a folder inside does" if below else ""),
         expected="*.safetensors",
-        found=", ".join(map(shown_name, names[:8])) or "an empty folder",
-        fix="Check the path, or finish the download.",
+        found=f"weights in {shown_name(below)}"
+        if below
+        else ", ".join(map(shown_name, names[:8])) or "an empty folder",
+        fix=f"Give that folder: {shown_name(str(folder / below), 1000)}"
+        if below
+        else "Check the path, or finish the download.",
     )
+
+
+def _weights_below(folder: Path, names: Iterable[str]) -> str:
+    """A folder inside with safetensors files: one below, or a snapshot of huggingface_hub's cache."""
+    inside = [name for name in names if os.path.isdir(folder / name) and not os.path.islink(folder / name)][:50]
+    if "snapshots" in inside:
+        inside += [f"snapshots/{name}" for name in sorted(os.listdir(folder / "snapshots"))[:50]]
+    for name in inside:
+        try:
+            if any(entry.endswith(".safetensors") for entry in os.listdir(folder / name)):
+                return name
+        except OSError:
+            continue
+    return ""
 
 
 def _mismatch(

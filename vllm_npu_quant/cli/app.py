@@ -31,6 +31,7 @@ app = typer.Typer(
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or the id of a model of the hub.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+LinksOption = Annotated[bool, typer.Option("--follow-links", help="Follow links that lead out of the folder.")]
 DeviceOption = Annotated[str | None, typer.Option(help="a2, a3, a5 or 310p: apply this chip's rules, too.")]
 TpOption = Annotated[int, typer.Option("--tp", min=1, max=4096, help="Tensor-parallel size.")]
 EpOption = Annotated[int, typer.Option("--ep", min=1, max=4096, help="Expert-parallel size.")]
@@ -104,12 +105,13 @@ def inspect(
     layers: Annotated[bool, typer.Option("--layers", help="List every layer.")] = False,
     as_json: JsonOption = False,
     revision: RevisionOption = None,
+    follow_links: LinksOption = False,
 ) -> None:
     """What a checkpoint is: format, schemes, and the NPU method class and operators of its layers."""
     from vllm_npu_quant.inspection.overview import inspect as look
 
     with _refusals("inspect", as_json):
-        overview = look(model, revision=revision)
+        overview = look(model, revision=revision, follow_links=follow_links)
         if as_json:
             from vllm_npu_quant.cli.data import inspect_data
 
@@ -132,13 +134,23 @@ def check(
     strict: Annotated[bool, typer.Option("--strict", help="Warnings count as findings.")] = False,
     as_json: JsonOption = False,
     revision: RevisionOption = None,
+    follow_links: LinksOption = False,
 ) -> None:
     """Everything that could go wrong with a checkpoint, at once. Exit code 1 where something would."""
     from vllm_npu_quant.inspection.checks import check as run_check
 
     _known_device(device)
     with _refusals("check", as_json), _progress(values and not as_json) as progress:
-        report = run_check(model, tp=tp, ep=ep, device=device, values=values, revision=revision, progress=progress)
+        report = run_check(
+            model,
+            tp=tp,
+            ep=ep,
+            device=device,
+            values=values,
+            revision=revision,
+            follow_links=follow_links,
+            progress=progress,
+        )
     with _refusals("check", as_json):
         if as_json:
             from vllm_npu_quant.cli.data import check_data
@@ -167,8 +179,10 @@ def plan(
     ] = 0.9,
     batch: Annotated[int, typer.Option(min=1, max=1 << 20, help="Sequences of a decode step.")] = 16,
     prompt: Annotated[int, typer.Option(min=1, max=1 << 24, help="Tokens of a prefill.")] = 2048,
+    layers: Annotated[bool, typer.Option("--layers", help="Bounds for every layer, the depths together.")] = False,
     as_json: JsonOption = False,
     revision: RevisionOption = None,
+    follow_links: LinksOption = False,
 ) -> None:
     """Does a checkpoint fit, how many tokens beside it, and what may its schemes gain. Exit code 1 where it does not fit."""
     from vllm_npu_quant.inspection.planning import plan as make_plan
@@ -185,15 +199,16 @@ def plan(
             batch=batch,
             prompt=prompt,
             revision=revision,
+            follow_links=follow_links,
         )
         if as_json:
             from vllm_npu_quant.cli.data import plan_data
 
-            _print_json(plan_data(made))
+            _print_json(plan_data(made, layers=layers))
         else:
             from vllm_npu_quant.cli.render import plan_text
 
-            plan_text(_console(), made)
+            plan_text(_console(), made, layers=layers)
     if made.fits is False:
         raise typer.Exit(1)
 

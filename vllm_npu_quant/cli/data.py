@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_npu_quant import dispatch
 from vllm_npu_quant._version import __version__
 from vllm_npu_quant.errors import Finding
-from vllm_npu_quant.inspection.checks import CheckReport
-from vllm_npu_quant.inspection.layers import Layer
-from vllm_npu_quant.inspection.overview import Overview
-from vllm_npu_quant.inspection.planning import Plan
-from vllm_npu_quant.inspection.support_matrix import MatrixRow
+
+if TYPE_CHECKING:
+    from vllm_npu_quant.inspection.checks import CheckReport
+    from vllm_npu_quant.inspection.layers import Layer
+    from vllm_npu_quant.inspection.overview import Overview
+    from vllm_npu_quant.inspection.planning import Plan
+    from vllm_npu_quant.inspection.support_matrix import MatrixRow
 
 __all__ = ["VERSION", "check_data", "inspect_data", "matrix_data", "plain", "plan_data", "wrapped"]
 
@@ -57,6 +59,7 @@ def inspect_data(overview: Overview, *, layers: bool) -> dict[str, Any]:
         "files": overview.files,
         "bytes": overview.nbytes,
         "tensors": overview.tensors,
+        "ignored": dict(overview.ignored),
         "errors": overview.errors,
         "warnings": overview.warnings,
         "schemes": [
@@ -104,10 +107,12 @@ def check_data(report: CheckReport, *, strict: bool) -> dict[str, Any]:
     )
 
 
-def plan_data(plan: Plan) -> dict[str, Any]:
+def plan_data(plan: Plan, *, layers: bool) -> dict[str, Any]:
     data = plain(plan)
-    for line in data["roofline"]:
+    for line in (*data["roofline"], *data["layers"]):
         line["bytes"] = line.pop("nbytes")
+    if not layers:
+        del data["layers"]
     return wrapped("plan", data)
 
 

@@ -11,14 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_npu_quant.errors import Finding, Severity
-from vllm_npu_quant.inspection.checks import CheckReport
-from vllm_npu_quant.inspection.chips import CHIPS
-from vllm_npu_quant.inspection.overview import Overview
-from vllm_npu_quant.inspection.planning import Plan
-from vllm_npu_quant.inspection.support_matrix import MatrixRow
 
 if TYPE_CHECKING:
     from vllm_npu_quant.engine.compare import Comparison, RunReport
+    from vllm_npu_quant.inspection.checks import CheckReport
+    from vllm_npu_quant.inspection.overview import Overview
+    from vllm_npu_quant.inspection.planning import Plan
+    from vllm_npu_quant.inspection.support_matrix import MatrixRow
 
 __all__ = [
     "check_text",
@@ -82,6 +81,7 @@ def inspect_text(console: Console, overview: Overview, *, layers: bool) -> None:
             ("producer", overview.producer),
             ("architecture", " ".join(filter(None, (overview.architecture, overview.dtype)))),
             ("weights", f"{size_text(overview.nbytes)}, {overview.tensors:,} tensors in {overview.files:,} files"),
+            *(("not loaded", f"{name}: {why}") for name, why in list(overview.ignored.items())[:5]),
         ],
     )
     for scheme in overview.schemes:
@@ -147,7 +147,11 @@ def check_text(console: Console, report: CheckReport, *, strict: bool) -> None:
         console.print(Text("failed", style="bold red") + Text(safe(f" {report.model}: {words or 'not readable'}")))
 
 
-def plan_text(console: Console, plan: Plan) -> None:
+def _microseconds(seconds: float | None) -> str:
+    return "not known" if seconds is None else f"{seconds * 1e6:,.1f}"
+
+
+def plan_text(console: Console, plan: Plan, *, layers: bool = False) -> None:
     room = "not known"
     if plan.tokens is not None:
         room = f"{plan.tokens:,} tokens beside the weights"
@@ -178,23 +182,27 @@ def plan_text(console: Console, plan: Plan) -> None:
     for phase, what in (("decode", f"{plan.batch} sequences"), ("prefill", f"{plan.prompt:,} tokens")):
         console.print()
         console.print(Text(f"{phase}, {what}: upper bounds from published peaks", style="bold"), soft_wrap=True)
+        lines = [line for line in (plan.layers if layers else plan.roofline) if line.phase == phase]
+        others = list(lines[0].others) if lines else []
         rows = [
             (
+                *((line.name,) if layers else ()),
                 line.scheme,
                 line.kind,
                 f"{line.layers:,}",
                 size_text(line.nbytes),
                 f"{line.operations / 1e9:,.2f}",
-                "not known" if line.seconds is None else f"{line.seconds * 1e6:,.1f}",
+                _microseconds(line.seconds),
                 line.bound,
                 "" if line.gain is None else f"{line.gain:.2f}",
+                *(_microseconds(line.others[other]) for other in others),
             )
-            for line in plan.roofline
-            if line.phase == phase
+            for line in lines
         ]
-        console.print(
-            table(("scheme", "kind", "layers", "moved", "Gop", "us", "bound", "x float"), rows, right=(2, 3, 4, 5, 7))
-        )
+        first = ("layer",) if layers else ()
+        columns = (*first, "scheme", "kind", "layers", "moved", "Gop", "us", "bound", "x float")
+        right = [len(first) + number for number in (2, 3, 4, 5, 7, *range(8, 8 + len(others)))]
+        console.print(table((*columns, *(f"us {other}" for other in others)), rows, right=right))
     console.print()
     for source in plan.sources:
         console.print(Text(safe(f"{source.what}: {source.value:.4g}, {source.source}"), style="dim"), soft_wrap=True)
@@ -246,6 +254,8 @@ def safe_lines(value: str) -> str:
 
 def matrix_markdown(rows: Sequence[MatrixRow]) -> str:
     """The matrix as a page of Markdown: docs/support_matrix.md."""
+    from vllm_npu_quant.inspection.chips import CHIPS
+
     chips = list(CHIPS.values())
     lines = [
         "# What is served where",

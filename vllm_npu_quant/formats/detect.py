@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 
 from vllm_npu_quant.checkpoint import read_json
 from vllm_npu_quant.errors import Finding, NpuQuantError
-from vllm_npu_quant.formats.modelslim import is_description_file
 
 __all__ = [
     "Detection",
@@ -20,6 +20,7 @@ __all__ = [
     "detect",
     "detect_files",
     "embedded_description",
+    "is_description_file",
     "quantization_config",
 ]
 
@@ -30,6 +31,14 @@ _BESIDE = {"quant_config.json": "awq", "quantize_config.json": "gptq"}
 
 #: quant_method values under which msModelSlim's description is embedded in config.json.
 MODELSLIM_METHODS = frozenset({"modelslim", "ascend", ""})
+
+
+_DESCRIPTION = re.compile(r"quant_model_description(_[a-z0-9_]{1,40})?\.json")
+
+
+def is_description_file(name: str) -> bool:
+    """Whether a file name is one of the names that msModelSlim gives its description."""
+    return _DESCRIPTION.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)

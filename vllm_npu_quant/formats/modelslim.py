@@ -9,7 +9,6 @@ writes "FLOAT" there for some fully quantized models, so each tensor's own type 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -34,15 +33,9 @@ from vllm_npu_quant.spec import (
     WeightSpec,
 )
 
-__all__ = ["DESCRIPTION_FILE", "DescriptionHeader", "ModelSlimFormat", "is_description_file"]
+__all__ = ["DESCRIPTION_FILE", "DescriptionHeader", "ModelSlimFormat"]
 
 DESCRIPTION_FILE = "quant_model_description.json"
-_DESCRIPTION_PATTERN = re.compile(r"quant_model_description(_[a-z0-9_]{1,40})?\.json")
-
-
-def is_description_file(name: str) -> bool:
-    """Whether a file name is one of the names that msModelSlim gives its description."""
-    return _DESCRIPTION_PATTERN.fullmatch(name) is not None
 
 
 class DescriptionHeader(BaseModel):

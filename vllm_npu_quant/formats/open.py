@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_npu_quant.checkpoint import Checkpoint, find_local
+from vllm_npu_quant.checkpoint import Checkpoint, TensorInfo, find_local
 from vllm_npu_quant.errors import Finding, NpuQuantError, Severity, nearest_names
 from vllm_npu_quant.formats.base import FLOAT_ENTRY, ExpertsEntry, LayerEntry, QuantFormat
 from vllm_npu_quant.formats.detect import Detection, detect_files
@@ -150,10 +150,15 @@ def open_format(model: str | os.PathLike[str], *, revision: str | None = None) -
 def format_of(checkpoint: Checkpoint, detection: Detection) -> QuantFormat:
     """The format object of an opened checkpoint; errors as in ``build_format``."""
     if not detection.format:
-        layers = frozenset(name.rpartition(".")[0] for name in checkpoint.tensors)
-        quantized = next((t for t in checkpoint.tensors.values() if t.dtype in ("F8_E4M3", "F8_E5M2")), None)
-        findings = () if quantized is None else (_undeclared(quantized.name, quantized.dtype, quantized.file),)
-        return FloatFormat(source="config.json", findings=findings, layers=layers)
+        quantized = {
+            name.rpartition(".")[0]: tensor for name, tensor in checkpoint.tensors.items() if _is_quantized(tensor)
+        }
+        layers = frozenset(name.rpartition(".")[0] for name in checkpoint.tensors) - quantized.keys()
+        findings = [_not_an_object(key) for key in _not_objects(detection.model)]
+        if quantized:
+            first = next(iter(quantized.values()))
+            findings.append(_undeclared(first.name, first.dtype, first.file))
+        return FloatFormat(source="config.json", findings=tuple(findings), layers=layers)
     name = served_name(detection.format)
     beside = None
     if name == "gptq" and detection.file == "config.json" and "quantize_config.json" in checkpoint.names:
@@ -170,6 +175,30 @@ def format_of(checkpoint: Checkpoint, detection: Detection) -> QuantFormat:
             ),
         )
     return found
+
+
+def _is_quantized(tensor: TensorInfo) -> bool:
+    """Whether a tensor is a weight in a dtype that only quantized checkpoints have."""
+    last = tensor.name.rpartition(".")[2]
+    if last == "weight":
+        return tensor.dtype in ("I8", "U8", "I32") or tensor.dtype.startswith(("F8_", "F4"))
+    return last in ("qweight", "weight_packed")
+
+
+def _not_objects(model: Mapping[str, Any]) -> list[str]:
+    """The fields of a config.json that describe a quantization, and are neither objects nor null."""
+    keys = ("quantization_config", "compression_config")
+    return [key for key in keys if model.get(key) is not None and not isinstance(model[key], Mapping)]
+
+
+def _not_an_object(key: str) -> Finding:
+    return Finding(
+        "bad-config",
+        f"{key} is not an object",
+        file="config.json",
+        expected='{"quant_method": ..., ...}',
+        fix="copy the producer's config.json into the folder",
+    )
 
 
 def _undeclared(tensor: str, dtype: str, file: str) -> Finding:

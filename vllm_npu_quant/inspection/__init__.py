@@ -6,12 +6,15 @@ The command line renders these objects; ``vllm_npu_quant.inspect`` and the other
 
 from __future__ import annotations
 
-from vllm_npu_quant.inspection.checks import CheckReport, check
-from vllm_npu_quant.inspection.layers import Layer, Scheme
-from vllm_npu_quant.inspection.model import Model, open_model
-from vllm_npu_quant.inspection.overview import Overview, inspect
-from vllm_npu_quant.inspection.planning import Plan, plan
-from vllm_npu_quant.inspection.support_matrix import MatrixRow, matrix
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_npu_quant.inspection.checks import CheckReport, check
+    from vllm_npu_quant.inspection.layers import Layer, Scheme
+    from vllm_npu_quant.inspection.model import Model, open_model
+    from vllm_npu_quant.inspection.overview import Overview, inspect
+    from vllm_npu_quant.inspection.planning import Plan, plan
+    from vllm_npu_quant.inspection.support_matrix import MatrixRow, matrix
 
 __all__ = [
     "CheckReport",
@@ -27,3 +30,28 @@ __all__ = [
     "open_model",
     "plan",
 ]
+
+#: Where each name lives: a command imports what it needs, and no more.
+_HOMES = {
+    "CheckReport": "checks",
+    "Layer": "layers",
+    "MatrixRow": "support_matrix",
+    "Model": "model",
+    "Overview": "overview",
+    "Plan": "planning",
+    "Scheme": "layers",
+    "check": "checks",
+    "inspect": "overview",
+    "matrix": "support_matrix",
+    "open_model": "model",
+    "plan": "planning",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{home}"), name)

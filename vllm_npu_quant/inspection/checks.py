@@ -13,7 +13,6 @@ from vllm_npu_quant.formats.base import QuantFormat
 from vllm_npu_quant.formats.check import FindingLimit, check_checkpoint
 from vllm_npu_quant.formats.resolve import FUSED_FAMILIES, LayerResolver
 from vllm_npu_quant.formats.rules import is_embedding
-from vllm_npu_quant.inspection.chips import chip_findings
 from vllm_npu_quant.inspection.layers import Layer, layers_of
 from vllm_npu_quant.inspection.limits import limit_findings
 from vllm_npu_quant.inspection.model import Model, open_model
@@ -59,6 +58,7 @@ def check(
     device: str | None = None,
     values: bool = False,
     revision: str | None = None,
+    follow_links: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> CheckReport:
     """Everything that could go wrong with a checkpoint. Never raises for what is wrong with it.
@@ -69,6 +69,7 @@ def check(
         device: "a2", "a3", "a5" or "310p"; None for no chip's rules.
         values: read the weights, too: scales, zero points and ranges of integers.
         revision: branch, tag or commit of a hub id.
+        follow_links: whether links that lead out of the folder are followed; else they are findings.
         progress: called with (layer, layers done, layers in all) while values are read.
 
     Raises:
@@ -77,7 +78,7 @@ def check(
     if tp < 1 or ep < 1:
         raise ValueError("tp and ep are at least 1")
     try:
-        opened = model if isinstance(model, Model) else open_model(model, revision=revision)
+        opened = model if isinstance(model, Model) else open_model(model, revision=revision, follow_links=follow_links)
     except NpuQuantError as error:
         return CheckReport(os.fspath(model) if not isinstance(model, Model) else model.name, "", error.findings, False)
     if opened.format is None:
@@ -90,6 +91,8 @@ def check(
     findings += parallel_findings(opened, layers, tp=tp, ep=ep)
     findings += limit_findings(layers, quant_format.source, tp=tp, ep=ep)
     if device is not None:
+        from vllm_npu_quant.inspection.chips import chip_findings
+
         findings += chip_findings(device, layers, dtype_of(opened), quant_format.source)
     # Values of files whose headers are wrong would be read from the wrong place.
     damaged = any(finding.severity is Severity.ERROR for finding in opened.checkpoint.findings)
@@ -97,7 +100,7 @@ def check(
         from vllm_npu_quant.inspection.values import value_findings
 
         findings += value_findings(opened, layers, progress)
-    return _report(opened, findings, readable=True, values=values)
+    return _report(opened, findings, readable=bool(opened.checkpoint.files), values=values)
 
 
 def _report(opened: Model, findings: Iterable[Finding], *, readable: bool, values: bool = False) -> CheckReport:

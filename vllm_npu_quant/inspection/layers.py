@@ -33,7 +33,7 @@ class Layer:
         spec: its quantization.
         row: the dispatch row that serves it; None for float layers, and where none does.
         outputs, inputs: N and K of one of them; 0 where they are not known.
-        nbytes: bytes of all its stored tensors.
+        nbytes: bytes of all its stored tensors. loaded: the same, with floats of 32 bits and more in the model's 16.
         reason: why it is float; empty where it is quantized.
         tensors: the optional tensors that the checkpoint stores.
     """
@@ -48,6 +48,7 @@ class Layer:
     nbytes: int
     reason: str = ""
     tensors: frozenset[str] = frozenset()
+    loaded: int = 0
 
     @property
     def method(self) -> str:
@@ -108,11 +109,18 @@ def layers_of(quant_format: QuantFormat, checkpoint: Checkpoint) -> list[Layer]:
     for name, experts in moe.items():
         found += _experts(name, experts, quant_format, tensors, sizes)
     unknown = _not_float(sizes, tensors)
-    found += [
-        Layer(name or "(no layer)", OTHER, 1, UNKNOWN if name in unknown else FLOAT, None, 0, 0, nbytes)
-        for name, nbytes in sizes.items()
-    ]
-    return found
+    for name, nbytes in sizes.items():
+        table = tensors.get(name + ".weight") if is_embedding(name) and name not in unknown else None
+        outputs, inputs = (table.shape[0], table.shape[1]) if table is not None and len(table.shape) == 2 else (0, 0)
+        spec = UNKNOWN if name in unknown else FLOAT
+        found.append(Layer(name or "(no layer)", OTHER, 1, spec, None, outputs, inputs, nbytes))
+    # In the model's dtype, which vLLM makes of float32 unless it is told otherwise.
+    wide: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype in ("F32", "F64"):
+            layer = name.rpartition(".")[0] or "(no layer)"
+            wide[layer] = wide.get(layer, 0) + tensor.nbytes - 2 * tensor.numel
+    return [replace(layer, loaded=layer.nbytes - wide.get(layer.name, 0)) for layer in found]
 
 
 def _not_float(layers: Mapping[str, int], tensors: Mapping[str, TensorInfo]) -> set[str]:

@@ -6,20 +6,23 @@ Each formula follows one method class's ``prepare``; a test compares them with p
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from math import gcd
 
+from vllm_npu_quant.formats.resolve import FUSED_FAMILIES
 from vllm_npu_quant.inspection.layers import OTHER, Layer
 from vllm_npu_quant.inspection.model import Model
 from vllm_npu_quant.inspection.parallel import cut_of, kv_heads
 from vllm_npu_quant.layouts.tables import Axis
 from vllm_npu_quant.spec import Granularity, LayerKind, WeightSpec
 
-__all__ = ["KvCache", "RankPart", "kv_cache", "layer_bytes", "part_of", "weight_bytes"]
+__all__ = ["KvCache", "RankPart", "kv_cache", "layer_bytes", "part_of", "rank_bytes", "weight_bytes"]
 
 #: Bytes of an element of the model's dtype: bfloat16 or float16.
 ACT = 2
+#: vLLM fills the vocabulary up to a multiple of this, in embeddings and lm_head.
+VOCABULARY = 64
 
 
 @dataclass(frozen=True)
@@ -31,16 +34,25 @@ class RankPart:
     count: int = 1
 
 
-def part_of(layer: Layer, tp: int, ep: int) -> RankPart:
-    """A rank's part of a layer with ``tp`` tensor-parallel ranks, of which ``ep`` share the experts."""
+def part_of(layer: Layer, tp: int, ep: int, kv_heads: int = 0) -> RankPart:
+    """A rank's part of a layer with ``tp`` tensor-parallel ranks, of which ``ep`` share the experts.
+
+    Args:
+        kv_heads: key-value heads of the model, which more ranks than heads repeat; 0 where they are not known.
+    """
     outputs, inputs, count = layer.outputs, layer.inputs, layer.count
     axis = cut_of(layer)
     if layer.kind == LayerKind.FUSED_MOE.value and ep > 1:
         return RankPart(outputs, inputs, -(-count // ep))
     if axis is Axis.OUT:
         last = layer.name.rpartition(".")[2]
-        if last in ("k_proj", "v_proj") and outputs % tp:
-            return RankPart(outputs, inputs, count)
+        if layer.kind in (OTHER, LayerKind.LM_HEAD.value):
+            outputs = _up(_up(outputs, VOCABULARY), tp)
+        elif last in ("k_proj", "v_proj"):
+            if kv_heads and tp > kv_heads and outputs % kv_heads == 0:
+                return RankPart(outputs // kv_heads, inputs, count)
+            if outputs % tp:
+                return RankPart(outputs, inputs, count)
         outputs = -(-outputs // tp)
     elif axis is Axis.IN:
         inputs = -(-inputs // tp)
@@ -55,15 +67,50 @@ def weight_bytes(weight: WeightSpec, method: str, outputs: int, inputs: int) -> 
     return formula(weight, outputs, inputs)
 
 
-def layer_bytes(layer: Layer, tp: int, ep: int) -> int:
+def layer_bytes(layer: Layer, tp: int, ep: int, kv_heads: int = 0) -> int:
     """Bytes that one rank holds of a layer after preparation."""
-    part = part_of(layer, tp, ep)
+    return _bytes(layer, part_of(layer, tp, ep, kv_heads))
+
+
+def rank_bytes(layers: Iterable[Layer], tp: int, ep: int, kv_heads: int = 0) -> int:
+    """Bytes of one rank's parameters: each layer's, with q/k/v and gate/up as the one layer that vLLM makes of them.
+
+    What a fused layer shares (the scales of a static input) is counted once. Of the engine's memory this leaves out its
+    tables of rotary embeddings and its own scales of the KV cache, some hundred kilobytes.
+    """
+    shards = {shard: (fused, family) for fused, family in FUSED_FAMILIES.items() for shard in family}
+    found: dict[tuple[object, ...], list[Layer]] = {}
+    total = 0
+    for layer in layers:
+        parent, _, last = layer.name.rpartition(".")
+        if layer.row is not None and layer.kind == LayerKind.LINEAR.value and last in shards:
+            # Shards of different groups become one layer whose groups divide them all.
+            weight = None if layer.spec.weight is None else replace(layer.spec.weight, group_size=0)
+            found.setdefault((parent, shards[last][0], replace(layer.spec, weight=weight)), []).append(layer)
+        else:
+            total += layer_bytes(layer, tp, ep, kv_heads)
+    for members in found.values():
+        parts = [part_of(layer, tp, ep, kv_heads) for layer in members]
+        if len({part.inputs for part in parts}) != 1:  # not what the family is: the check speaks of it
+            total += sum(layer_bytes(layer, tp, ep, kv_heads) for layer in members)
+            continue
+        whole = replace(parts[0], outputs=sum(part.outputs for part in parts))
+        weight = members[0].spec.weight
+        assert weight is not None
+        group = gcd(*(layer.spec.weight.group_size for layer in members if layer.spec.weight is not None))
+        fused = replace(members[0], spec=replace(members[0].spec, weight=replace(weight, group_size=group)))
+        total += _bytes(fused, whole, shards=len(members))
+    return total
+
+
+def _bytes(layer: Layer, part: RankPart, shards: int = 1) -> int:
     if layer.kind == OTHER or layer.row is None or layer.spec.weight is None:
         if not layer.outputs:
-            return layer.nbytes  # norms and the like: everybody has them
-        return ACT * part.outputs * part.inputs * part.count
+            return layer.loaded  # norms and the like: everybody has them
+        bias = ACT * part.outputs if "bias" in layer.tensors else 0
+        return (ACT * part.outputs * part.inputs + bias) * part.count
     transform = layer.spec.transform
-    matrices = 0 if transform is None else ACT * (transform.left**2 + transform.right**2)
+    matrices = 0 if transform is None else ACT * (transform.left**2 + transform.right**2) * shards
     bias = 4 * part.outputs if "bias" in layer.tensors else 0
     one = weight_bytes(layer.spec.weight, layer.method, part.outputs, part.inputs)
     return (one + matrices + bias) * part.count

@@ -71,11 +71,16 @@ class Model:
         return self.format
 
 
-def open_model(model: str | os.PathLike[str], *, revision: str | None = None) -> Model:
+def open_model(model: str | os.PathLike[str], *, revision: str | None = None, follow_links: bool = False) -> Model:
     """Open a folder, or a model of a hub: its config files and the headers of its weight files, no weight.
 
     A hub's files are taken from the local cache where they are all there; else configs are downloaded to the cache and
     headers are read by range requests.
+
+    Args:
+        model: a folder or a hub id.
+        revision: branch, tag or commit of a hub id.
+        follow_links: whether links that lead out of the folder are followed; else they are findings.
 
     Raises:
         NpuQuantError: unreadable-file, where there is no such folder and no such model. Everything else is in ``findings``.
@@ -85,7 +90,7 @@ def open_model(model: str | os.PathLike[str], *, revision: str | None = None) ->
         finding = Finding("unreadable-file", "the model has no name", fix="name a folder, or a model of the hub")
         raise NpuQuantError([finding])
     if os.path.isdir(name) or looks_like_path(name):
-        checkpoint = Checkpoint.open(name)
+        checkpoint = Checkpoint.open(name, follow_links=follow_links)
     else:
         from vllm_npu_quant.inspection.hub import open_hub
 

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from vllm_npu_quant.errors import NpuQuantError, Severity
 from vllm_npu_quant.formats.check import check_checkpoint
@@ -27,6 +28,7 @@ class Overview:
         files: number of weight files. nbytes: bytes of all tensors. tensors: number of tensors.
         schemes: layers by kind and scheme.
         layers: every layer.
+        ignored: names of files with weights that vLLM would not load, and why.
         errors, warnings: findings about config and files; ``check`` tells them.
     """
 
@@ -41,23 +43,27 @@ class Overview:
     tensors: int
     schemes: tuple[Scheme, ...]
     layers: tuple[Layer, ...]
+    ignored: Mapping[str, str] = field(default_factory=dict)
     errors: int = 0
     warnings: int = 0
 
 
-def inspect(model: str | os.PathLike[str] | Model, *, revision: str | None = None) -> Overview:
+def inspect(
+    model: str | os.PathLike[str] | Model, *, revision: str | None = None, follow_links: bool = False
+) -> Overview:
     """What a checkpoint is, from its config files and the headers of its weight files.
 
     Args:
         model: a folder, a hub id, or an opened model.
         revision: branch, tag or commit of a hub id.
+        follow_links: whether links that lead out of the folder are followed; else they are findings.
 
     Raises:
         NpuQuantError: where the checkpoint cannot be read, or its format is not known.
     """
-    opened = model if isinstance(model, Model) else open_model(model, revision=revision)
+    opened = model if isinstance(model, Model) else open_model(model, revision=revision, follow_links=follow_links)
     quant_format = opened.require_format()
-    if not opened.checkpoint.files and not opened.config:
+    if not opened.checkpoint.files:
         raise NpuQuantError(opened.checkpoint.findings)
     findings = [*opened.findings, *quant_format.findings, *check_checkpoint(quant_format, opened.checkpoint)]
     layers = layers_of(quant_format, opened.checkpoint)
@@ -77,6 +83,7 @@ def inspect(model: str | os.PathLike[str] | Model, *, revision: str | None = Non
         tensors=len(opened.checkpoint.tensors),
         schemes=tuple(schemes_of(layers)),
         layers=tuple(layers),
+        ignored=dict(opened.checkpoint.ignored),
         errors=sum(finding.severity is Severity.ERROR for finding in findings),
         warnings=sum(finding.severity is Severity.WARNING for finding in findings),
     )

@@ -14,7 +14,7 @@ from vllm_npu_quant.inspection.model import Model
 from vllm_npu_quant.layouts.tables import Axis, group_size_of, tensors_of
 from vllm_npu_quant.spec import LayerKind
 
-__all__ = ["SIZES", "cut_of", "fitting_sizes", "kv_heads", "parallel_findings"]
+__all__ = ["NUMBER", "SIZES", "cut_of", "fitting_sizes", "kv_heads", "parallel_findings"]
 
 #: Parallel sizes that are tried for "sizes that work".
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 40, 48, 64)
@@ -39,7 +39,7 @@ REPLICATED = frozenset(
     }
 )
 #: A layer's number in its name.
-_NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
+NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
 #: With activation order, a rank fills its part of every group up to 32 inputs, and the weight may double at most.
 _ACT_ORDER_FILL = 32
 
@@ -86,7 +86,7 @@ def parallel_findings(
         # One finding for the layers of all depths that have the same name and the same problem.
         alike: dict[tuple[str, ...], list[str]] = {}
         for layer, *problem in problems:
-            alike.setdefault((_NUMBER.sub("*", layer), *problem), []).append(layer)
+            alike.setdefault((NUMBER.sub("*", layer), *problem), []).append(layer)
         for (_, message, expected, what), names in alike.items():
             more = f" ({len(names):,} layers like it)" if len(names) > 1 else ""
             file = "config.json" if not names[0] else ""
