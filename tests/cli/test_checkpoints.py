@@ -4,16 +4,15 @@
 from __future__ import annotations
 
 import json
-import re
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.cli.deepseek import write_deepseek
 from tests.fixtures_index import fixture, fixtures, shared_checkpoints
 from vllm_npu_quant.inspection import check, inspect, plan
 
@@ -32,19 +31,88 @@ FINDINGS: dict[str, set[tuple[str, str]]] = {
     "msmodelslim-qwen3-w8a8c8": {("warning", "kv-cache-not-quantized")},
 }
 
-#: Part of a folder's name -> the scheme that most of its layers have.
-SCHEMES = {
-    "autoround-qwen3-lmhead": "AutoRound W4A16",
-    "autoround-qwen3-w3g128": "AutoRound W3A16",
-    "autoround-qwen3-w8g128": "AutoRound W8A16",
-    "awq-": "AWQ W4A16",
-    "gptq-qwen3-w3g128-sym": "GPTQ W3A16",
-    "gptq-qwen3-w8g128-sym": "GPTQ W8A16",
-    "ct-qwen3-w4a16-g128": "W4A16",
-    "ct-qwen3-w8a8-dynamic": "W8A8_DYNAMIC",
-    "msmodelslim-qwen3-w8a8-pdmix": "W8A8_MIX",
-    "msmodelslim-qwen3-v0-w4a8-g64": "W4A8_DYNAMIC",
-    "msmodelslim-qwen3moe-w8a8-dynamic": "W8A8_DYNAMIC",
+#: Scheme -> (Linear layers, experts' projections, lm_head), by what a folder holds; against the list of all tensors that
+#: came with the folders. UNKNOWN is not served.
+SCHEMES: dict[str, dict[str, tuple[int, int, int]]] = {
+    "autoround-qwen3-lmhead": {"AutoRound W4A16": (14, 0, 1)},
+    "autoround-qwen3-mixed": {"AutoRound W4A16": (12, 0, 0), "AutoRound W8A16": (1, 0, 0), "FLOAT": (1, 0, 1)},
+    "autoround-qwen3-w3g128": {"AutoRound W3A16": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "autoround-qwen3-w4g128": {"AutoRound W4A16": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "autoround-qwen3-w4g128-asym": {"AutoRound W4A16": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "autoround-qwen3-w8g128": {"AutoRound W8A16": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "autoround-qwen3moe-w4g128": {"AutoRound W4A16": (8, 48, 0), "FLOAT": (2, 0, 1)},
+    "autoround-qwen3moe-w4g128-packawq": {"AutoRound W4A16": (8, 48, 0), "FLOAT": (2, 0, 1)},
+    "awq-qwen3-autoawq-g128": {"AWQ W4A16": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "awq-qwen3-g32": {"AWQ W4A16": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "awq-qwen3moe-autoawq-g128": {"AWQ W4A16": (8, 48, 0), "FLOAT": (2, 0, 1)},
+    "awq-qwen3moe-g128": {"AWQ W4A16": (8, 48, 0), "FLOAT": (2, 0, 1)},
+    "ct-dsv3-w8a8-dynamic": {"W8A8_DYNAMIC": (16, 24, 0), "FLOAT": (1, 0, 1)},
+    "ct-qwen3-fp8-block": {"FP8_BLOCK_DYNAMIC as W8A8_DYNAMIC": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "autoround-qwen3-fp8block": {"FP8_BLOCK_DYNAMIC as W8A8_DYNAMIC": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "ct-qwen3-fp8-dynamic": {"FP8_CHANNEL_DYNAMIC as W8A8_DYNAMIC": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "ct-qwen3-mxfp4": {"UNKNOWN": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "msmodelslim-qwen3-w4a4-mxfp4": {"UNKNOWN": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "msmodelslim-qwen3-w8a8-mxfp8": {"UNKNOWN": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "ct-qwen3-w4a16-channel": {"W4A16": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "ct-qwen3-w4a16-g128": {"W4A16": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "ct-qwen3-w4a16-g128-asym": {"W4A16": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "ct-qwen3-w4a16-g32-asym": {"W4A16": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "msmodelslim-qwen3-v0-w4a16-asym": {"W4A16": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "msmodelslim-qwen3-v0-w4a16-g64": {"W4A16": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "msmodelslim-qwen3-v0-w4a16-old": {"W4A16": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "ct-qwen3-w4a4-int": {"W4A4_DYNAMIC": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "msmodelslim-qwen3-w4a4-dynamic": {"W4A4_DYNAMIC": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "ct-qwen3-w4a8-int8-channel": {"W4A8_DYNAMIC": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "ct-qwen3-w4a8-int8-g128": {"W4A8_DYNAMIC": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "msmodelslim-qwen3-v0-w4a8-g64": {"W4A8_DYNAMIC": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "msmodelslim-qwen3-v0-w4a8-g64-old": {"W4A8_DYNAMIC": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "msmodelslim-qwen3-w4a8-dynamic": {"W4A8_DYNAMIC": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "ct-qwen3-w8a16-channel": {"W8A16": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "msmodelslim-qwen3-v0-w8a16": {"W8A16": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "msmodelslim-qwen3-w8a16": {"W8A16": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "msmodelslim-qwen3fp32-w8a16-g128": {"W8A16": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "ct-qwen3-w8a8-dynamic": {"W8A8_DYNAMIC": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "msmodelslim-qwen3-w8a8-dynamic": {"W8A8_DYNAMIC": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "msmodelslim-qwen3-w8a8-quarot": {"W8A8_DYNAMIC": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "ct-qwen3-w8a8-static": {"W8A8_STATIC": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "ct-qwen3-w8a8-static-asym": {"W8A8_STATIC": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "ct-qwen3moe-fp8-dynamic": {"FP8_CHANNEL_DYNAMIC as W8A8_DYNAMIC": (8, 48, 0), "FLOAT": (2, 0, 1)},
+    "ct-qwen3moe-w4a16-g128": {"W4A16": (8, 48, 0), "FLOAT": (2, 0, 1)},
+    "ct-qwen3moe-w4a8-int8-channel": {"W4A8_DYNAMIC": (8, 48, 0), "FLOAT": (2, 0, 1)},
+    "msmodelslim-qwen3moe-v0-w4a8-g64": {"W4A8_DYNAMIC": (8, 48, 0), "FLOAT": (2, 0, 1)},
+    "ct-qwen3moe-w8a8-dynamic": {"W8A8_DYNAMIC": (8, 48, 0), "FLOAT": (2, 0, 1)},
+    "msmodelslim-qwen3moe-w8a8-dynamic": {"W8A8_DYNAMIC": (8, 48, 0), "FLOAT": (2, 0, 1)},
+    "gptq-qwen3-gptqmodel-w4g32-sym-descact": {"GPTQ W4A16": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "gptq-qwen3-gptqmodel-w4g64-v2": {"GPTQ W4A16": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "gptq-qwen3-w4g128-asym": {"GPTQ W4A16": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "gptq-qwen3-w4g128-sym": {"GPTQ W4A16": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "gptq-qwen3-gptqmodel-w4g128-asym": {"GPTQ W4A16": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "gptq-qwen3-w3g128-sym": {"GPTQ W3A16": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "gptq-qwen3-w8g128-sym": {"GPTQ W8A16": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "gptq-qwen3-gptqmodel-w8-channel-sym": {"GPTQ W8A16": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "gptq-qwen3moe-w4g128-sym": {"GPTQ W4A16": (8, 48, 0), "FLOAT": (2, 0, 1)},
+    "msmodelslim-dsv3-moe-w8a8": {"W8A8_DYNAMIC": (6, 24, 0), "W8A8": (8, 0, 0), "FLOAT": (3, 0, 1)},
+    "msmodelslim-qwen3-v0-w8a8": {"W8A8": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "msmodelslim-qwen3-v0-w8a8-old": {"W8A8": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "msmodelslim-qwen3-w8a8": {"W8A8": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "msmodelslim-qwen3fp16-w8a8": {"W8A8": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "msmodelslim-qwen3fp32-w8a8-normbias": {"W8A8": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "msmodelslim-qwen3-v0-w8a8s": {"W8A8S": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "msmodelslim-qwen3-w4a4-flatquant": {"W4A4_FLATQUANT_DYNAMIC": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "msmodelslim-qwen3-w4a4-laos": {"W8A8_DYNAMIC": (10, 0, 0), "W4A4_DYNAMIC": (4, 0, 0), "FLOAT": (0, 0, 1)},
+    "msmodelslim-qwen3-w8a8-pdmix": {"W8A8_MIX": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "msmodelslim-qwen3-w8a8c8": {"W8A8_MIX": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "msmodelslim-qwen3-wfp8afp8": {"WFP8AFP8_DYNAMIC as W8A8_DYNAMIC": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "msmodelslim-qwen3moe-moe-w4a8": {"W4A8_DYNAMIC": (0, 48, 0), "W8A8_DYNAMIC": (8, 0, 0), "FLOAT": (2, 0, 1)},
+    "tiny-deepseek-v3": {"FLOAT": (41, 0, 1)},
+    "tiny-llama": {"FLOAT": (14, 0, 1)},
+    "tiny-qwen3": {"FLOAT": (14, 0, 1)},
+    "source-tiny-qwen3": {"FLOAT": (14, 0, 1)},
+    "tiny-qwen3-moe": {"FLOAT": (58, 0, 1)},
+    "trained-qwen3-moe": {"FLOAT": (116, 0, 1)},
+    "autoround-qwen3-w2g64": {"AutoRound W2A16": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "gptq-qwen3-gptqmodel-dynamic-mixed": {"GPTQ W4A16": (11, 0, 0), "GPTQ W8A16": (2, 0, 0), "FLOAT": (1, 0, 1)},
+    "gptq-qwen3-gptqmodel-w4g128-lmhead": {"GPTQ W4A16": (14, 0, 0), "GPTQ W8A16": (0, 0, 1)},
 }
 
 
@@ -78,9 +146,20 @@ def test_counts(folder: Path) -> None:
     assert overview.nbytes == sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in stored.values())
     assert overview.tensors == len(stored)
     assert all(scheme.served for scheme in counted)
-    for part, name in SCHEMES.items():
-        if folder.name.startswith(part):
-            assert counted[0].scheme == name
+    found: dict[str, list[int]] = {}
+    for scheme in overview.schemes:
+        if (scheme.scheme, scheme.kind) != ("FLOAT", "other"):
+            kind = ("linear", "fused_moe", "lm_head").index(scheme.kind) if scheme.kind != "other" else 0
+            found.setdefault(scheme.scheme, [0, 0, 0])[kind] += scheme.layers
+    # A fixture that is newer than the table is checked by its headers alone.
+    assert {name: tuple(counts) for name, counts in found.items()} == SCHEMES.get(
+        folder.name, {name: tuple(counts) for name, counts in found.items()}
+    )
+
+
+def test_tables_are_complete() -> None:
+    assert {folder.name for folder in shared_checkpoints()} <= SCHEMES.keys()
+    assert FINDINGS.keys() <= SCHEMES.keys()
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
@@ -102,123 +181,51 @@ def test_two_ranks(folder: Path) -> None:
     assert "cannot-shard" not in {finding.code for finding in report.findings}
     made = plan(folder, device="a2", tp=2)
     assert 0 < made.weight_bytes <= made.stored_bytes
-    assert made.fits is (made.smallest_tp == 1)
+    assert made.fits is True
+    assert made.smallest_tp == 1
 
 
 @pytest.mark.parametrize("command", ["inspect", "check"])
-def test_no_torch_and_quick(command: str) -> None:
-    """A process of its own: neither torch nor vllm, and its own time below the limit (the best of three: other work on the
-    host takes some)."""
+def test_imports(command: str) -> None:
+    """What takes long to import is not: benchmarks/commands.py measures the time."""
     code = (
         "import sys; from vllm_npu_quant.cli import main\n"
         f"sys.argv = ['vllm-npu-quant', {command!r}, {str(fixture('ct-qwen3-w8a8-dynamic'))!r}]\n"
         "try: main()\n"
         "except SystemExit as stop: assert not stop.code, stop.code\n"
-        "heavy = {'torch', 'vllm', 'transformers', 'torch_npu', 'numpy', 'huggingface_hub'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-        "import resource; used = resource.getrusage(resource.RUSAGE_SELF)\n"
-        "print('seconds', used.ru_utime + used.ru_stime)\n"
+        "heavy = {'torch', 'vllm', 'transformers', 'torch_npu', 'numpy', 'huggingface_hub'}\n"
+        "heavy |= {'vllm_npu_quant.formats.modelslim', 'vllm_npu_quant.inspection.planning'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
-    seconds = []
-    for _ in range(3):
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr
-        seconds.append(float(re.findall(r"seconds ([0-9.]+)", result.stdout)[0]))
-    assert min(seconds) < 0.7, seconds
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.fixture(scope="module")
 def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Headers of a checkpoint of DeepSeek-R1's size: 61 layers, 256 experts, 160 files; the data are holes."""
-    folder = tmp_path_factory.mktemp("deepseek")
-    tensors: dict[str, tuple[str, list[int]]] = {}
-    description: dict[str, str] = {"version": "1.0.0", "model_quant_type": "W8A8_DYNAMIC", "group_size": "0"}
-    description["group_size"] = 0  # type: ignore[assignment]
-
-    def linear(name: str, outputs: int, inputs: int) -> None:
-        for suffix, dtype, shape in (
-            ("weight", "I8", [outputs, inputs]),
-            ("weight_scale", "BF16", [outputs, 1]),
-            ("weight_offset", "BF16", [outputs, 1]),
-        ):
-            tensors[f"{name}.{suffix}"] = (dtype, shape)
-            description[f"{name}.{suffix}"] = "W8A8_DYNAMIC"
-
-    def plain(name: str, *shape: int) -> None:
-        tensors[name] = ("BF16", list(shape))
-        description[name] = "FLOAT"
-
-    plain("model.embed_tokens.weight", 129280, 7168)
-    plain("lm_head.weight", 129280, 7168)
-    plain("model.norm.weight", 7168)
-    for number in range(61):
-        layer = f"model.layers.{number}"
-        plain(f"{layer}.input_layernorm.weight", 7168)
-        plain(f"{layer}.post_attention_layernorm.weight", 7168)
-        linear(f"{layer}.self_attn.q_a_proj", 1536, 7168)
-        linear(f"{layer}.self_attn.q_b_proj", 24576, 1536)
-        linear(f"{layer}.self_attn.kv_a_proj_with_mqa", 576, 7168)
-        plain(f"{layer}.self_attn.kv_b_proj.weight", 32768, 512)
-        linear(f"{layer}.self_attn.o_proj", 7168, 16384)
-        if number < 3:
-            for name, outputs, inputs in (("gate", 18432, 7168), ("up", 18432, 7168), ("down", 7168, 18432)):
-                linear(f"{layer}.mlp.{name}_proj", outputs, inputs)
-            continue
-        plain(f"{layer}.mlp.gate.weight", 256, 7168)
-        for expert in (*(f"experts.{i}" for i in range(256)), "shared_experts"):
-            linear(f"{layer}.mlp.{expert}.gate_proj", 2048, 7168)
-            linear(f"{layer}.mlp.{expert}.up_proj", 2048, 7168)
-            linear(f"{layer}.mlp.{expert}.down_proj", 7168, 2048)
-    names, files = list(tensors), 160
-    size = {"I8": 1, "BF16": 2}
-    weight_map = {}
-    for number in range(files):
-        file = f"quant_model_weights-{number + 1:05d}-of-{files:05d}.safetensors"
-        header, end = {}, 0
-        for name in names[number * len(names) // files : (number + 1) * len(names) // files]:
-            dtype, shape = tensors[name]
-            count = size[dtype]
-            for length in shape:
-                count *= length
-            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + count]}
-            end += count
-            weight_map[name] = file
-        text = json.dumps(header).encode()
-        with open(folder / file, "wb") as stream:
-            stream.write(struct.pack("<Q", len(text)) + text)
-            stream.truncate(8 + len(text) + end)
-    (folder / "quant_model_weights.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    (folder / "quant_model_description.json").write_text(json.dumps(description))
-    config = {"architectures": ["DeepseekV3ForCausalLM"], "num_hidden_layers": 61, "hidden_size": 7168}
-    config |= {"num_attention_heads": 128, "num_key_value_heads": 128, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
-    config |= {"num_experts_per_tok": 8, "max_position_embeddings": 163840, "torch_dtype": "bfloat16"}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return write_deepseek(tmp_path_factory.mktemp("deepseek"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to tell a process's memory")
 @pytest.mark.parametrize("call", ["inspect(model)", "check(model, tp=16, ep=16, device='a3')"])
 def test_deepseek_size(call: str, deepseek: Path) -> None:
-    """136,000 tensors in 160 files: below 5 s of processor time and 500 MB, each in a process of its own."""
+    """136,000 tensors in 160 files: below 500 MB, each in a process of its own; benchmarks/commands.py has the time."""
     code = (
-        "import json, re, resource\n"
+        "import json, re\n"
         "from vllm_npu_quant.inspection import check, inspect\n"
         f"model = {str(deepseek)!r}\n"
         f"found = {call}\n"
-        "used = resource.getrusage(resource.RUSAGE_SELF)\n"
         "findings = len(getattr(found, 'findings', ())) + getattr(found, 'errors', 0)\n"
         # Not ru_maxrss: that is at least the size of the process that started this one.
         "kilobytes = int(re.findall(r'VmHWM:\\s+([0-9]+) kB', open('/proc/self/status').read())[0])\n"
-        "print(json.dumps([findings, used.ru_utime + used.ru_stime, kilobytes]))\n"
+        "print(json.dumps([findings, kilobytes]))\n"
     )
-    started = time.perf_counter()
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    findings, seconds, kilobytes = json.loads(result.stdout)
+    findings, kilobytes = json.loads(result.stdout)
     assert findings == 0
-    assert seconds < 5
     assert kilobytes < 500_000
-    assert time.perf_counter() - started < 60
 
 
 def test_plan_of_deepseek(deepseek: Path) -> None:
