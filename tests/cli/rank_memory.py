@@ -29,7 +29,7 @@ def held(model: Any) -> dict[str, int]:
                 continue
             seen.add(tensor.untyped_storage().data_ptr())
             # vLLM's own scales of a quantized KV cache, which are there for every attention layer.
-            if not name.endswith(".attn"):
+            if not name.endswith(("attn", "_attn")):
                 found[name] = found.get(name, 0) + tensor.numel() * tensor.element_size()
     return found
 

@@ -117,7 +117,9 @@ def layers_of(quant_format: QuantFormat, checkpoint: Checkpoint) -> list[Layer]:
     # In the model's dtype, which vLLM makes of float32 unless it is told otherwise.
     wide: dict[str, int] = {}
     for name, tensor in tensors.items():
-        if tensor.dtype in ("F32", "F64") and not name.endswith("e_score_correction_bias"):  # which stays float32
+        if name.endswith("e_score_correction_bias"):  # which is float32 in vLLM
+            wide[name.rpartition(".")[0]] = tensor.nbytes - 4 * tensor.numel
+        elif tensor.dtype in ("F32", "F64"):
             layer = name.rpartition(".")[0] or "(no layer)"
             wide[layer] = wide.get(layer, 0) + tensor.nbytes - 2 * tensor.numel
     return [replace(layer, loaded=layer.nbytes - wide.get(layer.name, 0)) for layer in found]

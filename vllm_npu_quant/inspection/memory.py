@@ -72,11 +72,12 @@ def layer_bytes(layer: Layer, tp: int, ep: int, kv_heads: int = 0) -> int:
     return _bytes(layer, part_of(layer, tp, ep, kv_heads))
 
 
-def rank_bytes(layers: Iterable[Layer], tp: int, ep: int, kv_heads: int = 0) -> int:
+def rank_bytes(layers: Iterable[Layer], tp: int, ep: int, kv_heads: int = 0, *, float16: bool = False) -> int:
     """Bytes of one rank's parameters: each layer's, with q/k/v and gate/up as the one layer that vLLM makes of them.
 
-    What a fused layer shares (the scales of a static input) is counted once. Of the engine's memory this leaves out its
-    tables of rotary embeddings and its own scales of the KV cache, some hundred kilobytes.
+    What a fused layer shares (the scales of a static input, the matrices of an input transform) is counted once; of what
+    ranks have different amounts, the most. Left out: tables of rotary embeddings; the copies of kv_b_proj that an attention
+    backend may make; zero points that are only seen in the values of ModelSlim's weight-only layers.
     """
     shards = {shard: (fused, family) for fused, family in FUSED_FAMILIES.items() for shard in family}
     found: dict[tuple[object, ...], list[Layer]] = {}
@@ -88,32 +89,62 @@ def rank_bytes(layers: Iterable[Layer], tp: int, ep: int, kv_heads: int = 0) -> 
             weight = None if layer.spec.weight is None else replace(layer.spec.weight, group_size=0)
             found.setdefault((parent, shards[last][0], replace(layer.spec, weight=weight)), []).append(layer)
         else:
-            total += layer_bytes(layer, tp, ep, kv_heads)
+            total += _bytes(layer, part_of(layer, tp, ep, kv_heads), float16)
     for members in found.values():
         parts = [part_of(layer, tp, ep, kv_heads) for layer in members]
         if len({part.inputs for part in parts}) != 1:  # not what the family is: the check speaks of it
-            total += sum(layer_bytes(layer, tp, ep, kv_heads) for layer in members)
+            total += sum(_bytes(layer, part, float16) for layer, part in zip(members, parts, strict=True))
             continue
         whole = replace(parts[0], outputs=sum(part.outputs for part in parts))
         weight = members[0].spec.weight
         assert weight is not None
         group = gcd(*(layer.spec.weight.group_size for layer in members if layer.spec.weight is not None))
         fused = replace(members[0], spec=replace(members[0].spec, weight=replace(weight, group_size=group)))
-        total += _bytes(fused, whole, shards=len(members))
+        total += _bytes(fused, whole, float16)
     return total
 
 
-def _bytes(layer: Layer, part: RankPart, shards: int = 1) -> int:
+def _bytes(layer: Layer, part: RankPart, float16: bool = False) -> int:
+    last = layer.name.rpartition(".")[2]
     if layer.kind == OTHER or layer.row is None or layer.spec.weight is None:
         if not layer.outputs:
             return layer.loaded  # norms and the like: everybody has them
-        bias = ACT * part.outputs if "bias" in layer.tensors else 0
-        return (ACT * part.outputs * part.inputs + bias) * part.count
+        one = ACT * part.outputs * part.inputs * part.count
+        beside = layer.loaded - ACT * layer.outputs * layer.inputs * layer.count  # biases
+        return one + max(beside, 0) * part.outputs // layer.outputs
+    if last == "kv_b_proj":  # latent attention multiplies by it both ways, as floats
+        return ACT * part.outputs * part.inputs
+    weight, outputs = layer.spec.weight, part.outputs
+    bias = 4 * outputs if "bias" in layer.tensors else 0
+    if layer.method == "W8A8StaticLinear":  # quant_bias holds it; for float16, scales are int64
+        bias = 4 * outputs if float16 else 0
+    if layer.spec.layout.value.endswith("act_order") and weight.group_size and layer.kind != LayerKind.FUSED_MOE.value:
+        return _act_order(weight, outputs, part.inputs, layer.inputs) + bias
+    if weight.group_size and part.inputs != layer.inputs and part.inputs % weight.group_size:  # cut within groups
+        weight = replace(weight, group_size=gcd(part.inputs, weight.group_size))
+    one = weight_bytes(weight, layer.method, outputs, part.inputs)
+    return (one + _matrices(layer) + bias) * part.count
+
+
+def _matrices(layer: Layer) -> int:
+    """Of an input transform: [L, L] and [M, M] in the model's dtype. npu_kronecker_quant takes both, or an identity."""
     transform = layer.spec.transform
-    matrices = 0 if transform is None else ACT * (transform.left**2 + transform.right**2) * shards
-    bias = 4 * part.outputs if "bias" in layer.tensors else 0
-    one = weight_bytes(layer.spec.weight, layer.method, part.outputs, part.inputs)
-    return (one + matrices + bias) * part.count
+    if transform is None:
+        return 0
+    left, right = transform.left, transform.right
+    if "npu_kronecker_quant" in layer.operators:
+        left, right = left or layer.inputs // max(right, 1), right or layer.inputs // max(left, 1)
+    return ACT * (left**2 + right**2)
+
+
+def _act_order(weight: WeightSpec, outputs: int, inputs: int, whole: int) -> int:
+    """As ``_weight_only``, with the inputs sorted by groups. Each group is filled up to a multiple of 32 inputs; int64 index.
+
+    A part of the inputs has some of every group: how many, the values of g_idx say, and this assumes just above the average.
+    """
+    size = min(_up(weight.group_size * inputs // whole + (inputs != whole), 32), _up(weight.group_size, 32))
+    depth = -(-whole // weight.group_size) * size
+    return _weight_only(replace(weight, group_size=size), outputs, depth) + 8 * depth
 
 
 def _up(value: int, multiple: int) -> int:
@@ -179,6 +210,31 @@ def _filled(inputs: int, group: int, multiple: int) -> int:
     return _up(inputs, step)
 
 
+def _experts_weight_only(weight: WeightSpec, outputs: int, inputs: int) -> int:
+    """int8 [K, N] or int4 [K, N/8], scale and offset [G, N] in the model's dtype."""
+    numbers = ACT if weight.symmetric else 2 * ACT
+    group = weight.group_size if weight.granularity is Granularity.GROUP else 0
+    depth = _filled(inputs, group, 1)
+    groups = depth // group if group else 1
+    if weight.bits > 4:
+        return outputs * depth + numbers * groups * outputs
+    outputs = _up(outputs, 8)
+    return outputs * depth // 2 + numbers * groups * outputs
+
+
+def _experts_int4(assist: int) -> Callable[[WeightSpec, int, int], int]:
+    """int4 [K, N/8], int64 scale [G, N], and ``assist`` bytes per output."""
+
+    def count(weight: WeightSpec, outputs: int, inputs: int) -> int:
+        group = weight.group_size if weight.granularity is Granularity.GROUP else 0
+        depth = _filled(inputs, group, 8)
+        unit = (256 if assist and group % 256 == 0 else group) if group else depth
+        outputs = _up(outputs, 8)
+        return outputs * depth // 2 + (8 * depth // unit + assist) * outputs
+
+    return count
+
+
 def _float(_: WeightSpec, outputs: int, inputs: int) -> int:
     return ACT * outputs * inputs
 
@@ -193,8 +249,9 @@ _FORMULAS: dict[str, Callable[[WeightSpec, int, int], int]] = {
     "W4A4DynamicLinear": _w4a4,
     "DequantizedLinear": _float,
     "W8A8DynamicExperts": _int8(4),
-    "WeightOnlyExperts": _weight_only,
-    "W4A8DynamicExperts": _w4a8,
+    "WeightOnlyExperts": _experts_weight_only,
+    "W4A8DynamicExperts": _experts_int4(4),
+    "W4A4DynamicExperts": _experts_int4(0),
     "FloatExperts": _float,
 }
 

@@ -15,6 +15,7 @@ from vllm_npu_quant.inspection.chips import Chip, Number, chip_of
 from vllm_npu_quant.inspection.layers import OTHER, Layer, layers_of
 from vllm_npu_quant.inspection.memory import ACT, RankPart, kv_cache, layer_bytes, part_of, rank_bytes
 from vllm_npu_quant.inspection.model import Model, open_model
+from vllm_npu_quant.inspection.overview import dtype_of
 from vllm_npu_quant.inspection.parallel import NUMBER, fitting_sizes, kv_heads
 from vllm_npu_quant.spec import LayerKind
 
@@ -142,7 +143,8 @@ def plan(
         raise NpuQuantError([*opened.checkpoint.findings, _nothing(opened.name)])
     length = max_model_len or opened.size("max_position_embeddings", "n_positions", "seq_length") or 4096
     heads = kv_heads(opened)
-    weights = rank_bytes(layers, tp, ep, heads)
+    half = dtype_of(opened) == "float16" or "bfloat16" not in chip.dtypes
+    weights = rank_bytes(layers, tp, ep, heads, float16=half)
     kv = kv_cache(opened, tp)
     usable = None if chip.memory is None else chip.memory.value * gpu_memory_utilization
     tokens = _tokens(usable, weights, kv.bytes_per_token)
@@ -150,7 +152,9 @@ def plan(
     if usable is not None and kv.bytes_per_token:
         for size in fitting_sizes(opened, layers):
             experts = size if ep > 1 else 1
-            found = _tokens(usable, rank_bytes(layers, size, experts, heads), kv_cache(opened, size).bytes_per_token)
+            found = _tokens(
+                usable, rank_bytes(layers, size, experts, heads, float16=half), kv_cache(opened, size).bytes_per_token
+            )
             if found is not None and found >= length:
                 smallest = size
                 break
