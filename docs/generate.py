@@ -6,8 +6,10 @@ python docs/generate.py
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from typer.testing import CliRunner
 
@@ -45,16 +47,22 @@ def errors_page() -> str:
     return "\n".join(lines)
 
 
-def _screen(*arguments: str) -> list[str]:
-    """A command and what it prints, with its exit code where that is not 0."""
+def _run(*arguments: str) -> tuple[str, int]:
+    """What a command prints, and its exit code."""
     before = Path.cwd()
     os.chdir(DOCS.parent)  # so that paths in the screens are short and the same everywhere
     try:
         result = CliRunner().invoke(app, list(arguments))
     finally:
         os.chdir(before)
-    lines = [line.rstrip() for line in result.output.rstrip().splitlines()]
-    code = [f"(exit code {result.exit_code})"] if result.exit_code else []
+    return result.output, result.exit_code
+
+
+def _screen(*arguments: str) -> list[str]:
+    """A command and what it prints, with its exit code where that is not 0."""
+    output, exit_code = _run(*arguments)
+    lines = [line.rstrip() for line in output.rstrip().splitlines()]
+    code = [f"(exit code {exit_code})"] if exit_code else []
     return ["```console", "$ vllm-npu-quant " + " ".join(arguments), *lines, *code, "```"]
 
 
@@ -76,12 +84,93 @@ def cli_page() -> str:
     return "\n".join([*lines, ""])
 
 
+#: What the fields of --json are told from. The last two are recorded, since they start an engine.
+JSON_SAMPLES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "inspect": (("inspect", "tests/fixtures/msmodelslim-qwen3moe-w8a8-dynamic", "--layers"),),
+    "check": (("check", "tests/fixtures/ct-qwen3-w8a8-dynamic", "--tp", "3", "--device", "310p"),),
+    "plan": (
+        ("plan", "tests/fixtures/ct-qwen3-w4a16-g128-asym", "--device", "a2", "--layers"),
+        ("plan", "tests/fixtures/ct-qwen3-w8a8-dynamic", "--device", "310p", "--max-model-len", "1000000000"),
+    ),
+    "matrix": (("matrix",),),
+    "compare": (),
+    "run": (),
+}
+#: Objects whose keys are names: of files, schemes, layer kinds, chips.
+JSON_MAPS = frozenset({"ignored", "roofline[].others", "layers[].others", "rows[].methods", "rows[].chips"})
+
+
+def json_fields(value: object, path: str = "") -> dict[str, set[str]]:
+    """Every field below a JSON value, "schemes[].layers", with the types it has."""
+    found: dict[str, set[str]] = {}
+    if isinstance(value, dict) and path not in JSON_MAPS:
+        items = [(f"{path}.{key}" if path else key, item) for key, item in value.items()]
+        kind = "object"
+    elif isinstance(value, dict):
+        items, kind = [(f"{path}.*", item) for item in value.values()], "object"
+    elif isinstance(value, list):
+        items, kind = [(f"{path}[]", item) for item in value], "array"
+    else:
+        items = []
+        names = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
+        kind = names[type(value)]
+    if path:
+        found[path] = {kind}
+    for name, item in items:
+        for field, kinds in json_fields(item, name).items():
+            found.setdefault(field, set()).update(kinds)
+    return found
+
+
+def json_samples(command: str) -> list[dict[str, Any]]:
+    """What a command prints with --json."""
+    if not JSON_SAMPLES[command]:
+        return [json.loads((DOCS / "screens" / f"{command}.json").read_text())]
+    return [json.loads(_run(*arguments, "--json")[0]) for arguments in JSON_SAMPLES[command]]
+
+
+def json_page() -> str:
+    """docs/cli_json.md: the fields of every command's JSON object."""
+    from vllm_npu_quant.cli.data import VERSION
+
+    lines = [
+        "# What --json prints",
+        "",
+        "<!-- Made by docs/generate.py from what the commands print. -->",
+        "",
+        f"One object for each command. `version` is {VERSION}: while it stays, fields are only added, and none changes its",
+        "meaning or type. `[]` stands for the elements of an array, `*` for a name that is data. Sizes are in bytes, times",
+        "in seconds. The attributes of the classes that `vllm_npu_quant.inspect` and the others return have the same names,",
+        "and their docstrings say what they mean (`nbytes` there is `bytes` here).",
+        "",
+        "A command that cannot answer prints `error` (true) and `findings` instead, and exits with 1 or 2.",
+        "",
+    ]
+    for command in JSON_SAMPLES:
+        fields: dict[str, set[str]] = {}
+        for sample in json_samples(command):
+            for name, kinds in json_fields(sample).items():
+                fields.setdefault(name, set()).update(kinds)
+        lines += [f"## {command}", "", "| field | type |", "|---|---|"]
+        for name, kinds in fields.items():
+            if "number" in kinds:
+                kinds.discard("integer")
+            lines.append(f"| `{name}` | {' or '.join(sorted(kinds, key=lambda kind: (kind == 'null', kind)))} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
 def support_matrix_page() -> str:
     """docs/support_matrix.md: what ``vllm-npu-quant matrix`` prints."""
     return matrix_markdown(matrix())
 
 
-PAGES = {"errors.md": errors_page, "support_matrix.md": support_matrix_page, "cli.md": cli_page}
+PAGES = {
+    "errors.md": errors_page,
+    "support_matrix.md": support_matrix_page,
+    "cli.md": cli_page,
+    "cli_json.md": json_page,
+}
 
 
 def main() -> None:

@@ -173,6 +173,28 @@ def _whole_index(folder: Folder, **changes: str) -> None:
     _index(folder, weight_map | changes)
 
 
+def _shards(folder: Folder, kept: int) -> None:
+    """Two files by their names, of which ``kept`` are there, and no index."""
+    names = list(folder.tensors)
+    folder.weights.unlink()
+    for number in range(kept):
+        part = {name: folder.tensors[name] for name in names[number::2]}
+        folder.save(f"model-{number + 1:05d}-of-00002.safetensors", part)
+
+
+def _moved(folder: Folder, name: str, target: str) -> None:
+    """A file goes elsewhere, and a link leads to it."""
+    place = (folder.path / target).resolve()
+    place.parent.mkdir(exist_ok=True)
+    (folder.path / name).rename(place)
+    (folder.path / name).symlink_to(place)
+
+
+def _weights_inside(folder: Folder) -> None:
+    (folder.path / "original").mkdir()
+    folder.weights.rename(folder.path / "original" / folder.weights.name)
+
+
 CASES: tuple[Case, ...] = (
     # ModelSlim: the description against the files
     Case("scale dropped", MS, lambda f: f.drop(Q + ".weight_scale"), "missing-tensor", Q),
@@ -392,6 +414,37 @@ CASES: tuple[Case, ...] = (
     Case("range does not fit the shape", CT, lambda f: _offsets(f, second=-2), "bad-header"),
     Case("no weights", CT, lambda f: f.weights.unlink(), "unreadable-file"),
     Case("pickled weights", CT, lambda f: f.weights.rename(f.path / "pytorch_model.bin"), "unreadable-file"),
+    Case("weights in a folder inside", CT, _weights_inside, "unreadable-file"),
+    Case("a part is missing, without an index", CT, lambda f: _shards(f, 1), "index-mismatch"),
+    Case("weights outside", CT, lambda f: _moved(f, f.weights.name, "../elsewhere/w"), "unreadable-file"),
+    Case("config outside", CT, lambda f: _moved(f, "config.json", "../elsewhere/c"), "unreadable-file"),
+    Case("description outside", MS, lambda f: _moved(f, "quant_model_description.json", "../x"), "unreadable-file"),
+    Case(
+        "index outside",
+        CT,
+        lambda f: (_whole_index(f), _moved(f, "model.safetensors.index.json", "../i")),
+        "unreadable-file",
+    ),
+    Case(
+        "integers that nothing declares",
+        CT,
+        lambda f: f.write_json("config.json", {**f.json("config.json"), "quantization_config": None}),
+        "bad-config",
+    ),
+    Case(
+        "packed integers that nothing declares",
+        AWQ,
+        lambda f: f.write_json("config.json", {**f.json("config.json"), "quantization_config": {}}),
+        "bad-config",
+    ),
+    Case(
+        "quantization_config is a list",
+        CT,
+        lambda f: f.write_json("config.json", {**f.json("config.json"), "quantization_config": []}),
+        "bad-config",
+    ),
+    Case("config with a byte order mark", CT, lambda f: f.text("config.json", b"\xef\xbb\xbf{}"), "unreadable-file"),
+    Case("config in UTF-16", CT, lambda f: f.text("config.json", "{}".encode("utf-16")), "unreadable-file"),
     Case("tensor in two files", CT, _two_files, "duplicate-tensor"),
     Case(
         "weights are a broken link",

@@ -31,7 +31,7 @@ def test_inspect_json() -> None:
     assert code == 0
     assert list(data) == [
         "schema", "version", "tool_version", "model", "architecture", "dtype", "format", "decided_by", "producer",
-        "files", "bytes", "tensors", "errors", "warnings", "schemes", "layers",
+        "files", "bytes", "tensors", "ignored", "errors", "warnings", "schemes", "layers",
     ]  # fmt: skip
     assert (data["schema"], data["version"]) == ("vllm-npu-quant/inspect", 1)
     assert (data["format"], data["decided_by"]) == ("modelslim", "quant_model_description.json")
@@ -87,11 +87,36 @@ def test_plan() -> None:
     decode = next(line for line in data["roofline"] if line["phase"] == "decode" and line["scheme"] == "W8A8_DYNAMIC")
     assert decode["bound"] == "memory"
     assert 1.5 < decode["gain"] < 2
-    # 310P's float16 peak is not published in a document that was found: no time for float layers, and it says so.
-    data = json.loads(invoke("plan", W8A8, "--device", "310p", "--json")[1])
-    assert {line["seconds"] is None for line in data["roofline"] if line["scheme"] == "FLOAT"} == {True}
+    # 310P's float16 peak is not published in a document that was found: memory alone counts, and it says so.
+    data = json.loads(invoke("plan", W8A8, "--device", "310p", "--json", "--layers")[1])
+    assert {line["bound"] for line in data["roofline"] if line["scheme"] == "FLOAT"} == {"memory only"}
+    assert any("without a float16 peak" in remark for remark in data["remarks"])
+    layer = next(line for line in data["layers"] if line["name"] == "model.layers.*.mlp.down_proj")
+    assert (layer["layers"], layer["phase"], layer["bound"]) == (2, "decode", "memory")
     code, _ = invoke("plan", W8A8, "--device", "a2", "--max-model-len", str(1 << 30))
     assert code == 1
+
+
+def test_bounds_by_hand() -> None:
+    """One layer's bound, from the chip's numbers: 16 rows of a 256 x 512 int8 weight, twice."""
+    data = json.loads(invoke("plan", W8A8, "--device", "a2", "--json", "--layers")[1])
+    layer = next(
+        line for line in data["layers"] if (line["name"], line["phase"]) == ("model.layers.*.mlp.down_proj", "decode")
+    )
+    weights, rows = 256 * 512, 16
+    bandwidth = 1.6 * 2**40
+    assert layer["bytes"] == 2 * (weights + 4 * 256 + rows * (512 + 2 * 256))
+    assert layer["operations"] == 2 * 2 * rows * weights
+    assert layer["seconds"] == pytest.approx(layer["bytes"] / bandwidth)
+    assert layer["others"]["float"] == pytest.approx(2 * (2 * weights + rows * 2 * (512 + 256)) / bandwidth)
+    assert layer["others"]["W4A16"] == pytest.approx(
+        2 * (weights * (0.5 + 2 / 128) + rows * 2 * (512 + 256)) / bandwidth
+    )
+    assert layer["gain"] == pytest.approx(layer["others"]["float"] / layer["seconds"])
+    # In a prefill of many tokens weights do not count, and four bits gain nothing.
+    data = json.loads(invoke("plan", W8A8, "--device", "a2", "--json", "--layers", "--prompt", "16777216")[1])
+    layer = next(line for line in data["layers"] if line["phase"] == "prefill")
+    assert layer["others"]["W4A16"] == pytest.approx(layer["others"]["float"], rel=1e-3)
 
 
 def test_numbers_have_sources() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,16 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(process, capture_output=True, text=True, check=False, timeout=600, env=environment)
 
 
+def _as_documented(data: dict[str, Any]) -> None:
+    """The fields are those of the recorded object that docs/cli_json.md is made from."""
+    command = data["schema"].partition("/")[2]
+    recorded = json.loads((Path(__file__).parents[2] / "docs" / "screens" / f"{command}.json").read_text())
+    assert data.keys() == recorded.keys()
+    for key in ("layers", "groups"):
+        if key in data:
+            assert data[key][0].keys() == recorded[key][0].keys()
+
+
 def test_compare(tmp_path: Path) -> None:
     """W8A8 against its float source: close, every layer measured, worst first, and nothing but JSON on stdout."""
     plot = tmp_path / "errors.svg"
@@ -34,6 +45,7 @@ def test_compare(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
     data = json.loads(result.stdout)
     assert data["schema"] == "vllm-npu-quant/compare"
+    _as_documented(data)
     assert data["tokens"] == 297  # 300 tokens in 3 windows, the first of each has no prediction
     assert abs(data["perplexity"] / data["reference_perplexity"] - 1) < 0.02
     assert 0 < data["kl"] < 0.01
@@ -68,6 +80,7 @@ def test_run() -> None:
     )
     assert result.returncode == 0, result.stderr[-3000:]
     data = json.loads(result.stdout)
+    _as_documented(data)
     assert [prompt for prompt, _ in data["answers"]] == ["a", "b"]
     (group,) = [group for group in data["groups"] if group["scheme"] == "W8A8_DYNAMIC"]
     assert (group["method"], group["count"]) == ("W8A8DynamicLinear", 8)

@@ -40,10 +40,13 @@ _values = st.recursive(
 
 def ask(folder: Path) -> None:
     """Everything that answers from a folder; only refusals in words may come."""
-    report = check(folder, tp=2, ep=2, device="310p", values=True)
+    report = check(folder, tp=2, ep=2, device="310p", values=True, follow_links=True)
     for finding in report.findings:
         assert len(finding.render()) < 6000
-    for question in (lambda: inspect(folder), lambda: plan(folder, device="a2", tp=2)):
+    for question in (
+        lambda: inspect(folder, follow_links=True),
+        lambda: plan(folder, device="a2", tp=2, follow_links=True),
+    ):
         with suppress(NpuQuantError):
             question()
 
@@ -134,6 +137,39 @@ def test_nothing_outside(name: str, tmp_path: Path) -> None:
     assert opened
     assert all(Path(path).parent == folder.path for path in opened if path.startswith("/")), opened
     assert "index-mismatch" in {finding.code for finding in check(folder.path).findings}
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+def test_links_that_leave(name: str, tmp_path: Path) -> None:
+    """A link out of the folder is not opened, and says so; with follow_links it is."""
+    folder = Folder("ct-qwen3-w8a8-dynamic", tmp_path / "model")
+    weight_map = dict.fromkeys(folder.tensors, folder.weights.name)
+    folder.write_json("model.safetensors.index.json", {"weight_map": weight_map})
+    (folder.path / name).rename(tmp_path / "secret")
+    (folder.path / name).symlink_to("../secret")
+    opened = [path for path in _traced(folder.path) if path.startswith(str(tmp_path))]
+    assert str(folder.path / name) not in opened
+    assert opened
+    (finding,) = [finding for finding in check(folder.path).findings if "leads out of the folder" in finding.message]
+    assert (finding.code, finding.file) == ("unreadable-file", name)
+    assert check(folder.path, follow_links=True).passed(strict=True)
+
+
+def test_links_of_the_hub_cache(tmp_path: Path) -> None:
+    """snapshots/<revision>/file -> ../../blobs/<hash>, and nothing beyond the model's own folder."""
+    model = tmp_path / "models--org--model"
+    folder = Folder("ct-qwen3-w8a8-dynamic", tmp_path / "source")
+    snapshot = model / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (model / "blobs").mkdir()
+    for number, path in enumerate(sorted(folder.path.iterdir())):
+        path.rename(model / "blobs" / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    assert check(snapshot).passed(strict=True)
+    (snapshot / "config.json").unlink()
+    (tmp_path / "config.json").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../../config.json")
+    assert not check(snapshot).passed()
 
 
 def test_pickles_are_not_opened(tmp_path: Path) -> None:
