@@ -74,6 +74,7 @@ RANKS = {
 
 
 @pytest.mark.tp2
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("kind", RANKS)
 def test_two_ranks(kind: str, tmp_path: Path) -> None:
     """Two processes, each with its half."""
@@ -90,7 +91,7 @@ def test_two_ranks(kind: str, tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]
-    outputs = [process.communicate(timeout=300) for process in processes]
+    outputs = [process.communicate(timeout=1200) for process in processes]
     counted = []
     for folder in folders:
         made = plan(folder, device="a2", tp=2, ep=experts)
