@@ -240,9 +240,9 @@ def _roofline(
                 traffic = _traffic(layer, tp, ep, tokens, chosen, heads)
                 nbytes += int(traffic.weights + traffic.values(layer))
                 operations += int(2 * traffic.rows * traffic.part.outputs * traffic.part.inputs)
-                for other, (weight, act, _) in _OTHERS.items():
+                for other, (weight, width, _) in _OTHERS.items():
                     moved[other] += traffic.elements * weight
-                    moved[other] += traffic.rows * (traffic.part.inputs * act + traffic.part.outputs * ACT)
+                    moved[other] += traffic.rows * (traffic.part.inputs * width + traffic.part.outputs * ACT)
             act = members[0].spec.activation
             seconds, bound = _time(chip, nbytes, operations, chip.fp16 if act is None else chip.int8)
             others = {
