@@ -10,6 +10,7 @@ import pytest
 
 from tests.fixtures_index import fixture
 from vllm_npu_quant import settings
+from vllm_npu_quant.ascend import ownership
 from vllm_npu_quant.ascend.ownership import serves_compressed_tensors, serves_modelslim
 from vllm_npu_quant.engine.config import ModelSlimConfig, NpuCompressedTensorsConfig
 from vllm_npu_quant.engine.registration import _detect
@@ -102,3 +103,9 @@ def test_compressed_tensors(changes: dict[str, Any], expected: bool) -> None:
 )
 def test_strange_configs_are_not_claimed_for_vllm_ascend(config: dict[str, Any]) -> None:
     assert serves_compressed_tensors(config) is False
+
+
+def test_what_a_registry_has_and_does_not_compute_as_said_is_not_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ownership, "_registry", lambda: lambda scheme, layer: object())
+    assert ownership.unserved({("W8A8", "linear"), ("W4A8_DYNAMIC", "moe")}) == []
+    assert ownership.unserved({("W4A8_DYNAMIC", "linear")}) == [("W4A8_DYNAMIC", "linear")]
