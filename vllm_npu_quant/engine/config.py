@@ -208,6 +208,14 @@ class NpuQuantConfig(QuantizationConfig):
             orig_to_new_suffix={f".{name}": None for name in self.format.dropped_tensors()},
         )
 
+    def get_cache_scale_mapper(self) -> WeightsMapper | None:  # type: ignore[override]
+        """Where vLLM has no hook for the names of all tensors (before 0.30), it applies this one to all of them."""
+        theirs = super().get_cache_scale_mapper()
+        if hasattr(QuantizationConfig, "get_checkpoint_weight_mapper"):
+            return theirs
+        own = self.get_checkpoint_weight_mapper()
+        return own if theirs is None else own | theirs
+
     def get_quant_method(self, layer: nn.Module, prefix: str, tid2eid: Any = None) -> QuantizeMethodBase | None:
         """The method that serves a layer. ``tid2eid`` is vllm-ascend's, for MoE layers.
 
