@@ -413,7 +413,7 @@ def _row_layer(
             bias=bias,
             quant_config=config.quant_config,
             prefix=prefix,
-            reduce_results=False,
+            reduce_results=bias,
         )
     from safetensors.torch import load_file
 
