@@ -204,6 +204,8 @@ class LinearCase:
     def prepare(self, move: Move) -> Prepared:
         method = load_object(self.row.method)()
         tensors = method.prepare(moved(self.linear(), move), PrepareContext(self.dtype, **self.context))
+        if hasattr(method, "finish"):
+            method.finish(tensors)
         width = self.context.get("inputs_whole", 0) if method.gathers_inputs else 0
         width = width or self.inputs - self.filled
         inputs: dict[str, Any] = {"x": (self.dtype, (*self.leading, -1, width))}
@@ -411,6 +413,7 @@ def _moe_cases() -> Iterator[MoeCase]:
     for scheme in MOE_SCHEMES:
         yield MoeCase("float16", scheme, scheme, dtype=F16)
         yield MoeCase("sizes filled up", scheme, scheme, hidden=100, inner=36)
+    yield MoeCase("more than 10496 inner outputs", W8A8, W8A8, hidden=64, inner=10560)
     for scheme in (W8A8, Scheme(4, 32, zero_points=True), W4A8):
         yield MoeCase("half of the experts", scheme, scheme, expert_map=(-1, -1, 0, 1))
         yield MoeCase("scattered experts", scheme, scheme, expert_map=(0, -1, 1, -1))

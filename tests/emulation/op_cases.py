@@ -795,7 +795,7 @@ for dtype in (BF16, F16):
             [m.floats(6, 48, dtype=dtype)],
             [m.int4(3, 48, 3)],
             antiquant_scale=[m.positive(3, 2, 24, low=0.02, high=0.2, dtype=dtype)],
-            antiquant_offset=[],
+            antiquant_offset=[torch.zeros(3, 2, 24, dtype=dtype)],
             **_OPTIONS,
         ),
     )
@@ -805,6 +805,7 @@ for dtype in (BF16, F16):
             [m.floats(6, 48, dtype=dtype)],
             [m.int4(48, 3) for _ in range(3)],
             antiquant_scale=[m.positive(2, 24, low=0.02, high=0.2, dtype=dtype) for _ in range(3)],
+            antiquant_offset=[torch.zeros(2, 24, dtype=dtype)] * 3,
             **_OPTIONS,
         ),
     )
@@ -814,6 +815,7 @@ for dtype in (BF16, F16):
             [m.floats(2, 33, dtype=dtype), m.floats(3, 17, dtype=dtype)],
             [m.integers(33, 5), m.integers(17, 9)],
             antiquant_scale=[m.positive(5, dtype=dtype), m.positive(9, dtype=dtype)],
+            antiquant_offset=[torch.zeros(5, dtype=dtype), m.integers(9, low=-8, high=7).to(dtype)],
             group_type=-1,
         ),
     )
@@ -849,7 +851,7 @@ def w4a8(m: Maker, rows: int, counts: list[int], depth: int, groups: int, width:
 
 
 # These write into x, which the schema does not say.
-grouped("w4a8_channel", lambda m: w4a8(m, 7, [2, 0, 4], 40, 1, 24, BF16), functional=False)
+grouped("w4a8_channel", lambda m: w4a8(m, 7, [2, 0, 4], 512, 1, 24, BF16), functional=False)
 grouped("w4a8_groups", lambda m: w4a8(m, 4, [1, 3], 512, 2, 16, F16), functional=False)
 for groups in (0, 2):
     grouped(

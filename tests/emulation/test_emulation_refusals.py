@@ -57,10 +57,10 @@ def gmm16(weight: Any = None, **kwargs: Any) -> tuple[str, tuple, dict]:
     return grouped([t(4, 64, dtype=BF16)], weight or [t(3, 64, 32, dtype=I8)], standard | kwargs)
 
 
-def gmm84(weight: Any = None, **kwargs: Any) -> tuple[str, tuple, dict]:
+def gmm84(weight: Any = None, x: Any = None, **kwargs: Any) -> tuple[str, tuple, dict]:
     standard = {"scale": [t(3, 2, 32, dtype=I64)], "bias": [t(3, 32)], "per_token_scale": [t(4)]}
     standard |= {"group_list_type": 1, "output_dtype": BF16}
-    return grouped([t(4, 512, dtype=I8)], weight or [t(3, 512, 4, dtype=I32)], standard | kwargs)
+    return grouped(x or [t(4, 512, dtype=I8)], weight or [t(3, 512, 4, dtype=I32)], standard | kwargs)
 
 
 def gmm44(weight: Any = None, **kwargs: Any) -> tuple[str, tuple, dict]:
@@ -380,7 +380,9 @@ REFUSALS: list[tuple[tuple[str, tuple, dict], str, str, str]] = [
         "bfloat16[3, 5, 32]",
     ),
     (gmm16(group_list=t(3, 2, dtype=I64), group_list_type=2), "group_list_type", "0 or 1 unless int8", "2"),
+    (gmm16(), "antiquant_offset", "a list, of zeros", "None"),
     (gmm84(group_list_type=0), "group_list_type", "1", "0"),
+    (gmm84(weight=[t(3, 64, 4, dtype=I32)], x=[t(4, 64, dtype=I8)]), "x", "K that 256 divides", "int8[4, 64]"),
     (gmm84(bias=None), "bias", "a list", "None"),
     (gmm84(per_token_scale=None), "per_token_scale", "a list", "None"),
     (gmm84(scale=[t(3, 4, 32, dtype=I64)]), "scale", "[3, 1, 32] or [3, 2, 32]", "int64[3, 4, 32]"),

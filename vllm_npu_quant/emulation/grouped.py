@@ -359,11 +359,12 @@ def _check_weight_only(call: _Call) -> tuple[torch.dtype, bool]:
         require(depth % groups == 0, name, "antiquant_scale", f"a number of groups that divides {depth}", tensor)
         lengths.add(depth // groups)
     require(len(lengths) <= 1, name, "antiquant_scale", "groups of one length in all tensors", sorted(lengths))
-    if offsets is not None:
-        require(len(offsets) == count, name, "antiquant_offset", f"{count} tensors", len(offsets))
-        for shift, factor in zip(offsets, scales, strict=True):
-            require_dtype(name, "antiquant_offset", shift, dtype)
-            require_shape(name, "antiquant_offset", shift, factor.shape)
+    if offsets is None:  # "antiquantOffset must not be nullptr in antiquant"; newer versions of CANN let int4 go without
+        refuse(name, "antiquant_offset", "a list, of zeros where the weight is symmetric", None)
+    require(len(offsets) == count, name, "antiquant_offset", f"{count} tensors", len(offsets))
+    for shift, factor in zip(offsets, scales, strict=True):
+        require_dtype(name, "antiquant_offset", shift, dtype)
+        require_shape(name, "antiquant_offset", shift, factor.shape)
     return dtype, False
 
 
@@ -390,9 +391,8 @@ def _check_int8_int4(call: _Call) -> tuple[torch.dtype, bool]:
     if scale is None or bias is None or per_token_scale is None:
         missing = "scale" if scale is None else "bias" if bias is None else "per_token_scale"
         refuse(name, missing, "a list, for int8 x int4", None)
-    shapes = [(call.experts, 1, call.width)]
-    if call.depth % W4A8_GROUP_SIZE == 0:
-        shapes.append((call.experts, call.depth // W4A8_GROUP_SIZE, call.width))
+    require(call.depth % W4A8_GROUP_SIZE == 0, name, "x", f"K that {W4A8_GROUP_SIZE} divides", call.x[0])
+    shapes = [(call.experts, groups, call.width) for groups in (1, call.depth // W4A8_GROUP_SIZE)]
     _check_list(name, "scale", scale, (torch.int64,), 1, *shapes)
     _check_list(name, "bias", bias, (torch.float32,), 1, (call.experts, call.width))
     rows = call.x[0].shape[0]

@@ -33,6 +33,10 @@ from vllm_npu_quant.methods.base import bad_zero_points, permuted_inputs, transf
 __all__ = ["Experts", "FusedExperts", "GroupedMethod", "GroupedSizes", "Input", "Placement", "operators_of"]
 
 
+#: npu_dequant_swiglu_quant takes at most so many outputs of a gate together with the rows of each expert.
+MAX_GROUPED_SWIGLU = 10496
+
+
 class Input(Enum):
     """What a grouped method multiplies its weights with."""
 
@@ -283,7 +287,7 @@ class FusedExperts:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """silu(gate) * up, quantized as w2 takes it: [M, inner] and float32 [M]."""
         if self.w2.takes is Input.INT8:
-            if self.w13.gives_int32:
+            if self.w13.gives_int32 and self.w13_sizes.outputs <= MAX_GROUPED_SWIGLU:
                 product = self.w13.matmul(layer, rows, None, counts, torch.int32)
                 return torch.ops.npu.npu_dequant_swiglu_quant(
                     product,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from math import lcm
 from typing import Any
 
 import torch
@@ -59,8 +60,8 @@ class _Int4Weight(GroupedMethod):
 class W4A8DynamicExperts(_Int4Weight):
     """``y = sum_g (x_q[g] . w_q[g]) * weight_scale[g] * x_scale``: int4 weights, int8 per token (npu_grouped_matmul).
 
-    With one scale per channel, or per 256 inputs or a multiple of it, the int8 x int4 operator; it overwrites its int8 input,
-    which nobody reads after it. It needs ``8 * sum_k(w)``, computed here from this rank's own weights, so that ranks which
+    With one scale per channel, or per 256 inputs or a multiple of it, the int8 x int4 operator, which takes a multiple of 256
+    inputs; it overwrites its int8 input, which nobody reads after it. It needs ``8 * sum_k(w)``, computed here from this rank's own weights, so that ranks which
     sum their results count it once. Other even group sizes: the same sum by int4 halves of the activation,
     ``x = 16 * high + low + 8`` with both in [-8, 7], which the int4 x int4 operator takes.
     """
@@ -71,6 +72,9 @@ class W4A8DynamicExperts(_Int4Weight):
         super().__init__(prefix)
         self.by_halves = False
         self.halves_dtype = torch.float16
+
+    def depth_multiple(self, group_size: int) -> int:
+        return super().depth_multiple(group_size) if group_size % GROUP_SIZE else lcm(GROUP_SIZE, group_size or 1)
 
     def prepare(self, experts: Experts, sizes: GroupedSizes, act_dtype: torch.dtype) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = {}

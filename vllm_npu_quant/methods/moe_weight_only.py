@@ -52,8 +52,8 @@ class WeightOnlyExperts(_FloatInput):
 
     The operator adds its offset, so it is minus the zero point; scale and offset have the activation's dtype. int8 weights
     with one scale per channel, and weights of 4 bits and less, packed eight in an int32 along the outputs, with scales per
-    channel or per group. The documents allow offsets for scales per channel only; vllm-ascend and SGLang pass them per
-    group, and so do we.
+    channel or per group. CANN refuses a call without offsets, so that symmetric weights have zeros. The documents allow
+    offsets for scales per channel only; vllm-ascend and SGLang pass them per group, and so do we.
     """
 
     outputs_multiple = INT4_PER_INT32
@@ -74,6 +74,7 @@ class WeightOnlyExperts(_FloatInput):
                     else experts.zeros(sizes.inputs, width, dtype=torch.int8)
                 )
                 tensors["weight_scale"] = experts.zeros(*shape, dtype=act_dtype)
+                tensors["weight_offset"] = experts.zeros(*shape, dtype=act_dtype)
             if packed:
                 place_int4(tensors["weight"][expert], shard, sizes, weight)
             else:
@@ -82,14 +83,10 @@ class WeightOnlyExperts(_FloatInput):
             place = (expert, slice(scale.shape[0]), shard, slice(weight.outputs))
             tensors["weight_scale"][place] = scale
             if offset is not None:
-                # Only some experts may have zero points.
-                if "weight_offset" not in tensors:
-                    tensors["weight_offset"] = experts.zeros(*shape, dtype=act_dtype)
                 tensors["weight_offset"][place] = offset
         for name in ("weight_scale", "weight_offset"):
-            if name in tensors:
-                flat = tensors[name].flatten(2)
-                tensors[name] = flat if flat.shape[1] > 1 else flat.squeeze(1)
+            flat = tensors[name].flatten(2)
+            tensors[name] = flat if flat.shape[1] > 1 else flat.squeeze(1)
         return tensors
 
 

@@ -131,7 +131,7 @@ class W4A4DynamicLinear(TransformingLinear):
                 result = torch.ops.npu.npu_quant_matmul(
                     quantized, weight, scale, pertoken_scale=token_scale, output_dtype=x.dtype
                 )
-            results.append(result[:, : stop - start])
+            results.append(result[:, : stop - start].contiguous())
         y = results[0] if len(results) == 1 else torch.cat(results, dim=-1)
         y = y.reshape(*x.shape[:-1], self.outputs)
         return y if bias is None else y + bias

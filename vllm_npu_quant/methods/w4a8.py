@@ -148,7 +148,7 @@ class W4A8DynamicLinear(TransformingLinear):
                 )
             else:
                 result = torch.ops.npu_quant.int8_int4_linear(tokens, weights, scales, assists)
-            results.append(result[:, : stop - start])
+            results.append(result[:, : stop - start].contiguous())
         y = results[0] if len(results) == 1 else torch.cat(results, dim=-1)
         y = y.reshape(*x.shape[:-1], self.outputs)
         return y if bias is None else y + bias

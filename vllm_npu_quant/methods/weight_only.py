@@ -213,7 +213,7 @@ class WeightOnlyLinear(NpuLinearMethod):
                 bias=part_bias,
                 antiquant_group_size=self.group_size,
             )
-            parts.append(part[:, : stop - start] if fill else part)
+            parts.append(part[:, : stop - start].contiguous() if fill else part)
         y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         return y.reshape(*x.shape[:-1], self.outputs)
 
