@@ -106,7 +106,9 @@ def moved(linear: CanonicalLinear, move: Move) -> CanonicalLinear:
 
     whole = linear.weight
     values = move(whole.values)
-    weight = replace(whole, rows=lambda start, stop: values[start:stop], scale=move(whole.scale), zero=maybe(whole.zero))
+    weight = replace(
+        whole, rows=lambda start, stop: values[start:stop], scale=move(whole.scale), zero=maybe(whole.zero)
+    )
     if whole.float_rows is not None:
         weight.float_rows = weight.rows
     static = linear.static
@@ -259,9 +261,7 @@ class MoeCase:
         return Experts(self.experts, shards, outputs, inputs, device, lambda expert: linears[expert])
 
     def prepare(self, move: Move) -> Prepared:
-        w13, w2 = (
-            load_object(row.method)(prefix) for row, prefix in zip(self.rows, ("w13_", "w2_"), strict=True)
-        )
+        w13, w2 = (load_object(row.method)(prefix) for row, prefix in zip(self.rows, ("w13_", "w2_"), strict=True))
         groups = tuple(
             scheme.group if scheme.group and scheme.group < inputs else 0
             for scheme, inputs in ((self.w13, self.hidden), (self.w2, self.inner))

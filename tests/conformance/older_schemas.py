@@ -39,7 +39,8 @@ def refused(library: torch.library.Library, call: Call) -> list[str]:
     """What of a call the older schema does not take, or takes otherwise."""
     packet, _, overload = call.operator.partition(".")
     older, newer = (
-        getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default") for namespace in (NAMESPACE, "npu")
+        getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
+        for namespace in (NAMESPACE, "npu")
     )
     try:
         older(**tree_map_only(torch.Tensor, _as_meta, call.raw))

@@ -27,7 +27,12 @@ class NpuTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, host: torch.Tensor) -> NpuTensor:
         return torch.Tensor._make_wrapper_subclass(
-            cls, host.shape, strides=host.stride(), storage_offset=host.storage_offset(), dtype=host.dtype, device=DEVICE
+            cls,
+            host.shape,
+            strides=host.stride(),
+            storage_offset=host.storage_offset(),
+            dtype=host.dtype,
+            device=DEVICE,
         )
 
     def __init__(self, host: torch.Tensor) -> None:

@@ -22,10 +22,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "emulation"))
 
-from op_cases import CASES, Case, check_operator  # noqa: E402
+from op_cases import CASES, Case, check_operator
 
-from tests.conformance import cann_stub  # noqa: E402
-from vllm_npu_quant import emulation  # noqa: E402
+from tests.conformance import cann_stub
+from vllm_npu_quant import emulation
 
 
 def schemas() -> dict[str, str]:
@@ -46,7 +46,9 @@ def without_a_device() -> None:
     """
     kinds = torch._C._autograd.DeviceType
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
-    guards = (ctypes.c_void_p * (int(kinds.PrivateUse1) + 1)).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+    guards = (ctypes.c_void_p * (int(kinds.PrivateUse1) + 1)).in_dll(
+        library, "_ZN3c104impl26device_guard_impl_registryE"
+    )
     guards[int(kinds.PrivateUse1)] = guards[int(kinds.Meta)]
     torch.npu._lazy_init = lambda: None  # type: ignore[attr-defined]
 
@@ -67,7 +69,10 @@ def check(case: Case) -> str:
 def no_rows() -> dict[str, str]:
     """What the Meta kernels say about inputs without rows: '' or the error."""
     npu, meta = torch.ops.npu, torch.device("meta")
-    x, quantized = torch.empty(0, 64, dtype=torch.bfloat16, device=meta), torch.empty(0, 64, dtype=torch.int8, device=meta)
+    x, quantized = (
+        torch.empty(0, 64, dtype=torch.bfloat16, device=meta),
+        torch.empty(0, 64, dtype=torch.int8, device=meta),
+    )
     weight, scale = torch.empty(64, 32, dtype=torch.int8, device=meta), torch.empty(32, device=meta)
     rows, counts = torch.empty(0, device=meta), torch.empty(1, dtype=torch.int64, device=meta)
     options = {"group_list": counts, "group_type": 0, "split_item": 2}

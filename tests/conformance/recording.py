@@ -167,7 +167,11 @@ class Recorder(TorchDispatchMode):
         given = {}
         for argument in schema.arguments:
             if argument.name in raw and (value := raw[argument.name]) is not None:
-                if argument.has_default_value() and not isinstance(value, torch.Tensor) and value == argument.default_value:
+                if (
+                    argument.has_default_value()
+                    and not isinstance(value, torch.Tensor)
+                    and value == argument.default_value
+                ):
                     continue
                 given[argument.name] = self._described(argument.name, value)
         name = schema.name.partition("::")[2] + (f".{schema.overload_name}" if schema.overload_name else "")

@@ -196,7 +196,9 @@ def _quant_matmul(rule: Rule) -> None:
     rule.need(scale.shape in ((width,), (1,)), "scale is [n] or [1]")
     pertoken = rule.tensor("pertoken_scale", F32, shapes=((x1.shape[-2],),))
     allowed = table.get((scale.dtype, pertoken is not None, out))
-    rule.need(allowed is not None, f"no such combination: scale {scale.dtype}, per token {bool(pertoken)}, output {out}")
+    rule.need(
+        allowed is not None, f"no such combination: scale {scale.dtype}, per token {bool(pertoken)}, output {out}"
+    )
     rule.tensor("bias", *(allowed or ()), shapes=((width,),))
     rule.need(rule["offset"] is None or out == I8, "offset is for int8 outputs")
     rule.tensor("offset", F32, shapes=((width,), (1,)))
@@ -219,7 +221,9 @@ def _weight_quant_batchmatmul(rule: Rule) -> None:
     rule.need(1 <= depth <= 65535 and 1 <= width <= 65535, "K and N lie in [1, 65535]")
     group = rule["antiquant_group_size"] or 0
     if group:
-        rule.need(group % 32 == 0 and 32 <= group <= depth - 1, "antiquant_group_size is a multiple of 32 in [32, K - 1]")
+        rule.need(
+            group % 32 == 0 and 32 <= group <= depth - 1, "antiquant_group_size is a multiple of 32 in [32, K - 1]"
+        )
         shapes: tuple[tuple[int, ...], ...] = ((-(-depth // group), width),)
     else:
         shapes = ((1,), (1, 1), (1, width), (width,))
@@ -307,7 +311,9 @@ def _grouped_weight_only(rule: Rule, x: Tensor, weight: Tensor) -> None:
     else:
         rule.need(scale.shape == (experts, width), "antiquant_scale is [E, N]")
     if offset is not None:
-        rule.need((offset.dtype, offset.shape) == (scale.dtype, scale.shape), "antiquant_offset is like antiquant_scale")
+        rule.need(
+            (offset.dtype, offset.shape) == (scale.dtype, scale.shape), "antiquant_offset is like antiquant_scale"
+        )
         rule.beyond(grouped, "offsets per group")
 
 
@@ -339,7 +345,9 @@ def _grouped_int4(rule: Rule, x: Tensor, weight: Tensor) -> None:
     if scale is not None and len(scale.shape) == 3:
         groups = scale.shape[1]
         rule.need(scale.shape == (experts, groups, width), "scale is [E, G, N]")
-        rule.need(depth % groups == 0 and depth // groups % 2 == 0, "groups have an even number of inputs, all the same")
+        rule.need(
+            depth % groups == 0 and depth // groups % 2 == 0, "groups have an even number of inputs, all the same"
+        )
     elif scale is not None:
         rule.need(scale.shape == (experts, width), "scale is [E, N]")
     _per_token(rule, rule.only("per_token_scale"), x)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from tests.conformance.method_cases import CASES, TOKENS, Case, LinearCase, MoeCase, Prepared
+from tests.conformance.method_cases import CASES, TOKENS, Case, LinearCase, Prepared
 from tests.conformance.recording import Call, Recorder, Tensor, dtype_name
 from tests.methods.layers import emulation
 

@@ -359,7 +359,9 @@ def _check_weight_only(call: _Call) -> tuple[torch.dtype, bool]:
         require(depth % groups == 0, name, "antiquant_scale", f"a number of groups that divides {depth}", tensor)
         lengths.add(depth // groups)
     require(len(lengths) <= 1, name, "antiquant_scale", "groups of one length in all tensors", sorted(lengths))
-    if offsets is None:  # "antiquantOffset must not be nullptr in antiquant"; newer versions of CANN let int4 go without
+    if (
+        offsets is None
+    ):  # "antiquantOffset must not be nullptr in antiquant"; newer versions of CANN let int4 go without
         refuse(name, "antiquant_offset", "a list, of zeros where the weight is symmetric", None)
     require(len(offsets) == count, name, "antiquant_offset", f"{count} tensors", len(offsets))
     for shift, factor in zip(offsets, scales, strict=True):

@@ -61,9 +61,9 @@ class W4A8DynamicExperts(_Int4Weight):
     """``y = sum_g (x_q[g] . w_q[g]) * weight_scale[g] * x_scale``: int4 weights, int8 per token (npu_grouped_matmul).
 
     With one scale per channel, or per 256 inputs or a multiple of it, the int8 x int4 operator, which takes a multiple of 256
-    inputs; it overwrites its int8 input, which nobody reads after it. It needs ``8 * sum_k(w)``, computed here from this rank's own weights, so that ranks which
-    sum their results count it once. Other even group sizes: the same sum by int4 halves of the activation,
-    ``x = 16 * high + low + 8`` with both in [-8, 7], which the int4 x int4 operator takes.
+    inputs; it overwrites its int8 input, which nobody reads after it. It needs ``8 * sum_k(w)``, computed here from this
+    rank's own weights, so that ranks which sum their results count it once. Other even group sizes: the same sum by int4
+    halves of the activation, ``x = 16 * high + low + 8`` with both in [-8, 7], which the int4 x int4 operator takes.
     """
 
     takes = Input.INT8
