@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # make demo   a quantized model answers, on this machine's CPU
 # make test   the test suite
+# make conformance   the same code against the real torch_npu and vllm-ascend
 # make ascend-contract   the released vllm-ascend's contract, without an NPU
 # A Python from 3.10 with venv is all that has to be there; PYTHON=python3.11 picks the interpreter.
 
@@ -16,11 +17,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 QUIET := $(shell test -t 2 || echo --quiet --quiet)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench ascend-env ascend-contract clean
+.PHONY: help demo test conformance chip traces lint bench ascend-env ascend-contract clean
 
 help:
 	@echo "make demo    install into $(VENV) and generate text from a W8A8 checkpoint"
-	@echo "make test    install the test tools and run the whole suite"
+	@echo "make test    install the test tools and run the whole suite but for the next line"
+	@echo "make conformance    against the real torch_npu wheel and the released vllm-ascend (no NPU needed)"
+	@echo "make chip    on an Ascend host, with its own python: the same cases on the real kernels"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   perplexity of a W8A8 checkpoint against its bfloat16 original"
 	@echo "make ascend-env       environments with the released vllm-ascend, its vLLM and torch_npu, without an NPU"
@@ -31,7 +34,20 @@ demo: $(STAMPS)/cpu
 	@$(BIN)/python examples/demo.py
 
 test: $(STAMPS)/test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --ignore=tests/conformance $(PYTEST_ARGS)
+
+# The contract of vllm-ascend is checked in environments of their own, which the script makes.
+conformance: $(STAMPS)/test
+	$(BIN)/python -m pytest tests/conformance
+	$(BIN)/python tests/ascend/run_contract.py
+
+# Needs torch, torch_npu and pytest in $(PYTHON); installs nothing.
+chip:
+	$(PYTHON) -m pytest -m npu tests/npu $(PYTEST_ARGS)
+
+# What methods ask of torch_npu, written anew: for a change that means to change it.
+traces: $(STAMPS)/test
+	$(BIN)/python -m tests.conformance.traces
 
 lint: $(STAMPS)/dev
 	$(BIN)/python -m ruff check .

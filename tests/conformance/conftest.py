@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # The cases of operators are shared with tests/emulation.
 sys.path.insert(0, str(ROOT / "tests" / "emulation"))
 
+from tests.conformance import traces  # noqa: E402
+from tests.conformance.method_cases import CASES  # noqa: E402
 from tests.conformance.real_wheel import (  # noqa: E402
     OLDER_VERSION,
     VERSION,
@@ -24,6 +27,8 @@ from tests.conformance.real_wheel import (  # noqa: E402
     schemas_in_yaml,
     unpacked,
 )
+from vllm_npu_quant.dispatch import ROWS  # noqa: E402
+from vllm_npu_quant.emulation import OPERATORS  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -56,3 +61,39 @@ def report(wheel: Path, older_schemas: dict[str, str], tmp_path_factory: pytest.
 @pytest.fixture(scope="session")
 def real_schemas(wheel: Path, request: pytest.FixtureRequest) -> dict[str, str]:
     return schemas_in_yaml(wheel) if cannot_import() else request.getfixturevalue("report")["schemas"]
+
+
+@pytest.fixture(scope="session")
+def made() -> dict[str, traces.Trace]:
+    """The traces of this process, over the emulation, by the titles of their cases."""
+    return {case.title: traces.on_the_cpu(case) for case in CASES}
+
+
+#: Test -> what one of its cases is, in the summary.
+COUNTED = {
+    "operators": {
+        "test_schema_is_the_real_one": "schemas",
+        "test_real_meta_kernel_agrees": "calls against the real Meta kernels",
+    },
+    "methods": {
+        "test_calls_keep_to_the_documents": "traces within the documents",
+        "test_it_runs_on_the_device_npu_under_the_real_meta_kernels": "on the device npu under the real Meta kernels",
+        "test_the_older_torch_npu_takes_the_same_calls": "under the schemas of the pinned torch_npu",
+        "test_apply_is_one_graph_for_any_number_of_tokens": "as one graph",
+        "test_apply_leaves_the_layer_as_it_is": "applied twice",
+    },
+}
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What was compared: operators x checks, methods x traces."""
+    reports = [report for report in terminalreporter.stats.get("passed", []) if "tests/conformance/" in report.nodeid]
+    passed = Counter(report.nodeid.rpartition("::")[2].partition("[")[0] for report in reports)
+    of = {
+        "operators": f"{len(OPERATORS)} operators",
+        "methods": f"{len({row.method for row in ROWS})} methods in {len(ROWS)} rows of the dispatch table",
+    }
+    for kind, tests in COUNTED.items():
+        counts = ", ".join(f"{passed[test]} {what}" for test, what in tests.items() if passed[test])
+        if counts:
+            terminalreporter.write_line(f"conformance: {of[kind]}: {counts}")

@@ -162,8 +162,16 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        schema = func._schema
-        raw = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
+        raw = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+        name = func._schema.name.partition("::")[2]
+        name += f".{func._schema.overload_name}" if func._schema.overload_name else ""
+        if name == "npu_format_cast" and raw.get("acl_format") == 29:
+            self.mark_nz(result)
+        results = [Tensor.of(leaf, self.is_nz(leaf)) for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.calls.append(Call(name, self.described(func._schema, raw), results, raw))
+
+    def described(self, schema: Any, raw: dict[str, Any]) -> dict[str, Any]:
+        """The arguments that differ from the defaults, without their numbers."""
         given = {}
         for argument in schema.arguments:
             if argument.name in raw and (value := raw[argument.name]) is not None:
@@ -174,11 +182,7 @@ class Recorder(TorchDispatchMode):
                 ):
                     continue
                 given[argument.name] = self._described(argument.name, value)
-        name = schema.name.partition("::")[2] + (f".{schema.overload_name}" if schema.overload_name else "")
-        if name == "npu_format_cast" and given.get("acl_format") == 29:
-            self.mark_nz(result)
-        results = [Tensor.of(leaf, self.is_nz(leaf)) for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        self.calls.append(Call(name, given, results, raw))
+        return given
 
     def _described(self, name: str, value: Any) -> Any:
         if isinstance(value, torch.Tensor):

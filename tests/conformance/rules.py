@@ -93,7 +93,10 @@ def check(call: Call) -> Verdict:
     if function is None:
         rule.need(False, "there are no rules for this operator")
     else:
-        function(rule)
+        try:
+            function(rule)
+        except (AssertionError, AttributeError, IndexError, ValueError):
+            rule.need(False, "an argument is missing, or has another number of dimensions")
     return rule.verdict
 
 
@@ -110,7 +113,8 @@ def _trans_quant_param(rule: Rule) -> None:
     scale = rule["scale"]
     rule.need(scale.dtype == F32 and len(scale.shape) in (1, 2), "scale is float32 [N] or [1, N]")
     rule.need(len(scale.shape) == 1 or scale.shape[0] == 1, "scale is float32 [N] or [1, N]")
-    rule.tensor("offset", F32)
+    rule.tensor("offset", F32, shapes=(scale.shape, (1,)))
+    rule.need(scale.contiguous, "scale is contiguous")
     rule.need(rule["round_mode"] in (None, 0, 1), "round_mode is 0 or 1")
 
 
@@ -121,8 +125,8 @@ def _dynamic_quant(rule: Rule) -> None:
     rule.need(rule["dst_type"] in (None, I8, torch.quint4x2), "dst_type is int8 or quint4x2")
     rule.need(rule["dst_type"] != torch.quint4x2 or x.shape[-1] % 8 == 0, "8 divides the last dimension for int4")
     rule.absent("quant_mode", "dst_type_max")
-    if rule["group_index"] is None:
-        rule.tensor("smooth_scales", x.dtype, shapes=((x.shape[-1],),))
+    rule.absent("group_index")
+    rule.tensor("smooth_scales", x.dtype, shapes=((x.shape[-1],),))
 
 
 def _quantize(rule: Rule) -> None:

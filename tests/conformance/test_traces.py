@@ -20,12 +20,6 @@ TITLES = [case.title for case in CASES]
 REWRITE = "read the difference; if it is meant, write the files anew with: python -m tests.conformance.traces"
 
 
-@pytest.fixture(scope="module")
-def made() -> dict[str, Trace]:
-    """The traces of this process, over the emulation."""
-    return {case.title: traces.on_the_cpu(case) for case in CASES}
-
-
 def test_every_row_of_the_dispatch_table_is_recorded() -> None:
     assert len(set(TITLES)) == len(TITLES)
     linear = {case.row for case in LINEAR_CASES}

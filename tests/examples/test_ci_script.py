@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CI script fails when either of its commands does, and runs both all the same."""
+"""The CI script fails when any of its commands does, and runs all of them all the same."""
 
 from __future__ import annotations
 
@@ -26,5 +26,6 @@ def test_exit_code(lint: int, test: int, expected: int, tmp_path: Path) -> None:
     assert done.returncode == expected, done.stdout
     assert "ran lint" in done.stdout
     assert "ran test" in done.stdout
+    assert "ran conformance" in done.stdout
     assert (f"make test ({test})" in done.stdout) == (test != 0)
     assert ("stopped at the limit" in done.stdout) == (test in (124, 137))
