@@ -53,7 +53,7 @@ def report(wheel: Path, older_schemas: dict[str, str], tmp_path_factory: pytest.
     command = [sys.executable, "-m", "tests.conformance.real_process", str(unpacked(wheel)), str(folder)]
     # torch would import an installed backend by itself; this process imports it from the cache.
     environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=840)
     assert result.returncode == 0, result.stderr[-4000:]
     return json.loads((folder / "report.json").read_text())
 

@@ -206,8 +206,7 @@ class LinearCase:
     def prepare(self, move: Move) -> Prepared:
         method = load_object(self.row.method)()
         tensors = method.prepare(moved(self.linear(), move), PrepareContext(self.dtype, **self.context))
-        if hasattr(method, "finish"):
-            method.finish(tensors)
+        method.finish(tensors)
         width = self.context.get("inputs_whole", 0) if method.gathers_inputs else 0
         width = width or self.inputs - self.filled
         inputs: dict[str, Any] = {"x": (self.dtype, (*self.leading, -1, width))}
@@ -336,6 +335,12 @@ def _linear_cases() -> Iterator[LinearCase]:
     yield LinearCase("bias", W8A8_OFFSET, 64, 128, F16, bias=True)
     yield LinearCase("more than 65535 outputs", W8A8_OFFSET, 65600, 32, bias=True)
     yield LinearCase("rotated", W8A8_OFFSET, 64, 128, transform=(8, 16, 1.0))
+    yield LinearCase("groups", Scheme(8, 64, act=8), 64, 256)
+    yield LinearCase("groups, zero points", Scheme(8, 32, zero_points=True, act=8), 64, 256, F16, bias=True)
+    yield LinearCase("channel, zero points", Scheme(8, zero_points=True, act=8), 64, 128, bias=True)
+    yield LinearCase("odd sizes", Scheme(8, 32, zero_points=True, act=8), 33, 50)
+    yield LinearCase("more than 65535 outputs", Scheme(8, 32, act=8), 65600, 64)
+    yield LinearCase("rotated", Scheme(8, 64, act=8), 64, 128, transform=(8, 16, 1.0))
     yield LinearCase("quant_bias", W8A8_STATIC, 64, 128)
     yield LinearCase("quant_bias", W8A8_STATIC, 64, 128, F16)
     yield LinearCase("no constants", W8A8_STATIC, 64, 128, quant_bias=False)

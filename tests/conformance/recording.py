@@ -40,7 +40,7 @@ class Tensor:
 
     @property
     def contiguous(self) -> bool:
-        return self.stride == _row_major(self.shape)
+        return _is_row_major(self.shape, self.stride)
 
     @property
     def transposed(self) -> bool:
@@ -48,7 +48,7 @@ class Tensor:
         if len(self.shape) < 2 or self.contiguous:
             return False
         swapped = (*self.shape[:-2], self.shape[-1], self.shape[-2])
-        return (*self.stride[:-2], self.stride[-1], self.stride[-2]) == _row_major(swapped)
+        return _is_row_major(swapped, (*self.stride[:-2], self.stride[-1], self.stride[-2]))
 
     def __str__(self) -> str:
         text = f"{dtype_name(self.dtype)}[{', '.join(map(str, self.shape))}]"
@@ -57,12 +57,14 @@ class Tensor:
         return text if self.contiguous else text + (" transposed" if self.transposed else f" strides {self.stride}")
 
 
-def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    stride, size = [], 1
-    for length in reversed(shape):
-        stride.append(size)
+def _is_row_major(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether memory is dense, the last dimension first; the stride of a dimension of 1 is of no account."""
+    size = 1
+    for length, step in zip(reversed(shape), reversed(stride), strict=True):
+        if length != 1 and step != size:
+            return False
         size *= max(length, 1)
-    return tuple(reversed(stride))
+    return True
 
 
 def dtype_name(dtype: torch.dtype) -> str:

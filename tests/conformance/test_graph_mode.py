@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.conformance.method_cases import CASES, Case
+from tests.conformance.recording import Recorder
 from tests.conformance.traces import input_shape
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -76,3 +77,14 @@ def test_apply_leaves_the_layer_as_it_is(case: Case) -> None:
         assert tensor.data_ptr() == address, name
         assert torch.equal(tensor, content), name
     assert all(torch.equal(inputs[name], tensor) for name, tensor in given.items())
+
+
+@pytest.mark.parametrize("case", CASES, ids=TITLES)
+def test_no_tokens_ask_the_device_for_nothing(case: Case) -> None:
+    """No operator of torch_npu takes an empty tensor, says its documentation; its Meta kernels do not refuse one."""
+    prepared = case.prepare(lambda tensor: tensor)
+    inputs = {name: torch.empty(input_shape(shape, 0), dtype=dtype) for name, (dtype, shape) in prepared.inputs.items()}
+    with Recorder() as recorder:
+        result = prepared.apply(SimpleNamespace(**prepared.tensors), **inputs)
+    assert recorder.calls == []
+    assert (result.dtype, tuple(result.shape)) == (prepared.expected[0], input_shape(prepared.expected[1], 0))

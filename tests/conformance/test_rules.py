@@ -96,10 +96,12 @@ RIGHT_TOO = {
 }
 #: The same where it depends on the form of the call.
 RIGHT_TOO_SOMETIMES = {
-    "npu_quant_matmul": {"x2: dimension 1", "x2: dimensions"},
+    # bias and scale may be of one dtype and shape; only the numbers tell.
+    "npu_quant_matmul": {"x2: dimension 1", "x2: dimensions", "bias and scale swapped"},
     "npu_swiglu": {"input: dimension 1"},
     "npu_dequant_swiglu_quant": {"x: dimension 1"},
-    "npu_grouped_matmul": {"weight: dimension 2"},
+    # K = 512 takes one scale per channel, or two.
+    "npu_grouped_matmul": {"weight: dimension 2", "scale: dimension 1"},
     "npu_weight_quant_batchmatmul": {"weight: dimension 1"},
 }
 

@@ -187,6 +187,7 @@ __all__ = [
     "check_operator",
     "differs",
     "find_npu",
+    "oracle",
     "run_method",
     "undocumented_first",
 ]
