@@ -99,7 +99,7 @@ def main() -> None:
     real = schemas()
     faked = emulation.install_kernels(name for name in emulation.OPERATORS if name in real)
     without_a_device()
-    from tests.conformance import npu_traces, older_schemas, traces
+    from tests.conformance import mutations, npu_traces, older_schemas, traces
     from tests.conformance.method_cases import CASES as METHOD_CASES
 
     made, failed = [], {}
@@ -108,6 +108,13 @@ def main() -> None:
             made.append(npu_traces.on_the_npu(case))
         except Exception as error:
             failed[case.title] = [f"{type(error).__name__}: {error}"]
+    broken = {}
+    for name, mutation in mutations.MUTATIONS.items():
+        with mutation.patch:
+            try:
+                broken[name] = npu_traces.on_the_npu(mutation.case).problems
+            except Exception as error:
+                broken[name] = [f"{type(error).__name__}: {error}"]
     older = older_schemas.define(json.loads((folder / "older.json").read_text()))
     content = {
         "version": torch_npu.__version__,
@@ -121,6 +128,7 @@ def main() -> None:
             for trace in made
         },
         "no_rows": no_rows(),
+        "broken": broken,
     }
     (folder / "report.json").write_text(json.dumps(content))
 

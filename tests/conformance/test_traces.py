@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import groupby
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from tests.conformance import rules, traces
 from tests.conformance.method_cases import CASES, LINEAR_CASES, MOE_CASES, Case, load_object
+from tests.conformance.mutations import MUTATIONS
 from tests.conformance.rules import UNDOCUMENTED
 from tests.conformance.traces import Trace
 from vllm_npu_quant import dispatch
@@ -83,6 +85,12 @@ def test_it_runs_on_the_device_npu_under_the_real_meta_kernels(title: str, repor
 @pytest.mark.parametrize("title", TITLES)
 def test_the_older_torch_npu_takes_the_same_calls(title: str, report: dict[str, Any]) -> None:
     assert report["older"][title] == []
+
+
+@pytest.mark.wheel
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_what_is_broken_on_purpose_is_reported(name: str, report: dict[str, Any]) -> None:
+    assert re.search(MUTATIONS[name].said, "\n".join(report["broken"][name])), report["broken"][name]
 
 
 @pytest.mark.wheel
