@@ -180,6 +180,7 @@ def _quant_matmul(rule: Rule) -> None:
         rule.need(2 <= len(x.shape) <= 6, f"{name} has 2 to 6 dimensions")
         rule.need(0 not in x.shape, f"{name} is not empty")
         rule.need(x.shape[-1] <= 65535, f"the last dimension of {name} is at most 65535")
+    rule.need(len(x2.shape) == 2 or x1.shape[:-2] == x2.shape[:-2], "x1 and x2 are batches of the same size")
     rule.need(x2.contiguous or x2.transposed or x2.nz, "x2 is contiguous or transposed")
     table = _INT8_MATMUL
     if x1.dtype == I8:

@@ -327,7 +327,7 @@ def _routed(x: torch.Tensor, ids: torch.Tensor, placement: Placement, takes: Inp
     rows, row_index, counts, row_scale = torch.ops.npu.npu_moe_init_routing_v2(
         x,
         ids.contiguous(),
-        active_num=ids.numel(),
+        active_num=0,  # all of them; their number would become a constant of a graph
         expert_num=placement.count,
         expert_tokens_num_type=1,
         expert_tokens_num_flag=True,
