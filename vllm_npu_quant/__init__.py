@@ -13,10 +13,22 @@ from vllm_npu_quant._version import __version__
 
 if TYPE_CHECKING:
     from vllm_npu_quant.errors import Finding, NpuQuantError, Severity
-    from vllm_npu_quant.inspection import CheckReport, MatrixRow, Overview, Plan, check, inspect, matrix, plan
+    from vllm_npu_quant.inspection import (
+        CheckReport,
+        Doctor,
+        MatrixRow,
+        Overview,
+        Plan,
+        check,
+        doctor,
+        inspect,
+        matrix,
+        plan,
+    )
 
 __all__ = [
     "CheckReport",
+    "Doctor",
     "Finding",
     "MatrixRow",
     "NpuQuantError",
@@ -25,6 +37,7 @@ __all__ = [
     "Severity",
     "__version__",
     "check",
+    "doctor",
     "inspect",
     "matrix",
     "plan",
@@ -32,6 +45,7 @@ __all__ = [
 
 _HOMES = {
     "CheckReport": "inspection",
+    "Doctor": "inspection",
     "Finding": "errors",
     "MatrixRow": "inspection",
     "NpuQuantError": "errors",
@@ -39,6 +53,7 @@ _HOMES = {
     "Plan": "inspection",
     "Severity": "errors",
     "check": "inspection",
+    "doctor": "inspection",
     "inspect": "inspection",
     "matrix": "inspection",
     "plan": "inspection",

@@ -58,6 +58,10 @@ CODES: dict[str, str] = {
     "operator-limit": "A shape or dtype lies outside of what the NPU operator's documentation allows.",
     "requantized": "The chip has no instructions for the checkpoint's number format, so the weights are converted while they "
     "load. The finding says from what to what, and which setting changes it.",
+    "plugin-left-out": "vLLM will not load this plugin, or vllm-ascend's, and does not say so. Usually VLLM_PLUGINS is set: "
+    "it lists all plugins that vLLM may load, by the names of their entry points, and whatever it does not list is left out.",
+    "host-conflict": "What is installed on the host does not fit together, or a setting does not do what it seems to do. "
+    "`vllm-npu-quant doctor` reports it.",
     "kv-cache-not-quantized": "The checkpoint carries scales for a quantized KV cache. The weights are served; the KV cache "
     "stays in the model's dtype and the scales are dropped.",
 }

@@ -20,5 +20,5 @@ def test_python_examples() -> None:
 
 def test_every_command_has_a_section() -> None:
     page = (ROOT / "docs" / "cli.md").read_text()
-    for command in ("inspect", "check", "plan", "compare", "run", "matrix"):
+    for command in ("inspect", "check", "plan", "compare", "run", "matrix", "doctor"):
         assert f"\n## {command}\n" in page

@@ -231,6 +231,25 @@ def matrix(as_json: JsonOption = False) -> None:
 
 
 @app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """What is installed on this host, which platform vLLM will choose, and what is in the way. For bug reports, too."""
+    from vllm_npu_quant.inspection.host import doctor as look
+
+    with _refusals("doctor", as_json):
+        found = look()
+        if as_json:
+            from vllm_npu_quant.cli.data import doctor_data
+
+            _print_json(doctor_data(found))
+        else:
+            from vllm_npu_quant.cli.render import doctor_text
+
+            doctor_text(_console(), found)
+    if not found.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def compare(
     model: ModelArgument,
     reference: Annotated[str, typer.Option(help="The float model: a folder, or the id of a model of the hub.")],

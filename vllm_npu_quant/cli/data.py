@@ -17,12 +17,13 @@ from vllm_npu_quant.errors import Finding
 
 if TYPE_CHECKING:
     from vllm_npu_quant.inspection.checks import CheckReport
+    from vllm_npu_quant.inspection.host import Doctor
     from vllm_npu_quant.inspection.layers import Layer
     from vllm_npu_quant.inspection.overview import Overview
     from vllm_npu_quant.inspection.planning import Plan
     from vllm_npu_quant.inspection.support_matrix import MatrixRow
 
-__all__ = ["VERSION", "check_data", "inspect_data", "matrix_data", "plain", "plan_data", "wrapped"]
+__all__ = ["VERSION", "check_data", "doctor_data", "inspect_data", "matrix_data", "plain", "plan_data", "wrapped"]
 
 #: Version of the JSON objects.
 VERSION = 1
@@ -105,6 +106,13 @@ def check_data(report: CheckReport, *, strict: bool) -> dict[str, Any]:
             "findings": [finding_data(finding) for finding in report.findings],
         },
     )
+
+
+def doctor_data(found: Doctor) -> dict[str, Any]:
+    data = plain(found)
+    data["environment"] = dict(found.environment)
+    data["device"]["pci"] = dict(found.device.pci)
+    return wrapped("doctor", {**data, "passed": found.passed})
 
 
 def plan_data(plan: Plan, *, layers: bool) -> dict[str, Any]:

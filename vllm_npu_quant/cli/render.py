@@ -15,6 +15,7 @@ from vllm_npu_quant.errors import Finding, Severity
 if TYPE_CHECKING:
     from vllm_npu_quant.engine.compare import Comparison, RunReport
     from vllm_npu_quant.inspection.checks import CheckReport
+    from vllm_npu_quant.inspection.host import Doctor
     from vllm_npu_quant.inspection.overview import Overview
     from vllm_npu_quant.inspection.planning import Plan
     from vllm_npu_quant.inspection.support_matrix import MatrixRow
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "check_text",
     "compare_text",
+    "doctor_text",
     "findings_text",
     "inspect_text",
     "matrix_markdown",
@@ -145,6 +147,31 @@ def check_text(console: Console, report: CheckReport, *, strict: bool) -> None:
         )
     else:
         console.print(Text("failed", style="bold red") + Text(safe(f" {report.model}: {words or 'not readable'}")))
+
+
+def doctor_text(console: Console, found: Doctor) -> None:
+    from vllm_npu_quant.inspection.host import as_facts
+
+    _facts(console, as_facts(found).items())
+    console.print()
+    rows = [(entry.name, entry.version, entry.location) for entry in found.distributions]
+    console.print(table(("package", "version", "where"), rows))
+    if found.plugins:
+        console.print()
+        points = [
+            (point.group.removeprefix("vllm."), point.name, point.distribution, "yes" if point.loaded else "no")
+            for point in found.plugins
+        ]
+        console.print(table(("plugins", "name", "package", "loaded"), points))
+    if found.environment:
+        console.print()
+        console.print(Text("environment", style="bold"))
+        for name, value in found.environment:
+            console.print(Text(safe(f"  {name}={value}")), soft_wrap=True)
+    console.print()
+    findings_text(console, found.findings)
+    if not found.findings:
+        console.print(Text("ok", style="bold green") + Text(" no conflict was found"))
 
 
 def _microseconds(seconds: float | None) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm_npu_quant.inspection.checks import CheckReport, check
+    from vllm_npu_quant.inspection.host import Doctor, doctor
     from vllm_npu_quant.inspection.layers import Layer, Scheme
     from vllm_npu_quant.inspection.model import Model, open_model
     from vllm_npu_quant.inspection.overview import Overview, inspect
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckReport",
+    "Doctor",
     "Layer",
     "MatrixRow",
     "Model",
@@ -25,6 +27,7 @@ __all__ = [
     "Plan",
     "Scheme",
     "check",
+    "doctor",
     "inspect",
     "matrix",
     "open_model",
@@ -34,6 +37,7 @@ __all__ = [
 #: Where each name lives: a command imports what it needs, and no more.
 _HOMES = {
     "CheckReport": "checks",
+    "Doctor": "host",
     "Layer": "layers",
     "MatrixRow": "support_matrix",
     "Model": "model",
@@ -41,6 +45,7 @@ _HOMES = {
     "Plan": "planning",
     "Scheme": "layers",
     "check": "checks",
+    "doctor": "host",
     "inspect": "overview",
     "matrix": "support_matrix",
     "open_model": "model",
