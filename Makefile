@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 QUIET := $(shell test -t 2 || echo --quiet --quiet)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test conformance chip traces lint bench ascend-env ascend-contract clean
+.PHONY: help demo test conformance chip traces lint bench doors ascend-env ascend-contract clean
 
 help:
 	@echo "make demo    install into $(VENV) and generate text from a W8A8 checkpoint"
@@ -25,6 +25,7 @@ help:
 	@echo "make conformance    against the real torch_npu wheel and the released vllm-ascend (no NPU needed)"
 	@echo "make chip    on an Ascend host, with its own python: the same cases on the real kernels"
 	@echo "make lint    ruff and mypy"
+	@echo "make doors   the tests of other versions of vLLM, each in an environment of its own"
 	@echo "make bench   perplexity of a W8A8 checkpoint against its bfloat16 original"
 	@echo "make ascend-env       environments with the released vllm-ascend, its vLLM and torch_npu, without an NPU"
 	@echo "make ascend-contract  vllm-ascend's contract, checked in these environments, with a count"
@@ -63,6 +64,10 @@ ascend-env: $(STAMPS)/test
 
 ascend-contract: $(STAMPS)/test
 	@$(BIN)/python tests/ascend/run_contract.py
+
+# make doors VERSION=0.31.0 runs one version; DOORS_ARGS=--quick the cheap checks.
+doors: $(STAMPS)/test
+	$(BIN)/python -m tests.versions.doors $(DOORS_ARGS) $(VERSION)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

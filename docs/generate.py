@@ -165,11 +165,49 @@ def support_matrix_page() -> str:
     return matrix_markdown(matrix())
 
 
+
+def compatibility_page() -> str:
+    """docs/compatibility.md: what ``make doors`` recorded in docs/compatibility.json."""
+    record = json.loads((DOCS / "compatibility.json").read_text())
+    titles = list(dict.fromkeys(title for entry in record.values() for title in entry["checks"]))
+    lines = [
+        "# Versions of vLLM",
+        "",
+        "<!-- Made by docs/generate.py from compatibility.json, which make doors writes. -->",
+        "",
+        "What was run with each version, on a CPU with the operators emulated, and how many tests passed. Where *engine*",
+        "says run, vLLM's CPU build of that version generated text, and its log-probabilities were compared with those of",
+        "the dequantized float model. Where it says built, its compiled extension does not load beside the torch that the",
+        "tests use (0.23 wants torch 2.11), or there is no CPU build of it (0.33: the Python files of the CUDA build):",
+        "layers and whole models are built, loaded by that version's own loaders and computed, without attention. Nothing",
+        "was run on an NPU.",
+        "",
+        "| | " + " | ".join(record) + " |",
+        "|---|" + "---|" * len(record),
+        "| engine | " + " | ".join("run" if entry["engine"] else "built" for entry in record.values()) + " |",
+        "| date | " + " | ".join(entry["date"] for entry in record.values()) + " |",
+    ]
+    for title in titles:
+        lines.append(f"| {title} | " + " | ".join(_counted(entry, title) for entry in record.values()) + " |")
+    lines += ["", "A dash: not run. `make doors` runs all of it again; `make doors VERSION=0.31.0` one version.", ""]
+    return "\n".join(lines)
+
+
+def _counted(entry: dict[str, dict[str, dict[str, int]]], title: str) -> str:
+    """A check's counts as a cell: "13", "12, 1 failed", or a dash."""
+    counts = entry["checks"].get(title)
+    if counts is None:
+        return "-"
+    rest = [f"{counts[kind]} {kind}" for kind in ("failed", "skipped") if counts[kind]]
+    return ", ".join([str(counts["passed"]), *rest])
+
+
 PAGES = {
     "errors.md": errors_page,
     "support_matrix.md": support_matrix_page,
     "cli.md": cli_page,
     "cli_json.md": json_page,
+    "compatibility.md": compatibility_page,
 }
 
 

@@ -58,10 +58,10 @@ SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 OURS = {
     settings.MODE: ("auto", "1", "0"),
     settings.TAKEOVER: ("0", "1"),
-    "VLLM_NPU_QUANT_EMULATION": ("fast", "reference"),
+    settings.EMULATION: ("fast", "reference"),
     settings.FP8: ("int8", "bf16"),
     settings.W4A8: ("int8", "w4a16"),
-    "VLLM_NPU_QUANT_CACHE": (),
+    settings.CACHE: (),
 }
 #: The PCI vendor of Huawei's NPUs, and the class of a processing accelerator.
 HUAWEI, ACCELERATOR = "0x19e5", "0x1200"

@@ -298,7 +298,8 @@ def _ct_packed(groups: Axis, *, plain_zero: bool = False, pack: int = PER_WORD) 
         TensorSpec("weight_packed", ("I32",), (OUT, Dim(Axis.IN, pack)), "int32"),
         _scale_per_row("weight_scale", groups=group),
         zero,
-        TensorSpec("weight_shape", ("I64",), (Dim(Axis.FIXED, size=2),), "int64", optional=True),
+        # Producers write int64; Kimi-K2-Thinking has int32.
+        TensorSpec("weight_shape", ("I64", "I32"), (Dim(Axis.FIXED, size=2),), "int64", optional=True),
         BIAS,
     )
     if groups is Axis.GROUP:
