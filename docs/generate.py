@@ -165,7 +165,6 @@ def support_matrix_page() -> str:
     return matrix_markdown(matrix())
 
 
-
 def compatibility_page() -> str:
     """docs/compatibility.md: what ``make doors`` recorded in docs/compatibility.json."""
     record = json.loads((DOCS / "compatibility.json").read_text())
