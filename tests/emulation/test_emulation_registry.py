@@ -97,7 +97,8 @@ def test_mode_selects_the_kernel(mode: str) -> None:
         "import torch, vllm_npu_quant.emulation as e\n"
         "from vllm_npu_quant.emulation import matmul\n"
         "calls = []\n"
-        "matmul.fast_int_matmul = lambda *args: calls.append(1) or matmul.int_matmul(*args)\n"
+        "plan = matmul._quant_matmul_plan\n"
+        "matmul._quant_matmul_plan = lambda *args, **options: calls.append(1) or plan(*args, **options)\n"
         "e.register()\n"
         "x = torch.ones(2, 8, dtype=torch.int8)\n"
         "torch.ops.npu.npu_quant_matmul(x, x.t().contiguous(), torch.ones(2), output_dtype=torch.int32)\n"
@@ -122,6 +123,8 @@ def test_int8_dot_that_saturates_is_not_used(monkeypatch: pytest.MonkeyPatch) ->
     right = torch.randint(-8, 8, (31, 5), dtype=torch.int8)
     assert torch.equal(saturating(left, right), matmul.int_matmul(left, right))
     matmul.int8_dot_is_exact.cache_clear()
+    monkeypatch.setattr(matmul.native, "available", lambda: False)
+    monkeypatch.setattr(matmul, "has_int8_dot", lambda: True)
     monkeypatch.setattr(torch, "_int_mm", saturating)
     try:
         assert not matmul.int8_dot_is_exact()

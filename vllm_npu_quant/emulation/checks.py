@@ -7,8 +7,9 @@ what was found. The rules look at shapes, dtypes and strides only, so the CPU ke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NoReturn
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import torch
 
@@ -16,6 +17,7 @@ __all__ = [
     "describe",
     "is_plain_or_transposed",
     "refuse",
+    "remembered",
     "require",
     "require_absent",
     "require_dim",
@@ -23,6 +25,41 @@ __all__ = [
     "require_shape",
     "require_value",
 ]
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+#: Calls that one check remembers, at most: a server meets a few thousand numbers of tokens.
+REMEMBERED_CALLS = 8192
+
+
+def remembered(check: Callable[P, R]) -> Callable[P, R]:
+    """A check that looks at each combination of dtypes, shapes, strides and other arguments once.
+
+    What a check may look at decides its result, so a call like an earlier one that passed passes. Only for CPU kernels:
+    the sizes of fake tensors may be symbols.
+    """
+    passed: dict[Any, R] = {}
+
+    @functools.wraps(check)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        key = (*map(_signature, args), *kwargs, *map(_signature, kwargs.values()))
+        try:
+            return passed[key]
+        except KeyError:
+            result = check(*args, **kwargs)
+        if len(passed) >= REMEMBERED_CALLS:
+            passed.clear()
+        passed[key] = result
+        return result
+
+    return wrapper
+
+
+def _signature(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.shape, value.stride()
+    return tuple(map(_signature, value)) if isinstance(value, (list, tuple)) else value
 
 
 def describe(value: Any) -> str:

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 
+from vllm_npu_quant.emulation import native
 from vllm_npu_quant.emulation.checks import (
     dtype_name,
     is_plain_or_transposed,
     refuse,
+    remembered,
     require,
     require_absent,
     require_dim,
@@ -569,15 +571,69 @@ def _grouped_matmul(
 
     rows = x[0]
     out = rows.new_empty((rows.shape[0], plan.width), dtype=plan.out_dtype)
-    end = 0
-    for expert, start, end in bounds:
-        scales = per_token_scale[0][start:end] if per_token_scale else None
-        out[start:end] = _product(plan, rows[start:end], operands(expert), scales, act_type, matmul)
-    fill_garbage(out[end:])
+    if matmul is fast_int_matmul and stacked and _has_kernel(plan, weight[0], act_type):
+        picked = (tensors[0] if tensors else None for tensors in (bias, scale, antiquant_scale, antiquant_offset))
+        _native_product(plan, rows, weight[0], bounds, *picked, per_token_scale[0] if per_token_scale else None, out)
+    else:
+        for expert, start, end in bounds:
+            scales = per_token_scale[0][start:end] if per_token_scale else None
+            out[start:end] = _product(plan, rows[start:end], operands(expert), scales, act_type, matmul)
+    fill_garbage(out[bounds[-1][2] if bounds else 0 :])
     if plan.form is _Form.INT8_INT4:
         # The device splits x into halves in place.
         fill_garbage(rows)
     return [out]
+
+
+_KINDS = {
+    _Form.INT8: native.Kind.INT8,
+    _Form.WEIGHT_ONLY: native.Kind.WEIGHT_ONLY,
+    _Form.INT8_INT4: native.Kind.INT8_INT4,
+    _Form.INT4: native.Kind.INT4,
+}
+
+
+def _has_kernel(plan: _Plan, weight: torch.Tensor, act_type: int) -> bool:
+    """Whether one native call computes all groups."""
+    if plan.form not in _KINDS or act_type or plan.out_dtype is torch.int8 or not weight.is_contiguous():
+        return False
+    return native.available()
+
+
+def _native_product(
+    plan: _Plan,
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bounds: list[tuple[int, int, int]],
+    bias: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    antiquant_scale: torch.Tensor | None,
+    antiquant_offset: torch.Tensor | None,
+    token_scale: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    depth, groups = weight.shape[1], 1
+    if plan.form is _Form.WEIGHT_ONLY:
+        assert antiquant_scale is not None
+        groups = antiquant_scale.shape[1] if antiquant_scale.dim() == 3 else 1
+    elif plan.form is not _Form.INT8:
+        assert scale is not None
+        groups = scale.shape[1] if scale.dim() == 3 else 1
+        scale = float_bits(scale)
+    native.product(
+        _KINDS[plan.form],
+        rows,
+        weight,
+        plan.out_dtype,
+        out=out,
+        groups=bounds,
+        scale=None if scale is None else scale.to(torch.float32).contiguous(),
+        bias=native.bias(bias),
+        token_scale=None if token_scale is None else token_scale.contiguous(),
+        antiquant_scale=None if antiquant_scale is None else antiquant_scale.contiguous(),
+        antiquant_offset=None if antiquant_offset is None else antiquant_offset.contiguous(),
+        group_size=depth // groups,
+    )
 
 
 def _tensor_group_type(name: str, group_type: int | None) -> int:
@@ -652,7 +708,8 @@ def npu_grouped_matmul(
         "antiquant_offset": antiquant_offset,
         "per_token_scale": per_token_scale,
     }
-    plan = _check_tensor_overload(
+    check = _remembered_check if matmul is fast_int_matmul else _check_tensor_overload
+    plan = check(
         x,
         weight,
         offset=offset,
@@ -718,8 +775,11 @@ def _check_tensor_overload(
     return plan
 
 
+_remembered_check = remembered(_check_tensor_overload)
+
+
 def npu_grouped_matmul_fast(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
-    """npu_grouped_matmul with ``fast_int_matmul`` (the same numbers, bit for bit) and ``fast_float_matmul``."""
+    """npu_grouped_matmul with all groups in one kernel; float products are the same up to the order of float32 sums."""
     return npu_grouped_matmul(*args, **kwargs, matmul=fast_int_matmul)
 
 

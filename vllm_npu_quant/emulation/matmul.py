@@ -8,6 +8,7 @@ documents, golden.py). The argument rules are those of Atlas A2 and A3 (Ascend 9
 from __future__ import annotations
 
 import functools
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -15,9 +16,11 @@ from typing import Any
 
 import torch
 
+from vllm_npu_quant.emulation import native
 from vllm_npu_quant.emulation.checks import (
     is_plain_or_transposed,
     refuse,
+    remembered,
     require,
     require_absent,
     require_dim,
@@ -338,9 +341,37 @@ def npu_quant_matmul(
     return _quant_matmul(plan, x1, x2, scale, offset, pertoken_scale, bias, matmul)
 
 
-def npu_quant_matmul_fast(*args: Any, **kwargs: Any) -> torch.Tensor:
-    """npu_quant_matmul through the CPU's int8 dot product, where that is exact: the same numbers, bit for bit."""
-    return npu_quant_matmul(*args, **kwargs, matmul=fast_int_matmul)
+_quant_matmul_plan = remembered(_check_quant_matmul)
+
+
+def npu_quant_matmul_fast(
+    x1: torch.Tensor,
+    x2: torch.Tensor,
+    scale: torch.Tensor,
+    *,
+    offset: torch.Tensor | None = None,
+    pertoken_scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """npu_quant_matmul with the integer product and the scaling in one kernel: the same numbers, bit for bit."""
+    plan = _quant_matmul_plan(x1, x2, scale, offset=offset, pertoken_scale=pertoken_scale, bias=bias, **options)
+    plain = plan.form is _Form.INT8 and len(plan.out_shape) == 2 and plan.out_dtype is not torch.int8
+    if not (plain and x1.is_contiguous() and x2.is_contiguous() and native.available()):
+        return _quant_matmul(plan, x1, x2, scale, offset, pertoken_scale, bias, fast_int_matmul)
+    if plan.out_dtype is torch.float16 and pertoken_scale is None:
+        factor = split_quant_param(scale)[0] if scale.dtype == torch.int64 else keep_19_bits(scale)
+    else:
+        factor = scale.to(torch.float32)
+    return native.product(
+        native.Kind.INT8,
+        x1,
+        x2,
+        plan.out_dtype,
+        scale=factor,
+        token_scale=None if pertoken_scale is None else pertoken_scale.contiguous(),
+        bias=native.bias(bias),
+    )
 
 
 def npu_quant_matmul_fake(x1: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -437,21 +468,49 @@ def split_int8_matmul(
     return high * 16.0 + low + offset
 
 
+#: Up to here a float32 sum of products of 8-bit numbers is exact: 1024 * 128 * 128 = 2**24.
+EXACT_DEPTH = 1024
+#: From here on the CPU's own int8 product is faster than a kernel that widens to 16 bits.
+MANY_ROWS = 64
+
+
 def fast_int_matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """``int_matmul`` through torch._int_mm (oneDNN) where the CPU's int8 dot product is exact."""
-    if right.dim() != 2 or not int8_dot_is_exact():
+    """``int_matmul`` by the fastest exact way that this host has."""
+    if right.dim() != 2:
         return int_matmul(left, right)
-    rows = left.reshape(-1, left.shape[-1])
-    product = torch._int_mm(rows if rows.is_contiguous() else rows.contiguous(), right)
+    rows = left.reshape(-1, left.shape[-1]).contiguous()
+    own = has_int8_dot() and int8_dot_is_exact()
+    if native.available() and right.is_contiguous() and not (own and rows.shape[0] >= MANY_ROWS):
+        product = native.product(native.Kind.INT8, rows, right, torch.int32)
+    elif own:
+        product = torch._int_mm(rows, right)
+    else:
+        product = float_int_matmul(rows, right)
     return product.view(*left.shape[:-1], right.shape[-1])
+
+
+def float_int_matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """``int_matmul`` of two matrices through float32, by parts of the depth in which every sum is exact."""
+    product = None
+    for start in range(0, left.shape[1], EXACT_DEPTH):
+        part = slice(start, start + EXACT_DEPTH)
+        piece = torch.mm(left[:, part].to(torch.float32), right[part].to(torch.float32)).to(torch.int32)
+        product = piece if product is None else product.add_(piece)
+    assert product is not None
+    return product
+
+
+@functools.cache
+def has_int8_dot() -> bool:
+    """Whether the CPU multiplies bytes into 32-bit sums; without, torch._int_mm is a plain loop."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        return bool(torch.cpu._is_vnni_supported())
+    return True
 
 
 @functools.cache
 def int8_dot_is_exact() -> bool:
-    """Whether torch._int_mm is exact on this CPU, tried once with extreme values.
-
-    Without VNNI, AMX or their ARM counterparts, oneDNN adds two 8-bit products in 16 bits, and saturates.
-    """
+    """Whether torch._int_mm is exact on this CPU, tried once with extreme values."""
     generator = torch.Generator().manual_seed(0)
     for rows, depth, width in ((1, 64, 32), (3, 257, 17), (33, 512, 96)):
         for pool in ([-128, 127], [127], [-128], [-128, -1, 0, 1, 127]):
@@ -651,9 +710,46 @@ def npu_weight_quant_batchmatmul(
     return round_to_int(signed_9_bits(out * factor) + offset9, INT8).to(torch.int8)
 
 
-def npu_weight_quant_batchmatmul_fast(*args: Any, **kwargs: Any) -> torch.Tensor:
-    """npu_weight_quant_batchmatmul with ``fast_float_matmul``: the same up to the order of float32 sums."""
-    return npu_weight_quant_batchmatmul(*args, **kwargs, matmul=fast_float_matmul)
+_weight_quant_matmul_plan = remembered(_check_weight_quant_batchmatmul)
+
+
+def npu_weight_quant_batchmatmul_fast(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    antiquant_scale: torch.Tensor,
+    antiquant_offset: torch.Tensor | None = None,
+    quant_scale: torch.Tensor | None = None,
+    quant_offset: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    antiquant_group_size: int = 0,
+    *options: Any,
+    **more: Any,
+) -> torch.Tensor:
+    """npu_weight_quant_batchmatmul that dequantizes in the product: the same up to the order of float32 sums."""
+    arguments = (
+        x,
+        weight,
+        antiquant_scale,
+        antiquant_offset,
+        quant_scale,
+        quant_offset,
+        bias,
+        antiquant_group_size,
+        *options,
+    )
+    plan = _weight_quant_matmul_plan(*arguments, **more)
+    if quant_scale is not None or not (x.is_contiguous() and weight.is_contiguous() and native.available()):
+        return npu_weight_quant_batchmatmul(*arguments, **more, matmul=fast_float_matmul)
+    return native.product(
+        native.Kind.WEIGHT_ONLY,
+        x,
+        weight,
+        plan.out_dtype,
+        antiquant_scale=antiquant_scale.contiguous(),
+        antiquant_offset=None if antiquant_offset is None else antiquant_offset.contiguous(),
+        bias=native.bias(bias),
+        group_size=antiquant_group_size,
+    )
 
 
 def npu_weight_quant_batchmatmul_fake(

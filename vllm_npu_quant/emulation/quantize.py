@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from vllm_npu_quant.emulation import native
 from vllm_npu_quant.emulation.checks import (
     refuse,
     require,
@@ -39,6 +40,7 @@ __all__ = [
     "npu_dynamic_quant_asymmetric",
     "npu_dynamic_quant_asymmetric_fake",
     "npu_dynamic_quant_fake",
+    "npu_dynamic_quant_fast",
     "npu_kronecker_quant",
     "npu_kronecker_quant_fake",
     "npu_quantize",
@@ -260,8 +262,34 @@ def npu_dynamic_quant(
 def quantize_rows(x: torch.Tensor, limits: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric quantization of float32 rows: (int8 integers, float32 scale = max|row| / MAX)."""
     largest = x.abs().amax(dim=-1, keepdim=True)
-    y = round_to_int(x * (float(limits[1]) / largest), limits).to(torch.int8)
+    # A Python number over a tensor would be the number times the rounded reciprocal.
+    factor = torch.full_like(largest, limits[1]) / largest
+    y = round_to_int(x * factor, limits).to(torch.int8)
     return y, (largest / float(limits[1])).squeeze(-1)
+
+
+def npu_dynamic_quant_fast(
+    input: torch.Tensor,
+    *,
+    smooth_scales: torch.Tensor | None = None,
+    group_index: torch.Tensor | None = None,
+    dst_type: int | None = None,
+    quant_mode: str = "pertoken",
+    dst_type_max: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """npu_dynamic_quant in one pass over the rows, the same numbers; with smoothing or to int4, the reference."""
+    plain = smooth_scales is None and group_index is None and dst_type in (None, 1)
+    if plain and input.is_contiguous() and input.numel() and native.available():
+        check_dynamic_quant("npu_dynamic_quant", input, None, None, dst_type, quant_mode, dst_type_max)
+        return native.dynamic_quant(input)
+    return npu_dynamic_quant(
+        input,
+        smooth_scales=smooth_scales,
+        group_index=group_index,
+        dst_type=dst_type,
+        quant_mode=quant_mode,
+        dst_type_max=dst_type_max,
+    )
 
 
 def npu_dynamic_quant_fake(

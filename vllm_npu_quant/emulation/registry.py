@@ -53,7 +53,11 @@ def _table(kernels: dict[str, tuple[Kernel, ...]]) -> dict[str, Operator]:
 OPERATORS: dict[str, Operator] = _table(
     {
         "npu_quantize": (quantize.npu_quantize, quantize.npu_quantize_fake),
-        "npu_dynamic_quant": (quantize.npu_dynamic_quant, quantize.npu_dynamic_quant_fake),
+        "npu_dynamic_quant": (
+            quantize.npu_dynamic_quant,
+            quantize.npu_dynamic_quant_fake,
+            quantize.npu_dynamic_quant_fast,
+        ),
         "npu_dynamic_quant_asymmetric": (
             quantize.npu_dynamic_quant_asymmetric,
             quantize.npu_dynamic_quant_asymmetric_fake,

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The built kernels against the reference, at the sizes where their loops begin and end; and what happens without them."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_npu_quant.emulation import checks, grouped, matmul, native, quantize
+from vllm_npu_quant.emulation.numerics import int_matmul
+
+BF16, F16 = torch.bfloat16, torch.float16
+
+built = pytest.mark.skipif(not native.available(), reason="needs x86-64 with AVX2 and a C compiler")
+
+
+def integers(*shape: int, seed: int = 0) -> torch.Tensor:
+    """int8 with many extreme values."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(-128, 128, shape, generator=generator)
+    extremes = torch.where(torch.rand(shape, generator=generator) < 0.5, 127, -128)
+    return torch.where(torch.rand(shape, generator=generator) < 0.5, values, extremes).to(torch.int8)
+
+
+def packed(*shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(-(2**31), 2**31, shape, generator=generator).to(torch.int32)
+
+
+def positive(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return (torch.rand(shape, generator=torch.Generator().manual_seed(2)) + 0.5).to(dtype)
+
+
+@built
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 6, 7, 17, 257])
+@pytest.mark.parametrize("depth", [1, 2, 15, 256, 257, 777])
+def test_integer_products_are_exact(rows: int, depth: int) -> None:
+    for width in (1, 7, 16, 31, 129, 1025):
+        x, weight = integers(rows, depth), integers(depth, width, seed=1)
+        product = native.product(native.Kind.INT8, x, weight, torch.int32)
+        assert torch.equal(product, int_matmul(x, weight)), width
+
+
+@built
+@pytest.mark.parametrize("out_dtype", [BF16, F16, torch.int32])
+@pytest.mark.parametrize("rows", [1, 3, 33])
+def test_quantized_products_are_equal_bit_for_bit(rows: int, out_dtype: torch.dtype) -> None:
+    x, weight = integers(rows, 100), integers(100, 67, seed=1)
+    code = {BF16: 15, F16: 5, torch.int32: 3}[out_dtype]
+    biases = [None, packed(67) // 2**12]
+    if out_dtype is not torch.int32:
+        biases.append(positive(67))
+    for bias, token_scale, scale in itertools.product(biases, (None, positive(rows)), (positive(67), positive(1))):
+        if token_scale is None and out_dtype is F16 and bias is not None and bias.dtype != torch.int32:
+            continue
+        if out_dtype is torch.int32 and token_scale is not None:
+            continue
+        options = {"bias": bias, "pertoken_scale": token_scale, "output_dtype": code}
+        fast = matmul.npu_quant_matmul_fast(x, weight, scale * 1e-4, **options)
+        assert torch.equal(fast, matmul.npu_quant_matmul(x, weight, scale * 1e-4, **options))
+
+
+@built
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("group_size", [0, 32, 64, 96])
+def test_every_weight_is_dequantized_with_the_devices_roundings(dtype: torch.dtype, group_size: int) -> None:
+    """One-hot rows pick rows of the weight, so that nothing is summed."""
+    depth, width = 256, 152
+    groups = -(-depth // group_size) if group_size else 1
+    scale = positive(groups, width, dtype=dtype)
+    offset = (torch.arange(groups * width) % 17 - 8).view(groups, width).to(dtype) * 1.5
+    if not group_size:
+        scale, offset = scale[0], offset[0]
+    for weight, some_offset in itertools.product((integers(depth, width), packed(depth, width // 8)), (None, offset)):
+        values = weight if weight.dtype == torch.int8 else matmul.unpack_weight(weight, True)
+        expected = matmul.dequantize_weight(values, scale, some_offset, dtype, group_size)
+        for rows in (slice(0, depth), slice(7, 8), slice(250, 253)):  # many, one (looked up), few
+            x = torch.eye(depth, dtype=dtype)[rows].contiguous()
+            fast = matmul.npu_weight_quant_batchmatmul_fast(
+                x, weight, scale, some_offset, antiquant_group_size=group_size
+            )
+            assert torch.equal(fast, expected[rows])
+
+
+@built
+def test_experts_are_multiplied_by_their_own_weights() -> None:
+    counts = torch.tensor([3, 0, 1, 300, 5], dtype=torch.int64)
+    rows, depth, width = int(counts.sum()) + 2, 70, 40
+    options = {"group_list": counts, "split_item": 2, "group_type": 0, "group_list_type": 1, "output_dtype": 15}
+    calls: list[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]] = [
+        (
+            integers(rows, depth),
+            integers(5, depth, width, seed=1),
+            {"scale": [positive(5, width, dtype=BF16)], "per_token_scale": [positive(rows)]},
+        ),
+        (
+            integers(rows, 512),
+            packed(5, 512, 5),
+            {
+                "scale": [positive(5, 2, width).view(torch.int32).to(torch.int64)],
+                "bias": [positive(5, width)],
+                "per_token_scale": [positive(rows)],
+            },
+        ),
+        (
+            packed(rows, 8),
+            packed(5, 64, 5),
+            {"scale": [positive(5, 4, width).view(torch.int32).to(torch.int64)], "per_token_scale": [positive(rows)]},
+        ),
+    ]
+    for x, weight, more in calls:
+        (fast,) = grouped.npu_grouped_matmul_fast([x.clone()], [weight], **options, **more)
+        (wanted,) = grouped.npu_grouped_matmul([x.clone()], [weight], **options, **more)
+        assert torch.equal(fast[:-2], wanted[:-2])
+        assert torch.equal(fast.isnan(), wanted.isnan())
+
+
+@built
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_dynamic_quantization_is_equal_for_every_kind_of_number(dtype: torch.dtype) -> None:
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    every = bits.view(-1, 32)  # rows of denormals, of NaN and infinities, of zeros and of all else
+    mixed = bits[torch.randperm(2**16, generator=torch.Generator().manual_seed(0))].view(-1, 64)
+    finite = torch.where(mixed.isfinite(), mixed, 0)[:, :61].contiguous()
+    for x in (every, finite, torch.zeros(3, 5, dtype=dtype)):
+        fast, scale = quantize.npu_dynamic_quant_fast(x)
+        wanted, wanted_scale = quantize.npu_dynamic_quant(x)
+        assert torch.equal(fast, wanted)
+        assert torch.equal(
+            scale.view(torch.int32)[~wanted_scale.isnan()], wanted_scale.view(torch.int32)[~wanted_scale.isnan()]
+        )
+        assert torch.equal(scale.isnan(), wanted_scale.isnan())
+
+
+def test_float32_products_by_parts_are_exact() -> None:
+    x = torch.full((3, 3000), -128, dtype=torch.int8)
+    for weight in (torch.full((3000, 5), -128, dtype=torch.int8), integers(3000, 5)):
+        assert torch.equal(matmul.float_int_matmul(x, weight), int_matmul(x, weight))
+
+
+def test_without_the_kernels_the_numbers_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "available", lambda: False)
+    x, weight = integers(5, 1100), integers(1100, 24, seed=1)
+    options = {"pertoken_scale": positive(5), "output_dtype": 15}
+    fast = matmul.npu_quant_matmul_fast(x, weight, positive(24), **options)
+    assert torch.equal(fast, matmul.npu_quant_matmul(x, weight, positive(24), **options))
+    tokens = torch.randn(5, 64, dtype=BF16)
+    assert all(map(torch.equal, quantize.npu_dynamic_quant_fast(tokens), quantize.npu_dynamic_quant(tokens)))
+
+
+def test_a_host_without_a_compiler_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(native, "_folder", lambda: tmp_path)
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    monkeypatch.setattr(native.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    native.library.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert not native.available()
+            assert not native.available()
+        assert [record for record in caplog.messages if "no C compiler" in record] == caplog.messages
+        assert len(caplog.messages) == 1
+    finally:
+        native.library.cache_clear()
+
+
+@built
+def test_kernels_that_are_not_exact_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = native.product
+    wrong = lambda *args, **options: real(*args, **options) + 1  # noqa: E731
+    monkeypatch.setattr(native, "product", wrong)
+    native.library.cache_clear()
+    try:
+        assert not native.available()
+    finally:
+        native.library.cache_clear()
+
+
+@built
+def test_a_folder_that_others_can_write_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("VLLM_NPU_QUANT_CACHE", str(tmp_path))
+    assert native._folder() == tmp_path / "native"
+    assert (tmp_path / "native").stat().st_mode & 0o077 == 0
+    os.chmod(tmp_path / "native", 0o777)
+    assert native._folder() != tmp_path / "native"
+
+
+@built
+def test_a_library_is_built_once_for_a_source_and_its_flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(native, "_folder", lambda: tmp_path)
+    source = tmp_path / "small.c"
+    source.write_text("int answer(void) { return 42; }\n")
+    first = native.build(source)
+    stamp = first.stat().st_mtime_ns
+    assert native.build(source) == first
+    assert first.stat().st_mtime_ns == stamp
+    assert native.build(source, (*native.FLAGS, "-DX")) != first
+    source.write_text("not C\n")
+    with pytest.raises(OSError, match="error"):
+        native.build(source)
+    assert len(list(tmp_path.glob("*.so"))) == 2
+
+
+def test_a_check_is_remembered_for_equal_arguments_only() -> None:
+    seen = []
+
+    @checks.remembered
+    def check(x: torch.Tensor, *, size: int = 0) -> int:
+        checks.require(x.dim() == 2, "op", "x", "2-D", x)
+        seen.append(1)
+        return x.shape[0] + size
+
+    assert [check(torch.ones(2, 3)), check(torch.zeros(2, 3)), check(torch.ones(3, 2).t())] == [2, 2, 2]
+    assert len(seen) == 2  # strides count
+    assert check(torch.ones(2, 3), size=1) == 3
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="expected 2-D"):
+            check(torch.ones(2))

@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fast kernels of ``native.c``: built once with the host's C compiler, kept in the user's cache, loaded with ctypes.
+
+Only x86-64 with AVX2 has them. Elsewhere, and where there is no compiler, ``available`` is False and the operators go
+through torch; one log line says why. Before a built library is used it has to reproduce the reference on a few extreme
+operands. Nothing here is called in the mode ``reference``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from vllm_npu_quant.emulation.numerics import INT8, int_matmul, round_to_int
+
+__all__ = ["Kind", "available", "bias", "build", "dynamic_quant", "library", "product"]
+
+logger = logging.getLogger(__name__)
+
+SOURCE: Final = Path(__file__).with_name("native.c")
+#: One rounding per written operation, signed sums that wrap: the arithmetic of the reference.
+FLAGS: Final = (
+    "-std=gnu11",
+    "-O2",
+    "-march=native",
+    "-fopenmp",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fwrapv",
+    "-fPIC",
+    "-shared",
+)
+COMPILER_SECONDS: Final = 300
+
+_CODES: Final = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int32: 3, torch.int8: -1}
+
+
+class Kind:
+    """What is multiplied; ``product`` has the formulas."""
+
+    INT8 = 0
+    WEIGHT_ONLY = 1
+    INT8_INT4 = 2
+    INT4 = 3
+
+
+class _Product(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "x",
+                "weight",
+                "scale",
+                "bias_int",
+                "bias_float",
+                "token_scale",
+                "antiquant_scale",
+                "antiquant_offset",
+                "out",
+                "groups",
+            )
+        ),
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                "count",
+                "depth",
+                "width",
+                "int4",
+                "x_dtype",
+                "out_dtype",
+                "group_size",
+                "scale_step",
+                "kind",
+            )
+        ),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------- building
+
+
+def build(source: Path, flags: Sequence[str] = FLAGS) -> Path:
+    """Compile a C file into a shared library in the user's cache, unless it is there.
+
+    Returns:
+        The library's path.
+
+    Raises:
+        OSError: no compiler, or it failed.
+    """
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC") or "gcc", "gcc", "clang", "cc"))), None)
+    if compiler is None:
+        raise FileNotFoundError("no C compiler (gcc, clang, cc or $CC)")
+    version = subprocess.run([compiler, "--version"], capture_output=True, timeout=COMPILER_SECONDS, check=False).stdout
+    parts = (source.read_bytes(), " ".join(flags).encode(), compiler.encode(), version, _cpu().encode())
+    digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
+    target = _folder() / f"{source.stem}-{digest}.so"
+    if target.is_file():
+        return target
+    descriptor, unfinished = tempfile.mkstemp(suffix=".so", dir=target.parent)
+    os.close(descriptor)
+    try:
+        command = [compiler, *flags, str(source), "-o", unfinished]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILER_SECONDS, check=False)
+        if done.returncode:
+            raise OSError(f"{compiler}: {done.stderr.strip()[-2000:]}")
+        # A process beside this one may do the same; the last wins, and both files are equal.
+        os.replace(unfinished, target)
+    except subprocess.TimeoutExpired as error:
+        raise OSError(f"{compiler} took more than {COMPILER_SECONDS} s") from error
+    finally:
+        Path(unfinished).unlink(missing_ok=True)
+    return target
+
+
+def _cpu() -> str:
+    """What -march=native depends on: a cache may be shared by unlike machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    kept = (line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part")))
+    return platform.machine() + "".join(sorted(set(kept)))
+
+
+def _folder() -> Path:
+    """A folder that only this user can write: what lies in it is executed."""
+    base = os.environ.get("VLLM_NPU_QUANT_CACHE")
+    root = Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-npu-quant"
+    folder = root.expanduser().absolute() / "native"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = folder.stat()
+        if status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            return folder
+    except (OSError, RuntimeError):
+        pass
+    return _own_folder()
+
+
+@functools.cache
+def _own_folder() -> Path:
+    """A folder of this process alone, where the cache cannot be written or is not private."""
+    holder = tempfile.TemporaryDirectory(prefix="vllm-npu-quant-")
+    _kept.append(holder)
+    return Path(holder.name)
+
+
+_kept: list[Any] = []
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The library, built at the first call; None where it cannot be had or does not reproduce the reference."""
+    if platform.machine() not in ("x86_64", "AMD64") or torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        return None
+    try:
+        found = ctypes.CDLL(str(build(SOURCE)))
+        found.nq_dynamic_quant.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p, ctypes.c_void_p]
+        found.nq_dynamic_quant.restype = None
+        found.nq_product.argtypes = [ctypes.c_void_p]
+        found.nq_product.restype = ctypes.c_int64
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        logger.warning("the emulated operators go through torch, which is slow on this host: %s", error)
+        return None
+    if not reproduces_the_reference(found):
+        logger.warning("the emulated operators go through torch: the built kernels are not exact on this host")
+        return None
+    return found
+
+
+def available() -> bool:
+    return library() is not None
+
+
+def reproduces_the_reference(found: ctypes.CDLL) -> bool:
+    """Whether the library's integers and dequantized weights are the reference's, on extreme operands."""
+    from vllm_npu_quant.emulation.matmul import dequantize_weight, unpack_weight
+
+    generator = torch.Generator().manual_seed(0)
+
+    def integers(*shape: int, low: int = -128) -> torch.Tensor:
+        picked = torch.tensor([low, -1, 0, 1, 127], dtype=torch.int8)
+        return picked[torch.randint(5, shape, generator=generator)]
+
+    for rows, depth, width in ((1, 37, 24), (1, 576, 152), (3, 520, 104), (7, 37, 24), (13, 520, 152)):
+        x, weight = integers(rows, depth), integers(depth, width)
+        if not torch.equal(product(Kind.INT8, x, weight, torch.int32, found=found), int_matmul(x, weight)):
+            return False
+        for dtype in (torch.bfloat16, torch.float16):
+            packed = torch.randint(-(2**31), 2**31 - 1, (depth, width // 8), generator=generator).to(torch.int32)
+            scale = torch.rand((-(-depth // 64), width), generator=generator).to(dtype)
+            # One-hot rows pick rows of the dequantized weight.
+            ones = torch.eye(depth, dtype=dtype)[torch.randperm(depth, generator=generator)[:rows]]
+            for stored, values in ((weight, weight), (packed, unpack_weight(packed, True))):
+                picked = ones.float() @ dequantize_weight(values, scale, scale, dtype, 64).float()
+                options = {"antiquant_scale": scale, "antiquant_offset": scale, "group_size": 64}
+                if not torch.equal(
+                    product(Kind.WEIGHT_ONLY, ones, stored, dtype, found=found, **options).float(), picked
+                ):
+                    return False
+            tokens = torch.randn((rows, depth), generator=generator).to(dtype)
+            largest = tokens.float().abs().amax(dim=1, keepdim=True)
+            quantized, token_scale = dynamic_quant(tokens, found=found)
+            expected = round_to_int(tokens.float() * (torch.tensor(127.0) / largest), INT8).to(torch.int8)
+            if not torch.equal(quantized, expected) or not torch.equal(token_scale, (largest / 127.0).squeeze(1)):
+                return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------------------------------- calls
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def dynamic_quant(x: torch.Tensor, found: ctypes.CDLL | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric int8 with a scale for every row, as ``quantize.quantize_rows``.
+
+    Args:
+        x: bfloat16 or float16 [..., K], contiguous.
+
+    Returns:
+        int8 [..., K], float32 [...].
+    """
+    found = found or library()
+    assert found is not None
+    y, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[:-1], dtype=torch.float32)
+    found.nq_dynamic_quant(x.data_ptr(), _CODES[x.dtype], scale.numel(), x.shape[-1], y.data_ptr(), scale.data_ptr())
+    return y, scale
+
+
+def bias(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """A bias as ``product`` takes it: int32 as it is, floats in float32."""
+    if tensor is None:
+        return None
+    return (tensor if tensor.dtype == torch.int32 else tensor.to(torch.float32)).contiguous()
+
+
+def product(
+    kind: int,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out_dtype: torch.dtype,
+    *,
+    out: torch.Tensor | None = None,
+    groups: Sequence[tuple[int, int, int]] | None = None,
+    scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    token_scale: torch.Tensor | None = None,
+    antiquant_scale: torch.Tensor | None = None,
+    antiquant_offset: torch.Tensor | None = None,
+    group_size: int = 0,
+    found: ctypes.CDLL | None = None,
+) -> torch.Tensor:
+    """Rows times the weight of their group, all contiguous:
+
+        INT8:         int8 x int8 -> int32 (+ bias_int32); for float outputs * scale * token_scale (+ bias_float32)
+        WEIGHT_ONLY:  x @ dequantize_weight(...) (+ bias_float32), summed in float32
+        INT8_INT4:    ``matmul.split_int8_matmul(...)`` * token_scale, with the bias as its offset
+        INT4:         ``grouped.scaled_groups(...)`` * token_scale
+
+    Args:
+        x: int8, bfloat16 or float16 [M, K]; INT4: int32 [M, K/8].
+        weight: int8 [K, N] or [E, K, N]; int4 as int32, N/8 in the place of N.
+        out: [M, N] in ``out_dtype``; made where it is None.
+        groups: (expert, first row, end) of every group; None: all rows times the one weight.
+        scale: float32, [1], [N] or [E, N]; INT8_INT4 and INT4: [E, G, N] for G groups of inputs.
+        bias: int32 or float32 [N] or [E, N].
+        token_scale: float32 [M].
+        antiquant_scale, antiquant_offset: x's dtype, [N], [G, N], [E, N] or [E, G, N]; or one number.
+        group_size: inputs per scale; 0 for all of them.
+    """
+    found = found or library()
+    assert found is not None
+    rows = x.shape[0]
+    int4 = weight.dtype == torch.int32
+    depth, width = weight.shape[-2], weight.shape[-1] * (8 if int4 else 1)
+    if out is None:
+        out = torch.empty((rows, width), dtype=out_dtype)
+    flat = (0, 0, rows) if groups is None else [number for group in groups for number in group]
+    if not flat:
+        return out
+    numbers = (ctypes.c_int64 * len(flat))(*flat)
+    scales = antiquant_scale if scale is None else scale
+    call = _Product(
+        x.data_ptr(),
+        weight.data_ptr(),
+        _address(scale),
+        _address(bias) if bias is not None and bias.dtype == torch.int32 else None,
+        _address(bias) if bias is not None and bias.dtype != torch.int32 else None,
+        _address(token_scale),
+        _address(antiquant_scale),
+        _address(antiquant_offset),
+        out.data_ptr(),
+        ctypes.addressof(numbers),
+        len(flat) // 3,
+        depth,
+        width,
+        int4,
+        _CODES[x.dtype],
+        _CODES[out_dtype],
+        group_size or depth,
+        scales is not None and scales.numel() > 1,
+        kind,
+    )
+    if not found.nq_product(ctypes.addressof(call)):
+        raise MemoryError("no memory for the scratch space of a matrix product")
+    return out
