@@ -572,8 +572,9 @@ def _grouped_matmul(
     rows = x[0]
     out = rows.new_empty((rows.shape[0], plan.width), dtype=plan.out_dtype)
     if matmul is fast_int_matmul and stacked and _has_kernel(plan, weight[0], act_type):
-        picked = (tensors[0] if tensors else None for tensors in (bias, scale, antiquant_scale, antiquant_offset))
-        _native_product(plan, rows, weight[0], bounds, *picked, per_token_scale[0] if per_token_scale else None, out)
+        given = (bias, scale, antiquant_scale, antiquant_offset, per_token_scale)
+        picked = [tensors[0] if tensors else None for tensors in given]
+        _native_product(plan, rows, weight[0], bounds, out, *picked)
     else:
         for expert, start, end in bounds:
             scales = per_token_scale[0][start:end] if per_token_scale else None
@@ -605,12 +606,12 @@ def _native_product(
     rows: torch.Tensor,
     weight: torch.Tensor,
     bounds: list[tuple[int, int, int]],
+    out: torch.Tensor,
     bias: torch.Tensor | None,
     scale: torch.Tensor | None,
     antiquant_scale: torch.Tensor | None,
     antiquant_offset: torch.Tensor | None,
     token_scale: torch.Tensor | None,
-    out: torch.Tensor,
 ) -> None:
     depth, groups = weight.shape[1], 1
     if plan.form is _Form.WEIGHT_ONLY:
