@@ -16,6 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ class Worker:
             "VLLM_NPU_QUANT": "0" if own else "auto",
         }
         command = [sys.executable, __file__, "--worker", name, "--shapes", json.dumps(shapes)]
-        self.errors = open(f"/tmp/bench-{os.getpid()}-{config.replace(':', '-')}.log", "w+")  # noqa: SIM115
+        self.errors = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             command + ["--compile"] * compiled,
             stdin=subprocess.PIPE,
@@ -131,7 +132,6 @@ class Worker:
         self.process.stdin.close()
         self.process.wait()
         self.errors.close()
-        Path(self.errors.name).unlink(missing_ok=True)
 
 
 def rates(shapes: dict[str, tuple[int, int, int]], shape: str, seconds: list[float]) -> float:
@@ -160,9 +160,9 @@ def measure(
             times: dict[str, list[float]] = {config: [] for config in workers}
             for number in range(rounds + 1):
                 for config, worker in workers.items():
-                    seconds = worker.measure(shape)
+                    one = worker.measure(shape)
                     if number:  # the first round warms up
-                        times[config].append(seconds)
+                        times[config].append(one)
             for config, seconds in times.items():
                 results[config][shape] = rates(shapes, shape, seconds)
                 results[config][f"{shape} seconds"] = seconds

@@ -95,7 +95,7 @@ def gptq(weight: torch.Tensor) -> Tensors:
 
 def _compressed(form: str, weights: dict[str, Any], activations: dict[str, Any] | None) -> dict[str, Any]:
     fixed = {"type": "int", "symmetric": True}
-    group = {"targets": ["Linear"], "weights": {**fixed, "dynamic": False, **weights}}
+    group: dict[str, Any] = {"targets": ["Linear"], "weights": {**fixed, "dynamic": False, **weights}}
     group["input_activations"] = activations and {**fixed, "dynamic": True, **activations}
     return {
         "quant_method": "compressed-tensors",

@@ -24,13 +24,16 @@ def holds_fused_floats(layer: str, last_names: Iterable[str]) -> bool:
     return layer.endswith(".experts") and {"gate_up_proj", "down_proj"} <= set(last_names)
 
 
-_EXPERT = re.compile(r"(?P<layer>.*\.experts)\.(?P<number>0|[1-9][0-9]{0,18})\.(?P<projection>[^.]+)")
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,18}")
 
 
 def split_expert(layer: str) -> tuple[str, str, str] | None:
     """("model.layers.3.mlp.experts", "17", "gate_proj") for an expert's layer, None for any other."""
-    found = _EXPERT.fullmatch(layer)
-    return (found["layer"], found["number"], found["projection"]) if found else None
+    expert, _, projection = layer.rpartition(".")
+    parent, _, number = expert.rpartition(".")
+    if not parent.endswith(".experts") or not projection or not _NUMBER.fullmatch(number):
+        return None
+    return parent, number, projection
 
 
 def collect_experts(
@@ -84,8 +87,12 @@ def collect_experts(
     entries = []
     for name in names:
         by_entry: dict[LayerEntry, list[str]] = {}
-        for number, entry in projections[name].items():
-            by_entry.setdefault(entry, []).append(number)
+        # Equal entries are one object as a rule; comparing thousands of them field by field takes its time.
+        if len(set(map(id, projections[name].values()))) == 1:
+            by_entry[next(iter(projections[name].values()))] = list(projections[name])
+        else:
+            for number, entry in projections[name].items():
+                by_entry.setdefault(entry, []).append(number)
         if len(by_entry) > 1:
             findings.append(
                 Finding(

@@ -286,6 +286,11 @@ class ModelSlimFormat(QuantFormat):
         )
 
 
+def _pairs(listed: list[str]) -> dict[str, str]:
+    """{suffix: type} of a layer."""
+    return dict(zip(listed[::2], listed[1::2], strict=True))
+
+
 class _Builder:
     """Collects the index and the findings of one description."""
 
@@ -316,7 +321,9 @@ class _Builder:
     def split(self, description: Mapping[str, Any]) -> tuple[DescriptionHeader, dict[str, str]]:
         """Separate the description's own fields from its tensor entries, and validate both."""
         fields = {key: value for key, value in description.items() if "." not in key}
-        tensors = {key: value for key, value in description.items() if "." in key}
+        tensors = dict(description)
+        for key in fields:
+            del tensors[key]
         try:
             header = DescriptionHeader.model_validate(fields)
         except ValidationError as error:
@@ -356,31 +363,34 @@ class _Builder:
 
     def index(self, types: Mapping[str, str]) -> None:
         """Fill the layers and experts."""
-        suffixes: dict[str, list[tuple[str, str]]] = {}
+        # suffix, type, suffix, type, ...: pairs would be a hundred thousand objects more.
+        suffixes: dict[str, list[str]] = {}
+        before, listed = "", [""]
         for name, kind in types.items():
             layer, _, suffix = name.rpartition(".")
-            listed = suffixes.get(layer)
-            if listed is None:
-                suffixes[layer] = [(suffix, kind)]
-            else:
-                listed.append((suffix, kind))
+            if layer == before:
+                listed += (suffix, kind)
+                continue
+            before = layer
+            listed = suffixes.setdefault(layer, [])
+            listed += (suffix, kind)
         by_experts: dict[str, dict[str, dict[str, LayerEntry]]] = {}
+        # Where no stored shape and no rotation tells layers apart, those with the same tensors have the same entry.
+        alike: dict[tuple[str, ...], LayerEntry] = {}
         for layer, listed in suffixes.items():
-            if holds_fused_floats(layer, dict(listed)) and {kind for _, kind in listed} == {FLOAT_TYPE}:
+            if holds_fused_floats(layer, listed[::2]) and set(listed[1::2]) == {FLOAT_TYPE}:
                 self.fused_floats.append(layer)
                 continue
-            shape = self._shape(layer, dict(listed))
-            signature = (shape, *listed)
-            if signature in self._entries:
-                entry = self._entries[signature]
-                if entry is None:
-                    self._entry(layer, dict(listed), shape)  # report it for this layer too
-            else:
-                entry = self._entries[signature] = self._entry(layer, dict(listed), shape)
+            plain = tuple(listed) if self.tensors is None and layer not in self.rotations else None
+            entry = alike.get(plain) if plain is not None else None
+            if entry is None:
+                entry = self._known_entry(layer, listed)
+                if plain is not None and entry is not None:
+                    alike[plain] = entry
             if entry is None:
                 continue
             if entry.spec.stored is not None:
-                self.fp8.add(dict(listed)["weight"])
+                self.fp8.add(listed[1::2][listed[::2].index("weight")])
             expert = split_expert(layer)
             if expert is not None:
                 parent, number, projection = expert
@@ -389,7 +399,7 @@ class _Builder:
             self.layers[layer] = entry
             if "bias" in entry.tensors and not entry.spec.is_float:
                 self.biased.append(layer)
-            if entry.spec.is_float and layer.endswith("norm") and ("bias", FLOAT_TYPE) in listed:
+            if entry.spec.is_float and layer.endswith("norm") and _pairs(listed).get("bias") == FLOAT_TYPE:
                 self.norm_biases.append(layer)
         for layer, projections in by_experts.items():
             experts, findings = collect_experts(layer, projections, self.source)
@@ -405,6 +415,16 @@ class _Builder:
                 nearest=self.near("undescribed-layer", layer, suffixes),
                 fix="re-export the checkpoint with msModelSlim",
             )
+
+    def _known_entry(self, layer: str, listed: list[str]) -> LayerEntry | None:
+        """The one entry object of all layers with these tensors and shapes; None (after a finding) where there is none."""
+        types = _pairs(listed)
+        shape = self._shape(layer, types)
+        signature = (shape, *listed)
+        entry = self._entries.get(signature)
+        if entry is None:  # a layer that has none is reported each time
+            entry = self._entries[signature] = self._entry(layer, types, shape)
+        return entry
 
     def _shape(self, layer: str, types: Mapping[str, str]) -> _Shape:
         """What the stored tensors tell about a layer; what the description says where they are not known."""
