@@ -26,7 +26,8 @@ help:
 	@echo "make chip    on an Ascend host, with its own python: the same cases on the real kernels"
 	@echo "make lint    ruff and mypy"
 	@echo "make doors   the tests of other versions of vLLM, each in an environment of its own"
-	@echo "make bench   perplexity of a W8A8 checkpoint against its bfloat16 original"
+	@echo "make bench   speed: engine, operators, dispatch; tables, JSON and a plot in build/bench"
+	@echo "make bench-accuracy   perplexity of a W8A8 checkpoint against its bfloat16 original"
 	@echo "make ascend-env       environments with the released vllm-ascend, its vLLM and torch_npu, without an NPU"
 	@echo "make ascend-contract  vllm-ascend's contract, checked in these environments, with a count"
 	@echo "make clean   remove $(VENV) and what the tools leave"
@@ -57,6 +58,9 @@ lint: $(STAMPS)/dev
 	MYPYPATH=examples $(BIN)/python -m mypy examples benchmarks
 
 bench: $(STAMPS)/cpu
+	@$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
+
+bench-accuracy: $(STAMPS)/cpu
 	@$(BIN)/python benchmarks/perplexity.py --demo
 
 ascend-env: $(STAMPS)/test

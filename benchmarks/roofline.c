@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+// What this machine can do at most: read memory, and multiply int8 numbers that are in registers already.
+
+#include <immintrin.h>
+#include <omp.h>
+#include <stdint.h>
+
+// Read `count` bytes once; the sum keeps the compiler honest.
+int64_t read_bytes(const char *p, int64_t count) {
+    int64_t total = 0;
+#pragma omp parallel for schedule(static) reduction(+ : total)
+    for (int64_t block = 0; block < count / 4096; block++) {
+        __m256i sum = _mm256_setzero_si256();
+        for (int64_t i = 0; i < 4096; i += 32)
+            sum = _mm256_add_epi64(sum, _mm256_loadu_si256((const __m256i *)(p + block * 4096 + i)));
+        total += _mm256_extract_epi64(sum, 0) + _mm256_extract_epi64(sum, 3);
+    }
+    return total;
+}
+
+// Exact int8 products as this CPU does them best: VNNI where it is, else 16-bit pairs. Returns the multiply-adds done.
+int64_t multiply_adds(int64_t steps) {
+    int64_t lanes = 0, kept = 0;
+#pragma omp parallel reduction(+ : lanes, kept)
+    {
+#if defined(__AVX512VNNI__)
+        __m512i c[12], a = _mm512_set1_epi32(omp_get_thread_num()), b = _mm512_set1_epi32(3);
+        for (int i = 0; i < 12; i++) c[i] = _mm512_setzero_si512();
+        for (int64_t s = 0; s < steps; s++)
+            for (int i = 0; i < 12; i++) {
+                c[i] = _mm512_dpbusd_epi32(c[i], a, b);
+                __asm__("" : "+v"(c[i]));
+            }
+        for (int i = 0; i < 12; i++) kept += _mm_cvtsi128_si32(_mm512_castsi512_si128(c[i]));
+        lanes += steps * 12 * 64;
+#else
+        __m256i c[12], a = _mm256_set1_epi32(omp_get_thread_num()), b = _mm256_set1_epi32(3);
+        for (int i = 0; i < 12; i++) c[i] = _mm256_setzero_si256();
+        for (int64_t s = 0; s < steps; s++)
+#pragma GCC unroll 12
+            for (int i = 0; i < 12; i++) {
+                __m256i product = _mm256_madd_epi16(a, b);
+                __asm__("" : "+x"(product));
+                c[i] = _mm256_add_epi32(c[i], product);
+            }
+        for (int i = 0; i < 12; i++) kept += _mm_cvtsi128_si32(_mm256_castsi256_si128(c[i]));
+        lanes += steps * 12 * 16;
+#endif
+    }
+    return lanes + (kept == 1);
+}
