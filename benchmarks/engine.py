@@ -11,6 +11,7 @@ very same files.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -121,15 +122,18 @@ class Worker:
         lines = [line.strip() for line in self.errors if "Error" in line and "Error in" not in line]
         return {"error": lines[-1][-200:] if lines else f"exit status {self.process.returncode}"}
 
-    def measure(self, shape: str) -> float:
+    def measure(self, shape: str) -> dict[str, Any]:
+        """{"seconds": ...}, or {"error": ...} where the engine stopped."""
         assert self.process.stdin is not None
-        self.process.stdin.write(shape + "\n")
-        self.process.stdin.flush()
-        return self.reply()["seconds"]
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(shape + "\n")
+            self.process.stdin.flush()
+        return self.reply()
 
     def close(self) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
         self.errors.close()
 
@@ -159,10 +163,14 @@ def measure(
         for shape in shapes:
             times: dict[str, list[float]] = {config: [] for config in workers}
             for number in range(rounds + 1):
-                for config, worker in workers.items():
+                for config, worker in list(workers.items()):
                     one = worker.measure(shape)
-                    if number:  # the first round warms up
-                        times[config].append(one)
+                    if "error" in one:
+                        results[config] = one
+                        workers.pop(config).close()
+                        del times[config]
+                    elif number:  # the first round warms up
+                        times[config].append(one["seconds"])
             for config, seconds in times.items():
                 results[config][shape] = rates(shapes, shape, seconds)
                 results[config][f"{shape} seconds"] = seconds
