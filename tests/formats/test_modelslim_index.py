@@ -156,7 +156,8 @@ def test_every_expert_is_compared() -> None:
     (finding,) = found.findings
     assert finding.code == "fused-shards-disagree"
     assert finding.layer == "model.layers.0.mlp.experts.*.up_proj"
-    assert "W8A16 for experts 63" in finding.found
+    assert "; W8A16: " in finding.found
+    assert finding.found.endswith(" for experts 63")
 
 
 def test_a_missing_expert_is_named() -> None:
