@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes a float model as the checkpoints that vLLM reads itself: compressed-tensors, AWQ and GPTQ, rounded to nearest.
 
-For speed only: nothing is calibrated. The layouts are those of the compressed-tensors library, AutoAWQ and GPTQModel; the
-tests read them back with the library and with vllm-npu-quant's own layouts.
+For speed only: nothing is calibrated. The layouts are those of the compressed-tensors library, AutoAWQ and GPTQModel.
 """
 
 from __future__ import annotations
