@@ -36,8 +36,8 @@ REMEMBERED_CALLS = 8192
 def remembered(check: Callable[P, R]) -> Callable[P, R]:
     """A check that looks at each combination of dtypes, shapes, strides and other arguments once.
 
-    What a check may look at decides its result, so a call like an earlier one that passed passes. Only for CPU kernels:
-    the sizes of fake tensors may be symbols.
+    What a check may look at decides its result, so a call like an earlier one that passed passes. Calls of fake tensors
+    whose sizes are symbols are looked at each time.
     """
     passed: dict[Any, R] = {}
 
@@ -46,6 +46,8 @@ def remembered(check: Callable[P, R]) -> Callable[P, R]:
         key = (*map(_signature, args), *kwargs, *map(_signature, kwargs.values()))
         try:
             return passed[key]
+        except TypeError:  # a size that is a symbol has no hash
+            return check(*args, **kwargs)
         except KeyError:
             result = check(*args, **kwargs)
         if len(passed) >= REMEMBERED_CALLS:
