@@ -347,7 +347,7 @@ def _check_weight_only(call: _Call) -> tuple[torch.dtype, bool]:
     if scales is None:
         refuse(name, "antiquant_scale", "a list, for a quantized weight", None)
     require(len(scales) == count, name, "antiquant_scale", f"{count} tensors", len(scales))
-    lengths = set()
+    lengths: list[int] = []  # in a graph they may be symbols, which have no hash
     for index, (tensor, matrix) in enumerate(zip(scales, call.weight, strict=True)):
         depth = call.x[index if len(call.x) > 1 else 0].shape[-1]
         channel = call.per_expert(_width(matrix))
@@ -359,8 +359,14 @@ def _check_weight_only(call: _Call) -> tuple[torch.dtype, bool]:
         groups = tensor.shape[-2] if tensor.dim() >= 2 else 0
         require_shape(name, "antiquant_scale", tensor, channel, call.per_expert(groups, _width(matrix)))
         require(depth % groups == 0, name, "antiquant_scale", f"a number of groups that divides {depth}", tensor)
-        lengths.add(depth // groups)
-    require(len(lengths) <= 1, name, "antiquant_scale", "groups of one length in all tensors", sorted(lengths))
+        lengths.append(depth // groups)
+    require(
+        all(length == lengths[0] for length in lengths),
+        name,
+        "antiquant_scale",
+        "groups of one length in all tensors",
+        lengths,
+    )
     if (
         offsets is None
     ):  # "antiquantOffset must not be nullptr in antiquant"; newer versions of CANN let int4 go without
