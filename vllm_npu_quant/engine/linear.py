@@ -130,7 +130,7 @@ class NpuQuantLinearMethod(LinearMethodBase):
             name = CHECKPOINT_BIAS if tensor.name == "bias" else tensor.name
             param = _parameter(tensor.as_loaded(), sizes, self._loader(layer, tensor, name, weight_loader))
             self.coverage[name] = Coverage(param.shape)
-            if hasattr(layer, "tp_size"):
+            if hasattr(layer, "tp_rank"):  # lm_head has none before vLLM 0.30
                 # A layer may be cut over another group than the tensor-parallel one, which the parameter took its rank from.
                 param.tp_rank, param.tp_size = layer.tp_rank, layer.tp_size
             layer.register_parameter(name, param)
