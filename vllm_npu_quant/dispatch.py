@@ -35,7 +35,7 @@ class Row:
         transform: whether the layer's input is multiplied by matrices first; None stands for any.
         method: "module:qualname" of the method class.
         operators: the torch_npu operators that it calls per forward, in order.
-        remark: what a user should know before relying on it, for the support matrix.
+        remark: what a user should know before relying on it, for the support matrix and a line in the log.
     """
 
     name: str
@@ -258,6 +258,7 @@ ROWS: tuple[Row, ...] = (
         act_dynamic=None,
         method="vllm_npu_quant.methods.moe_weight_only:FloatExperts",
         operators=("npu_grouped_matmul",),
+        remark="experts' weights are dequantized while they load, to two bytes each",
     ),
     Row(
         "W4A16 group, asymmetric",

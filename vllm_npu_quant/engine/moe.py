@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 
 from vllm_npu_quant import dispatch
@@ -32,6 +33,8 @@ from vllm_npu_quant.methods.moe import Experts, FusedExperts, GroupedMethod, Pla
 from vllm_npu_quant.spec import Granularity, LayerKind, NumberKind, WeightSpec
 
 __all__ = ["NpuQuantMoEMethod"]
+
+logger = init_logger("vllm.npu_quant.moe")
 
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
@@ -321,6 +324,9 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
         )
         raise_findings(self._findings(layer))
         self.rows = tuple(dispatch.select(LayerKind.FUSED_MOE, product.served) for product in self.products)
+        for row in self.rows:
+            if row.remark:
+                logger.info_once("Experts of scheme %s: %s", row.name, row.remark)
         self.methods: tuple[GroupedMethod, ...] = tuple(
             load_object(row.method)(product.name + "_") for row, product in zip(self.rows, self.products, strict=True)
         )
