@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the released vllm-ascend pins, as its metadata says (points.py compares)."""
+"""What the released vllm-ascend pins, copied from its metadata."""
 
 from __future__ import annotations
 
