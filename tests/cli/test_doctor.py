@@ -67,7 +67,9 @@ def test_nothing_is_installed(tmp_path: Path) -> None:
     for entry in Path(packages).iterdir():
         if not re.match(r"(torch|vllm|triton|transformers|__editable__)", entry.name):
             (tmp_path / entry.name).symlink_to(entry)
-    env = {"PATH": "/nowhere", "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    # Not the repository itself: an editable install leaves its metadata there.
+    (tmp_path / "vllm_npu_quant").symlink_to(ROOT / "vllm_npu_quant")
+    env = {"PATH": "/nowhere", "PYTHONPATH": str(tmp_path)}
     command = [getattr(sys, "_base_executable", sys.executable), "-S", "-m", "vllm_npu_quant", "doctor"]
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, env=env, cwd=tmp_path)
     found = json.loads(done.stdout)

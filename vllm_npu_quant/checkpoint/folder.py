@@ -184,7 +184,7 @@ class Checkpoint:
         adapters = fnmatch.filter(files, "adapter_*.safetensors")
         if adapters and len(files) > len(adapters):
             findings.append(_adapter(adapters[0]))
-        if vllm_index not in indexes:
+        if all(set(files).isdisjoint(index.values()) for index in indexes.values()):
             findings.extend(_missing_shards(files))
         headers = {
             name: Header(name, {}, {}, (_leaves(name, self.leaving[name]),), 0)
