@@ -397,6 +397,7 @@ MOE_SCHEMES = (
 )
 #: The others, as w13 and w2 of the same layer.
 MORE_MOE_SCHEMES = (
+    W8A8_STATIC,
     Scheme(8, zero_points=True),
     Scheme(8, 32),
     Scheme(4),
