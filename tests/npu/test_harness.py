@@ -30,12 +30,16 @@ def test_methods_are_accepted(case: chip.MethodCase) -> None:
     assert chip.check_method(case, CPU) == []
 
 
+def is_cast(operator: str) -> bool:
+    return "format" in operator
+
+
 class WrongDevice(TorchDispatchMode):
-    """A device whose operators give something else."""
+    """A device whose operators give something else; casts of memory formats, which cases need for their inputs, are right."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func.namespace != "npu" or "format" in func._schema.name:
+        if func.namespace != "npu" or is_cast(func._schema.name):
             return result
         return tree_map_only(torch.Tensor, wrong, result)
 
@@ -51,7 +55,9 @@ def writes(case: chip.OperatorCase) -> bool:
     return all(np.any(expected.written) for expected in chip.oracle(case))
 
 
-@pytest.mark.parametrize("case", [case for case in OPERATORS if writes(case)], ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case", [case for case in OPERATORS if writes(case) and not is_cast(case.operator)], ids=lambda case: case.id
+)
 def test_wrong_operators_are_reported(case: chip.OperatorCase) -> None:
     with WrongDevice():
         assert chip.check_operator(case, CPU) != []
