@@ -35,6 +35,11 @@ class {name}(Platform):
     device_type = {device!r}
     dispatch_key = "PrivateUse1"
     supported_quantization = ["ascend", "compressed-tensors"]
+
+    @classmethod
+    def import_kernels(cls):
+        # vLLM is installed without an extension there; the one of a CPU build may need instructions that this CPU lacks.
+        pass
 """
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,9 @@ def validate(hard_fail: bool = True) -> None:
 def test_vllm_does_not_refuse_them(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in settings.VARIABLES:
         monkeypatch.delitem(envs.environment_variables, name, raising=False)
+    # An engine that ran in this process leaves variables that vLLM does not know itself.
+    for name in [name for name in os.environ if name.startswith("VLLM_") and name not in envs.environment_variables]:
+        monkeypatch.delenv(name)
     monkeypatch.setenv(settings.MODE, mode)
     with pytest.raises(ValueError, match=settings.MODE):
         validate()
