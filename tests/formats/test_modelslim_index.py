@@ -226,6 +226,16 @@ def test_many_alike_are_counted() -> None:
     assert findings[-1].message.startswith("480 more")
 
 
+def test_the_order_of_the_entries_does_not_matter() -> None:
+    layers = {**expert_layers(), "model.layers.0.mlp.down_proj": STATIC, "model.layers.0.mlp.gate": {"weight": "FLOAT"}}
+    written = description(layers)
+    scattered = dict(sorted(written.items(), key=lambda entry: entry[0].rpartition(".")[::-1]))
+    expected, found = map(ModelSlimFormat.from_description, (written, scattered))
+    assert not found.findings
+    assert (found.layers, found.experts) == (expected.layers, expected.experts)
+    assert len(found.experts) == 1
+
+
 def test_the_index_is_small() -> None:
     layers = {}
     for number in range(61):

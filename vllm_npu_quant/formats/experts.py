@@ -10,7 +10,7 @@ from vllm_npu_quant.dispatch import describe
 from vllm_npu_quant.errors import Finding
 from vllm_npu_quant.formats.base import FLOAT_ENTRY, ExpertsEntry, LayerEntry
 
-__all__ = ["EXPERT_NAMES", "FUSED_FLOAT", "collect_experts", "holds_fused_floats", "split_expert"]
+__all__ = ["EXPERT_NAMES", "FUSED_FLOAT", "collect_experts", "holds_fused_floats", "split_expert", "split_number"]
 
 #: The projections of an expert: gate, up, down, in the two spellings that checkpoints use.
 EXPERT_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
@@ -27,13 +27,17 @@ def holds_fused_floats(layer: str, last_names: Iterable[str]) -> bool:
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,18}")
 
 
+def split_number(expert: str) -> tuple[str, str] | None:
+    """("model.layers.3.mlp.experts", "17") for an expert, None for any other name."""
+    parent, _, number = expert.rpartition(".")
+    return (parent, number) if parent.endswith(".experts") and _NUMBER.fullmatch(number) else None
+
+
 def split_expert(layer: str) -> tuple[str, str, str] | None:
     """("model.layers.3.mlp.experts", "17", "gate_proj") for an expert's layer, None for any other."""
     expert, _, projection = layer.rpartition(".")
-    parent, _, number = expert.rpartition(".")
-    if not parent.endswith(".experts") or not projection or not _NUMBER.fullmatch(number):
-        return None
-    return parent, number, projection
+    found = split_number(expert) if projection else None
+    return None if found is None else (*found, projection)
 
 
 def collect_experts(

@@ -9,7 +9,7 @@ writes "FLOAT" there for some fully quantized models, so each tensor's own type 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, TypeAda
 from vllm_npu_quant.errors import Finding, Severity, nearest_names
 from vllm_npu_quant.formats.base import FLOAT_ENTRY, ExpertsEntry, LayerEntry, QuantFormat
 from vllm_npu_quant.formats.check import FindingLimit, StoredTensor
-from vllm_npu_quant.formats.experts import FUSED_FLOAT, collect_experts, holds_fused_floats, split_expert
+from vllm_npu_quant.formats.experts import FUSED_FLOAT, collect_experts, holds_fused_floats, split_number
 from vllm_npu_quant.formats.fp8 import Fp8Use, fp8_spec, fp8_weight
 from vllm_npu_quant.layouts.tables import LAYOUTS
 from vllm_npu_quant.spec import (
@@ -286,7 +286,33 @@ class ModelSlimFormat(QuantFormat):
         )
 
 
-def _pairs(listed: list[str]) -> dict[str, str]:
+def _by_layer(types: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Layer -> (suffix, type, suffix, type, ...) of its tensors.
+
+    Layers with the same tensors share one tuple: a hundred thousand objects fewer to make, and to visit for the collector.
+    """
+    layers: dict[str, tuple[str, ...]] = {}
+    shared: dict[tuple[str, ...], tuple[str, ...]] = {}
+
+    def close() -> None:
+        if listed:  # a layer whose tensors do not follow each other is met again
+            tensors = (*layers.get(before, ()), *listed)
+            layers[before] = shared.setdefault(tensors, tensors)
+
+    before: str = ""
+    listed: list[str] = []
+    for name, kind in types.items():
+        layer, _, suffix = name.rpartition(".")
+        if layer == before:
+            listed += (suffix, kind)
+            continue
+        close()
+        before, listed = layer, [suffix, kind]
+    close()
+    return layers
+
+
+def _pairs(listed: Sequence[str]) -> dict[str, str]:
     """{suffix: type} of a layer."""
     return dict(zip(listed[::2], listed[1::2], strict=True))
 
@@ -363,38 +389,35 @@ class _Builder:
 
     def index(self, types: Mapping[str, str]) -> None:
         """Fill the layers and experts."""
-        # suffix, type, suffix, type, ...: pairs would be a hundred thousand objects more.
-        suffixes: dict[str, list[str]] = {}
-        before, listed = "", [""]
-        for name, kind in types.items():
-            layer, _, suffix = name.rpartition(".")
-            if layer == before:
-                listed += (suffix, kind)
-                continue
-            before = layer
-            listed = suffixes.setdefault(layer, [])
-            listed += (suffix, kind)
+        suffixes = _by_layer(types)
         by_experts: dict[str, dict[str, dict[str, LayerEntry]]] = {}
         # Where no stored shape and no rotation tells layers apart, those with the same tensors have the same entry.
         alike: dict[tuple[str, ...], LayerEntry] = {}
+        # The projections of an expert follow each other as a rule: its name is taken apart once.
+        before, expert = "", None
         for layer, listed in suffixes.items():
-            if holds_fused_floats(layer, listed[::2]) and set(listed[1::2]) == {FLOAT_TYPE}:
+            if (
+                layer.endswith(".experts")
+                and holds_fused_floats(layer, listed[::2])
+                and set(listed[1::2]) == {FLOAT_TYPE}
+            ):
                 self.fused_floats.append(layer)
                 continue
-            plain = tuple(listed) if self.tensors is None and layer not in self.rotations else None
-            entry = alike.get(plain) if plain is not None else None
+            plain = self.tensors is None and layer not in self.rotations
+            entry = alike.get(listed) if plain else None
             if entry is None:
                 entry = self._known_entry(layer, listed)
-                if plain is not None and entry is not None:
-                    alike[plain] = entry
-            if entry is None:
-                continue
+                if entry is None:
+                    continue
+                if plain:
+                    alike[listed] = entry
             if entry.spec.stored is not None:
                 self.fp8.add(listed[1::2][listed[::2].index("weight")])
-            expert = split_expert(layer)
-            if expert is not None:
-                parent, number, projection = expert
-                by_experts.setdefault(parent, {}).setdefault(projection, {})[number] = entry
+            above, _, projection = layer.rpartition(".")
+            if above != before:
+                before, expert = above, split_number(above)
+            if expert is not None and projection:
+                by_experts.setdefault(expert[0], {}).setdefault(projection, {})[expert[1]] = entry
                 continue
             self.layers[layer] = entry
             if "bias" in entry.tensors and not entry.spec.is_float:
@@ -416,7 +439,7 @@ class _Builder:
                 fix="re-export the checkpoint with msModelSlim",
             )
 
-    def _known_entry(self, layer: str, listed: list[str]) -> LayerEntry | None:
+    def _known_entry(self, layer: str, listed: Sequence[str]) -> LayerEntry | None:
         """The one entry object of all layers with these tensors and shapes; None (after a finding) where there is none."""
         types = _pairs(listed)
         shape = self._shape(layer, types)
