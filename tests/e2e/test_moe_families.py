@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.e2e.test_moe import MOST_CHANGED, changed_share, routers
+from tests.e2e.routing import MOST_CHANGED, changed_share, routers
 from tests.e2e.yardstick import relative_error, run
 from tests.fixtures_index import fixture, shared
 
