@@ -10,6 +10,10 @@
 Where the CANN version has no npu_moe_init_routing_v2, its predecessors sort: npu_moe_init_routing and
 npu_moe_compute_expert_tokens, with npu_dynamic_quant after them.
 
+npu_grouped_matmul_swiglu_quant would join the product to the activation. Its kernel goes to int8 through float16, rounding
+twice (grouped_matmul_swiglu_quant_utils.h of ops-transformer), so that integers may differ by 1 from the exact chain: it is
+left alone.
+
 w13 and w2 are two methods that know nothing of each other, so that a layer may mix any two schemes. The combine operator is
 npu_moe_token_unpermute, as in vllm-ascend, which found npu_moe_finalize_routing less accurate.
 """
