@@ -10,6 +10,9 @@ VENV ?= .venv
 TORCH_VERSION := 2.13.0
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
+# Processes that run test files side by side; each has engines of 2 to 3 GB, one at a time.
+TEST_PROCESSES ?= 2
+
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -36,11 +39,11 @@ demo: $(STAMPS)/cpu
 	@$(BIN)/python examples/demo.py
 
 test: $(STAMPS)/test
-	$(BIN)/python -m pytest --ignore=tests/conformance $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --ignore=tests/conformance $(PYTEST_ARGS)
 
 # The contract of vllm-ascend is checked in environments of their own, which the script makes.
 conformance: $(STAMPS)/test
-	$(BIN)/python -m pytest tests/conformance
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile tests/conformance
 	$(BIN)/python tests/ascend/run_contract.py
 
 # Needs torch, torch_npu and pytest in $(PYTHON); installs nothing.

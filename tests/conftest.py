@@ -10,6 +10,11 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # several processes share the cores: threads that wait for each other only slow them
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 # The reference for what runs here must not depend on what a developer has set.
 for name in ("VLLM_PLUGINS", *(name for name in os.environ if name.startswith("VLLM_NPU_QUANT"))):
     os.environ.pop(name, None)

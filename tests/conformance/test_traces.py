@@ -14,6 +14,7 @@ from tests.conformance.method_cases import CASES, LINEAR_CASES, MOE_CASES, Case,
 from tests.conformance.mutations import MUTATIONS
 from tests.conformance.rules import UNDOCUMENTED
 from tests.conformance.traces import Trace
+from tests.npu import chip
 from vllm_npu_quant import dispatch
 from vllm_npu_quant.methods.moe import operators_of
 from vllm_npu_quant.spec import LayerKind
@@ -49,6 +50,17 @@ def test_calls_keep_to_the_documents(case: Case, made: dict[str, Trace]) -> None
 def test_undocumented_uses_are_the_known_ones(made: dict[str, Trace]) -> None:
     found = {entry for trace in made.values() for call in trace.calls for entry in rules.check(call).undocumented}
     assert found == set(UNDOCUMENTED)
+
+
+def test_a_chip_runs_them_first(made: dict[str, Trace]) -> None:
+    """The on-chip tests begin with the experts that have offsets per group; all other undocumented uses follow soon."""
+    uses = [
+        {entry for call in made[case.title].calls for entry in rules.check(call).undocumented}
+        for case in chip.undocumented_first()
+    ]
+    offsets = ["offsets per group" in found for found in uses]
+    assert offsets == sorted(offsets, reverse=True)
+    assert not any(uses[len(uses) * 2 // 3 :])
 
 
 def in_order(trace: Trace) -> tuple[str, ...]:
