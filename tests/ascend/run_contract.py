@@ -43,8 +43,8 @@ def run(name: str, arguments: list[str]) -> tuple[int, int, int]:
         install_metadata(Path(scratch))
         report = Path(scratch) / "report.xml"
         files = [str(environments.HERE / "contract" / points) for points in POINTS]
-        command = [str(environment.python), "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "--tb=short"]
-        command += ["-p", "tests.ascend.contract.fixtures"]
+        command = [str(environment.python), "-m", "pytest", "-q", "-rs", "--no-header", "--tb=short"]
+        command += ["-p", "no:cacheprovider", "-p", "tests.ascend.contract.fixtures"]
         subprocess.run(
             [*command, f"--junitxml={report}", *files, *arguments],
             cwd=environments.ROOT,
@@ -66,7 +66,9 @@ def main() -> int:
         names, arguments = names[:cut], names[cut + 1 :]
     counts = {name: run(name, arguments) for name in names or environments.RELEASES}
     for name, (passed, skipped, failed) in counts.items():
-        print(f"vllm-ascend {name}: {passed} contract points hold, {skipped} need a device, {failed} are broken")
+        print(
+            f"vllm-ascend {name}: {passed} contract points hold, {skipped} are skipped with a reason, {failed} are broken"
+        )
     total = [sum(column) for column in zip(*counts.values(), strict=True)]
     print(f"vllm-ascend contract points: {total[0]} passed, {total[2]} failed, {total[1]} skipped")
     return 1 if total[2] or not total[0] else 0

@@ -61,6 +61,21 @@ def test_platform_is_vllm_ascends_with_both_entry_points_installed(host: World) 
     assert platform() is None
 
 
+def test_the_pins_that_installing_is_tested_against_are_the_releases(host: World) -> None:
+    from importlib.metadata import requires, version
+
+    from packaging.requirements import Requirement
+
+    from tests.ascend.pins import PINS
+
+    exact = {}
+    for text in requires("vllm-ascend") or ():
+        requirement = Requirement(text)
+        pins = [specifier.version for specifier in requirement.specifier if specifier.operator == "=="]
+        exact.update({requirement.name: pins[0]} if pins else {})
+    assert exact == PINS[version("vllm-ascend")]
+
+
 def test_methods_are_registered_under_our_names_and_admitted_by_the_platform(host: World) -> None:
     from vllm.model_executor.layers.quantization import get_quantization_config
 
