@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from vllm_npu_quant.errors import Finding, nearest_names
@@ -72,17 +72,46 @@ class FindingLimit:
         return self.findings
 
 
+@dataclass
+class _Forms:
+    """The layers of one entry, as far as they have been compared with their layout.
+
+    Attributes:
+        entry: the entry, held so that no other object gets its id.
+        names: last name components of its tensors.
+        faultless: dtypes and shapes of these tensors with which nothing was wrong.
+    """
+
+    entry: LayerEntry
+    names: list[str]
+    faultless: set[tuple[tuple[str, tuple[int, ...]] | None, ...]] = field(default_factory=set)
+
+
 def check_checkpoint(quant_format: QuantFormat, checkpoint: StoredCheckpoint) -> list[Finding]:
     """Everything that is wrong with the files, and between the files and the config.
 
-    Linear in the number of layers.
+    Linear in the number of layers. Layers that have the same entry and tensors of the same dtypes and shapes, the experts of
+    a model above all, are compared with their layout once.
     """
     found = FindingLimit()
-    for layer, entry in quant_format.stored_layers(checkpoint.tensors):
-        if not entry.spec.is_float:
-            near = found.wants("missing-tensor")
-            for finding in check_layer(layer, entry, checkpoint.tensors, quant_format.source, near=near):
-                found.add(finding)
+    tensors = checkpoint.tensors
+    forms: dict[int, _Forms] = {}
+    for layer, entry in quant_format.stored_layers(tensors):
+        if entry.spec.is_float:
+            continue
+        known = forms.get(id(entry))
+        if known is None:
+            known = forms[id(entry)] = _Forms(entry, [tensor.name for tensor in tensors_of(entry.spec, entry.tensors)])
+        stored = [tensors.get(f"{layer}.{name}") for name in known.names]
+        form = tuple([None if tensor is None else (tensor.dtype, tensor.shape) for tensor in stored])
+        if form in known.faultless:
+            continue
+        near = found.wants("missing-tensor")
+        findings = check_layer(layer, entry, tensors, quant_format.source, near=near)
+        for finding in findings:
+            found.add(finding)
+        if not findings:
+            known.faultless.add(form)
     return [*checkpoint.findings, *found.close()]
 
 

@@ -335,7 +335,9 @@ class _Builder:
         #: Layer -> names of the rotation matrices that metadata.quarot gives it.
         self.rotations: dict[str, frozenset[str]] = {}
         self.fp8 = Fp8Use.from_settings()
+        #: By what is listed and what the shapes tell, and by what is listed and the shapes themselves.
         self._entries: dict[tuple, LayerEntry | None] = {}
+        self._forms: dict[tuple, LayerEntry] = {}
 
     def near(self, code: str, name: str, names: Iterable[str]) -> tuple[str, ...]:
         """The nearest names, for a finding of this code that is going to be shown."""
@@ -441,12 +443,23 @@ class _Builder:
 
     def _known_entry(self, layer: str, listed: Sequence[str]) -> LayerEntry | None:
         """The one entry object of all layers with these tensors and shapes; None (after a finding) where there is none."""
+        rotation = self.rotations.get(layer, frozenset())
+        stored: list[StoredTensor | None] = []
+        if self.tensors is not None:
+            names = (*listed[::2], "weight_scale", "weight_scale_second", *rotation)  # all that ``_shape`` looks at
+            stored = [self.tensors.get(f"{layer}.{name}") for name in names]
+        form = (rotation, *listed, *[None if tensor is None else tensor.shape for tensor in stored])
+        entry = self._forms.get(form)
+        if entry is not None:
+            return entry
         types = _pairs(listed)
         shape = self._shape(layer, types)
         signature = (shape, *listed)
         entry = self._entries.get(signature)
         if entry is None:  # a layer that has none is reported each time
             entry = self._entries[signature] = self._entry(layer, types, shape)
+        if entry is not None:
+            self._forms[form] = entry
         return entry
 
     def _shape(self, layer: str, types: Mapping[str, str]) -> _Shape:

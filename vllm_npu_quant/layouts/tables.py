@@ -9,6 +9,7 @@ Shapes are written with the layer's sizes: N outputs, K inputs, G = ceil(K / gro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 from math import gcd
@@ -81,6 +82,19 @@ class LayerSizes:
         return -(-(self.all_inputs or self.inputs) // self.group_size) if self.group_size > 0 else 1
 
 
+#: How many elements an axis has in a layer.
+_LENGTHS: dict[Axis, Callable[[LayerSizes], int]] = {
+    Axis.OUT: lambda sizes: sizes.outputs,
+    Axis.IN: lambda sizes: sizes.inputs,
+    Axis.GROUP: lambda sizes: sizes.groups,
+    Axis.ALL_GROUPS: lambda sizes: sizes.all_groups,
+    Axis.SHARD: lambda sizes: sizes.shards,
+    Axis.ROWS: lambda sizes: -(-sizes.outputs // sizes.rows_per_scale),
+    Axis.LEFT: lambda sizes: sizes.transform.left,
+    Axis.RIGHT: lambda sizes: sizes.transform.right,
+}
+
+
 @dataclass(frozen=True)
 class Dim:
     """One dimension of a stored tensor.
@@ -100,18 +114,9 @@ class Dim:
 
     def length(self, sizes: LayerSizes) -> int:
         """The dimension's length for a layer of these sizes."""
-        whole = {
-            Axis.OUT: sizes.outputs,
-            Axis.IN: sizes.inputs,
-            Axis.GROUP: sizes.groups,
-            Axis.ALL_GROUPS: sizes.all_groups,
-            Axis.SHARD: sizes.shards,
-            Axis.ROWS: -(-sizes.outputs // sizes.rows_per_scale),
-            Axis.LEFT: sizes.transform.left,
-            Axis.RIGHT: sizes.transform.right,
-            Axis.ANY: ANY_LENGTH,
-            Axis.FIXED: self.size,
-        }[self.axis]
+        if self.axis is Axis.ANY:
+            return ANY_LENGTH
+        whole = self.size if self.axis is Axis.FIXED else _LENGTHS[self.axis](sizes)
         return -(-whole * self.words // self.pack)
 
     def elements(self, length: int) -> int:
