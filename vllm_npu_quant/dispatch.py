@@ -36,6 +36,8 @@ class Row:
         method: "module:qualname" of the method class.
         operators: the torch_npu operators that it calls per forward, in order.
         remark: what a user should know before relying on it, for the support matrix and a line in the log.
+        instead: where the layers are not computed as the checkpoint says, which the remark then tells: how to export them so
+            that they are. Empty for all others.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Row:
     act_symmetric: bool = True
     transform: bool | None = False
     remark: str = ""
+    instead: str = ""
 
     def matches(self, kind: LayerKind, spec: LayerSpec) -> bool:
         return (
@@ -237,6 +240,7 @@ ROWS: tuple[Row, ...] = (
         method="vllm_npu_quant.methods.moe_w8a8:W8A8DynamicExperts",
         operators=("npu_grouped_matmul",),
         remark="experts' activations are quantized per token, and their static scales are not used",
+        instead="with dynamic activation scales (W8A8 dynamic)",
     ),
     Row(
         "W8A16",
@@ -259,6 +263,7 @@ ROWS: tuple[Row, ...] = (
         method="vllm_npu_quant.methods.moe_weight_only:FloatExperts",
         operators=("npu_grouped_matmul",),
         remark="experts' weights are dequantized while they load, to two bytes each",
+        instead="with one scale per channel (W8A16), or with 4 bits per group (W4A16)",
     ),
     Row(
         "W4A16 group, asymmetric",

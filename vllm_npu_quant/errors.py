@@ -58,6 +58,9 @@ CODES: dict[str, str] = {
     "operator-limit": "A shape or dtype lies outside of what the NPU operator's documentation allows.",
     "requantized": "The chip has no instructions for the checkpoint's number format, so the weights are converted while they "
     "load. The finding says from what to what, and which setting changes it.",
+    "served-otherwise": "The layers are served, and not quite as the checkpoint says: the finding tells what differs, such "
+    "as calibrated scales that are not used, or weights that take more memory. The answers stay close to what the "
+    "checkpoint means, and nothing has to be done. The finding says how to export the layers to have them served as stored.",
     "plugin-left-out": "vLLM will not load this plugin, or vllm-ascend's, and does not say so. Usually VLLM_PLUGINS is set: "
     "it lists all plugins that vLLM may load, by the names of their entry points, and whatever it does not list is left out.",
     "host-conflict": "What is installed on the host does not fit together, or a setting does not do what it seems to do. "

@@ -47,6 +47,7 @@ def test_inspect_json() -> None:
         "bytes": 1212416,
         "parameters": 1179648,
         "reason": "",
+        "remark": "",
     }
     layer = next(layer for layer in data["layers"] if layer["name"] == "model.layers.0.mlp.down_proj")
     assert (layer["outputs"], layer["inputs"], layer["method"]) == (256, 512, "W8A8DynamicLinear")

@@ -122,3 +122,36 @@ def test_experts_stored_as_two_tensors_in_the_files(dtype: str) -> None:
     else:
         with pytest.raises(NpuQuantError):
             resolver.resolve_experts(EXPERTS)
+
+
+@pytest.mark.parametrize("names", EXPERT_NAMES, ids=["proj", "w"])
+def test_messages_have_the_names_of_the_checkpoint(names: tuple[str, str, str]) -> None:
+    """Mixtral's w1, w3 and w2 are not called gate_proj, up_proj and down_proj, nor the other way around."""
+    others = next(family for family in EXPERT_NAMES if family != names)
+    for absent in names:
+        projections = {name: {"0": INT4, "1": INT4} for name in names if name != absent}
+        entry, (finding,) = collect_experts(EXPERTS, projections, "config.json")
+        assert entry is None
+        assert finding.message == "a projection of the experts is left out"
+        assert finding.expected.split() == list(names)
+        projections[absent] = {"0": INT4}
+        _, (finding,) = collect_experts(EXPERTS, projections, "config.json")
+        assert finding.found == f"no {EXPERTS}.1.{absent}"
+        assert not any(name in finding.render() for name in others)
+    described_layers = {
+        f"{EXPERTS}.0.{name}.{last}": "W8A8_DYNAMIC"
+        for name in names
+        for last in ("weight", "weight_scale", "weight_offset")
+    }
+    resolver = LayerResolver(ModelSlimFormat.from_description({"version": "1.0.0", **described_layers}))
+    with pytest.raises(NpuQuantError) as caught:
+        resolver.resolve_experts("model.layers.1.mlp.experts")
+    assert f"model.layers.1.mlp.experts.0.{names[0]}" in caught.value.findings[0].expected
+    assert others[0] not in caught.value.findings[0].expected
+
+
+def test_projections_of_no_family() -> None:
+    projections = {name: {"0": INT4} for name in ("fc1", "fc2")}
+    _, (finding,) = collect_experts(EXPERTS, projections, "config.json")
+    assert finding.expected == "gate_proj up_proj down_proj or w1 w3 w2"
+    assert finding.found == "fc1 fc2"

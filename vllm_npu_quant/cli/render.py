@@ -100,6 +100,8 @@ def inspect_text(console: Console, overview: Overview, *, layers: bool) -> None:
             console.print(Text(safe(f"  {scheme.spec}"), style="dim"), soft_wrap=True)
         elif scheme.reason:
             console.print(Text(safe(f"  {scheme.reason}"), style="dim"), soft_wrap=True)
+        if scheme.remark:
+            console.print(Text(safe(f"  {scheme.remark}"), style="cyan"), soft_wrap=True)
     if layers:
         console.print()
         console.print(

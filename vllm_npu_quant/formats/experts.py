@@ -56,12 +56,16 @@ def collect_experts(
     """
     names = next((family for family in EXPERT_NAMES if set(family) == set(projections)), None)
     if names is None:
+        meant = [family for family in EXPERT_NAMES if not set(family).isdisjoint(projections)]
+        incomplete = len(meant) == 1 and set(projections) < set(meant[0])
         finding = Finding(
             "undescribed-layer",
-            "the experts' projections have unexpected names",
+            "a projection of the experts is left out"
+            if incomplete
+            else "the experts' projections have unexpected names",
             layer=layer,
             file=source,
-            expected=" or ".join(" ".join(family) for family in EXPERT_NAMES),
+            expected=" or ".join(" ".join(family) for family in (meant if len(meant) == 1 else EXPERT_NAMES)),
             found=" ".join(sorted(projections))[:200],
             fix="check that the checkpoint is complete",
         )

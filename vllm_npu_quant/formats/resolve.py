@@ -194,7 +194,10 @@ class LayerResolver:
         """
         hit = self._find(prefix, self.format.find_experts)
         if hit is None:
-            raise NpuQuantError([self._undescribed(prefix, [prefix + ".0.gate_proj", prefix + ".0.w1"], partly=False)])
+            # As the checkpoint names the experts of other layers; where it has none, in the two spellings that there are.
+            others = filter(None, map(self.format.find_experts, self.format.layer_names()))
+            names = sorted({entry.names[0] for entry in others if entry.count}) or ["gate_proj", "w1"]
+            raise NpuQuantError([self._undescribed(prefix, [f"{prefix}.0.{name}" for name in names], partly=False)])
         name, entry = hit
         if entry.gate.spec != entry.up.spec:
             schemes = [

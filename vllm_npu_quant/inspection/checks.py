@@ -87,6 +87,7 @@ def check(
     findings = [*opened.findings, *quant_format.findings, *check_checkpoint(quant_format, opened.checkpoint)]
     layers = layers_of(quant_format, opened.checkpoint)
     findings += served_findings(layers, quant_format)
+    findings += otherwise_findings(layers, quant_format.source)
     findings += fused_findings(quant_format)
     findings += parallel_findings(opened, layers, tp=tp, ep=ep)
     findings += limit_findings(layers, quant_format.source, tp=tp, ep=ep)
@@ -136,6 +137,33 @@ def served_findings(layers: Iterable[Layer], quant_format: QuantFormat) -> list[
             for finding in _expert_findings(layer, quant_format):
                 found.add(finding)
     return found.close()
+
+
+def otherwise_findings(layers: Iterable[Layer], source: str) -> list[Finding]:
+    """Layers that are served, and not as the checkpoint says: one finding for all of a dispatch row.
+
+    FP8 is not among them: the formats speak of it, since a setting decides what becomes of it.
+    """
+    by_row: dict[dispatch.Row, list[Layer]] = {}
+    for layer in layers:
+        if layer.row is not None and layer.row.instead:
+            by_row.setdefault(layer.row, []).append(layer)
+    found = []
+    for row, members in by_row.items():
+        specs = list(dict.fromkeys(dispatch.describe(layer.spec) for layer in members))
+        found.append(
+            Finding(
+                "served-otherwise",
+                f"{row.remark} ({sum(layer.count for layer in members):,} layers)",
+                layer=members[0].name,
+                file=source,
+                expected="; ".join(specs[:3]) + ("; ..." if len(specs) > 3 else ""),
+                found=f"{row.name}: {row.method_name}",
+                fix=f"nothing, or export these layers {row.instead}",
+                severity=Severity.INFO,
+            )
+        )
+    return found
 
 
 def _expert_findings(layer: Layer, quant_format: QuantFormat) -> Iterable[Finding]:

@@ -201,6 +201,16 @@ def _by_row(chip: Chip, layers: Iterable[Layer], source: str) -> Iterable[Findin
             by_row.setdefault(layer.row, []).append(layer)
     for row, members in by_row.items():
         answer = support(chip, row)
+        if answer.served and row.remark and not row.instead:
+            yield Finding(
+                "operator-limit",
+                f"{chip.name}: {row.remark}",
+                layer=members[0].name,
+                file=source,
+                found=f"{row.name} ({', '.join(row.operators)})",
+                fix="compare a few answers with those of the float model before relying on it",
+                severity=Severity.INFO,
+            )
         if answer.served:
             continue
         kind = LayerKind(members[0].kind)

@@ -75,6 +75,7 @@ class Scheme:
         served: whether there is a method class, or none is needed.
         layers: how many checkpoint layers. nbytes: their stored bytes. parameters: their weights' elements.
         reason: why they are float.
+        remark: what to know of how they are served.
     """
 
     scheme: str
@@ -87,6 +88,7 @@ class Scheme:
     nbytes: int
     parameters: int
     reason: str = ""
+    remark: str = ""
 
 
 def layers_of(quant_format: QuantFormat, checkpoint: Checkpoint) -> list[Layer]:
@@ -219,6 +221,7 @@ def schemes_of(layers: Iterable[Layer]) -> list[Scheme]:
                 layer.nbytes,
                 parameters,
                 layer.reason,
+                layer.row.remark if layer.row is not None else "",
             )
         else:
             groups[key] = replace(

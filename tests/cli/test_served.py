@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers that are served, and not as the checkpoint says: check and inspect tell it, and none of it is a failure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from tests.cli.broken import Folder
+from vllm_npu_quant import dispatch
+from vllm_npu_quant.cli.app import app
+from vllm_npu_quant.errors import Severity
+from vllm_npu_quant.inspection import check, inspect
+
+EXPERTS = "msmodelslim-qwen3moe-w8a8-dynamic"
+DEQUANTIZED = next(row.remark for row in dispatch.ROWS if row.name == "W8A16 group, dequantized")
+
+
+def expert_layers(folder: Folder) -> list[str]:
+    return [name.removesuffix(".weight") for name in folder.tensors if ".experts." in name and name.endswith(".weight")]
+
+
+def static_experts(target: Path) -> Folder:
+    """The experts with a calibrated scale of their inputs (W8A8)."""
+    folder = Folder(EXPERTS, target)
+    changes: dict[str, str | None] = {}
+    for layer in expert_layers(folder):
+        outputs = folder.tensors[f"{layer}.weight"][1][0]
+        for suffix in ("weight_scale", "weight_offset"):
+            del folder.tensors[f"{layer}.{suffix}"]
+            changes[f"{layer}.{suffix}"] = None
+        one, many = [1], [outputs]
+        folder.tensors |= {
+            f"{layer}.input_scale": ("F32", one, b"\0\0\x80\x3c"),
+            f"{layer}.input_offset": ("F32", one, b"\0" * 4),
+            f"{layer}.quant_bias": ("I32", many, b"\0" * (4 * outputs)),
+            f"{layer}.deq_scale": ("F32", many, b"\0\0\x80\x3c" * outputs),
+        }
+        suffixes = ("weight", "input_scale", "input_offset", "quant_bias", "deq_scale")
+        changes |= {f"{layer}.{suffix}": "W8A8" for suffix in suffixes}
+    folder.describe(**changes)
+    folder.save()
+    (folder.path / "quant_model_weights.safetensors.index.json").unlink()  # which lists the old names
+    return folder
+
+
+def grouped_experts(target: Path) -> Folder:
+    """The experts as 8-bit integers with two scales per output (W8A16)."""
+    folder = Folder(EXPERTS, target)
+    changes: dict[str, str | None] = {}
+    for layer in expert_layers(folder):
+        changes[f"{layer}.weight"] = "W8A16"
+        for suffix in ("weight_scale", "weight_offset"):
+            dtype, (outputs, _), data = folder.tensors[f"{layer}.{suffix}"]
+            folder.tensors[f"{layer}.{suffix}"] = (dtype, [outputs, 2], data + data)
+            changes[f"{layer}.{suffix}"] = "W8A16"
+    folder.describe(**changes)
+    folder.save()
+    return folder
+
+
+def test_static_experts(tmp_path: Path) -> None:
+    folder = static_experts(tmp_path / "model")
+    report = check(folder.path)
+    (finding,) = report.findings
+    assert (finding.code, finding.severity) == ("served-otherwise", Severity.INFO)
+    assert "48 layers" in finding.message
+    assert "static scales are not used" in finding.message
+    assert finding.layer == "model.layers.0.mlp.experts.*.gate_proj"
+    assert finding.file == "quant_model_description.json"
+    assert "static activation" in finding.expected
+    assert "W8A8DynamicExperts" in finding.found
+    assert report.passed(strict=True)  # no warning: a scale per token is finer than the calibrated one
+
+
+def test_experts_that_are_dequantized(tmp_path: Path) -> None:
+    folder = grouped_experts(tmp_path / "model")
+    report = check(folder.path, device="a2")
+    (finding,) = report.findings
+    assert (finding.code, finding.severity) == ("served-otherwise", Severity.INFO)
+    assert "two bytes each" in finding.message
+    assert "one scale per channel" in finding.fix
+    schemes = [scheme for scheme in inspect(folder.path).schemes if scheme.kind == "fused_moe"]
+    assert {(scheme.method, scheme.remark) for scheme in schemes} == {("FloatExperts", DEQUANTIZED)}
+    assert all(scheme.spec in finding.expected for scheme in schemes)  # groups of 128 and of 64 inputs
+    assert "48 layers" in finding.message
+
+
+def test_commands(tmp_path: Path) -> None:
+    model = str(static_experts(tmp_path / "model").path)
+    runner = CliRunner()
+    checked = runner.invoke(app, ["check", model, "--strict", "--json"])
+    assert checked.exit_code == 0
+    assert [finding["code"] for finding in json.loads(checked.output)["findings"]] == ["served-otherwise"]
+    inspected = runner.invoke(app, ["inspect", model, "--json"])
+    remarks = {scheme["scheme"]: scheme["remark"] for scheme in json.loads(inspected.output)["schemes"]}
+    assert "static scales are not used" in remarks["W8A8"]
+    assert remarks["W8A8_DYNAMIC"] == ""
+    assert "static scales are not used" in runner.invoke(app, ["inspect", model]).output
+
+
+def test_use_that_the_operators_pages_do_not_have(tmp_path: Path) -> None:
+    """Zero points of 4-bit experts are as the checkpoint says; what the operator's page says is a matter of the chip."""
+    folder = Folder("awq-qwen3-autoawq-g128", tmp_path / "model")
+    moved = {}
+    for name, tensor in folder.tensors.items():
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            name = name.replace(f".mlp.{part}.", f".mlp.experts.0.{part}.")
+        moved[name] = tensor
+    folder.save(tensors=moved)
+    assert check(folder.path).findings == ()
+    (finding,) = check(folder.path, device="a2").findings
+    assert (finding.code, finding.severity) == ("operator-limit", Severity.INFO)
+    assert "undocumented" in finding.message
