@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,39 +46,37 @@ CASES = {
 }
 
 
-def _status(key: str) -> int:
+def resident(key: str) -> int:
+    """Bytes of the resident set: VmRSS now, VmHWM at its peak."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024
 
 
-def _reset_peak() -> int:
+def reset_peak() -> int:
+    """Forget the peak; the bytes now."""
     Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
+    return resident("VmRSS")
 
 
-def measure(name: str, experts: int, hidden: int, inner: int, queue: multiprocessing.Queue) -> None:
-    """One case: what the package does, on the layer's own parameters, and the unpacking of the same number of integers."""
-    from vllm_npu_quant import dispatch, emulation
-    from vllm_npu_quant.engine.linear import load_object
+def load(
+    spec: LayerSpec, listed: frozenset[str], experts: int, hidden: int, inner: int, only: str = ""
+) -> tuple[nn.Module, list[Any]]:
+    """A layer with the checkpoint's tensors of its experts, filled with something, and its products: w13 and w2, or one."""
     from vllm_npu_quant.engine.moe import _Product
     from vllm_npu_quant.formats.base import LayerEntry
-    from vllm_npu_quant.methods.moe import FusedExperts
-    from vllm_npu_quant.spec import LayerKind
 
-    emulation.register()
-    spec, listed = CASES[name]
     entry = LayerEntry(spec, listed)
-    products = (
+    products = [
         _Product("w13", (entry, entry), ("gate", "up"), torch.bfloat16),
         _Product("w2", (entry,), ("down",), torch.bfloat16),
-    )
+    ]
     products[0].size(inner, hidden, 1, 0)
     products[1].size(hidden, inner, 1, 0)
     layer = nn.Module()
-    methods = []
     for product in products:
+        if only not in product.name:
+            continue
         product.register(layer, experts, lambda *_: None)
-        methods.append(load_object(dispatch.select(LayerKind.FUSED_MOE, product.served).method)(product.name + "_"))
         for tensor in product.tensors:
             param = getattr(layer, f"{product.name}_{tensor.name}").data
             if param.dtype == torch.int64:
@@ -89,27 +88,53 @@ def measure(name: str, experts: int, hidden: int, inner: int, queue: multiproces
             elif param.is_floating_point():
                 param.uniform_(0.001, 0.003)
             else:
-                param.random_(-100, 100)
-    packed = experts * 3 * hidden * inner // 2
+                param[0].random_(-100, 100)
+                param[1:] = param[0]
+    return layer, products
+
+
+def prepare(layer: nn.Module, products: list[Any], hidden: int, inner: int, only: str = "") -> tuple[float, int]:
+    """What the engine does after loading. Returns the seconds, and the bytes at the peak above those before."""
+    from vllm_npu_quant import dispatch
+    from vllm_npu_quant.engine.linear import load_object
+    from vllm_npu_quant.methods.moe import FusedExperts
+    from vllm_npu_quant.spec import LayerKind
+
+    methods = [
+        load_object(dispatch.select(LayerKind.FUSED_MOE, product.served).method)(product.name + "_")
+        for product in products
+    ]
     chain = FusedExperts(methods[0], methods[1], hidden, inner, (products[0].group_size, products[1].group_size))
-    before, started = _reset_peak(), time.perf_counter()
+    before, started = reset_peak(), time.perf_counter()
     for product, method, sizes in zip(products, methods, (chain.w13_sizes, chain.w2_sizes), strict=True):
+        if only not in product.name:
+            continue
         prepared = method.prepare(product.experts(layer), sizes, torch.bfloat16)
         product.drop(layer)
         for key, value in method.finish(prepared).items():
             layer.register_parameter(method.prefix + key, nn.Parameter(value, requires_grad=False))
         del prepared
-    seconds, extra = time.perf_counter() - started, _status("VmHWM") - before
+    return time.perf_counter() - started, resident("VmHWM") - before
 
-    layer = nn.Module()
+
+def measure(name: str, experts: int, hidden: int, inner: int, queue: multiprocessing.Queue) -> None:
+    """One case: what the package does, on the layer's own parameters, and the unpacking of the same number of integers."""
+    from vllm_npu_quant import emulation
+
+    emulation.register()
+    packed = experts * 3 * hidden * inner // 2
+    layer, products = load(*CASES[name], experts, hidden, inner)
+    seconds, extra = prepare(layer, products, hidden, inner)
+
+    del layer
     words = [
         torch.randint(-(1 << 31), (1 << 31) - 1, (experts, outputs, inputs // 8), dtype=torch.int32)
         for outputs, inputs in ((2 * inner, hidden), (hidden, inner))
     ]
-    before, started = _reset_peak(), time.perf_counter()
+    before, started = reset_peak(), time.perf_counter()
     for number in range(2):
         words[number] = through_int32(words[number])
-    slow, slow_extra = time.perf_counter() - started, _status("VmHWM") - before
+    slow, slow_extra = time.perf_counter() - started, resident("VmHWM") - before
     queue.put((seconds, extra / packed, slow, slow_extra / packed))
 
 

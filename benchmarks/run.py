@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """All speed benchmarks, one after the other: results.json, results.txt and results.svg in a folder.
 
-python benchmarks/run.py [--out build/bench] [--only dispatch operators engine compiled]
+python benchmarks/run.py [--out build/bench] [--only dispatch operators experts load engine compiled]
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ HERE = Path(__file__).resolve().parent
 PARTS = {
     "dispatch": ["dispatch.py"],
     "operators": ["operators.py"],
+    "experts": ["moe_load.py"],
+    "load": ["load.py"],
     "engine": ["engine.py"],
     "compiled": ["engine.py", "--compile", "--configs", "bf16", "w8a8"],
 }

@@ -86,7 +86,7 @@ def gptq(weight: torch.Tensor) -> Tensors:
     integers, scale, zero = rounded(weight, 4, GROUP_SIZE, symmetric=False)
     return {
         "qweight": packed(integers).t().contiguous(),
-        "qzeros": packed((zero - 1).t().contiguous()),
+        "qzeros": packed(zero.t().contiguous()) - 0x11111111,  # whole words, as GPTQModel: 0 borrows from its neighbour
         "scales": scale.t().contiguous().to(torch.float16),
         "g_idx": (torch.arange(weight.shape[1]) // GROUP_SIZE).to(torch.int32),
     }

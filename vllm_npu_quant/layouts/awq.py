@@ -21,17 +21,15 @@ __all__ = ["ORDER", "pack", "to_canonical", "unpack", "zeros"]
 
 #: The output in each nibble, the lowest first.
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-#: The nibble of each output.
-_NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)
 
 _MIDDLE = 8
 
 
 def unpack(words: torch.Tensor) -> torch.Tensor:
     """int32 [R, C] to uint8 [R, 8 * C], values in [0, 15]."""
-    as_bytes = bytes_of(words)
-    nibbles = torch.stack((as_bytes & 15, as_bytes >> 4), dim=-1).flatten(-2)
-    return nibbles[..., _NIBBLE].flatten(-2)
+    # Output 4 * i + 2 * nibble + half is in that nibble of byte i of a half.
+    halves = bytes_of(words).unflatten(-1, (2, 2)).transpose(-1, -2)
+    return torch.stack((halves & 15, halves >> 4), dim=-2).flatten(-4)
 
 
 def pack(values: torch.Tensor) -> torch.Tensor:
