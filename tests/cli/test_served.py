@@ -114,3 +114,33 @@ def test_use_that_the_operators_pages_do_not_have(tmp_path: Path) -> None:
     (finding,) = check(folder.path, device="a2").findings
     assert (finding.code, finding.severity) == ("operator-limit", Severity.INFO)
     assert "undocumented" in finding.message
+
+
+def test_what_is_not_served_is_said_once_for_all_its_layers(tmp_path: Path) -> None:
+    """And inspect and plan point to it."""
+    folder = Folder("msmodelslim-qwen3-w8a8-dynamic", tmp_path / "model")
+    layers = [name.removesuffix(".weight") for name, (dtype, _, _) in folder.tensors.items() if dtype == "I8"]
+    names = [f"{layer}.{suffix}" for layer in layers for suffix in ("weight", "weight_scale", "weight_offset")]
+    folder.describe(**dict.fromkeys(names, "W8A8_MXFP8"))
+    (finding,) = check(folder.path).findings
+    assert finding.code == "unsupported-scheme"
+    assert finding.layer in layers
+    assert f"({len(layers)} layers)" in finding.message
+    runner = CliRunner()
+    assert (
+        "1 error in config and files: `vllm-npu-quant check`"
+        in runner.invoke(app, ["inspect", str(folder.path)]).output
+    )
+    planned = runner.invoke(app, ["plan", str(folder.path), "--device", "a2"]).output
+    assert f"{len(layers)} layers are quantized in a way that is not served" in planned
+    assert "memory: 64.0 GiB" in planned
+    assert "int8: 626 TOPS" in planned
+    config = Folder("ct-qwen3-w8a8-dynamic", tmp_path / "static")
+    groups = config.json("config.json")["quantization_config"]["config_groups"]
+    groups["group_0"]["input_activations"] |= {"num_bits": 4, "symmetric": False}
+    config.quantization(config_groups=groups)
+    (finding,) = check(config.path).findings
+    assert (finding.code, finding.message) == (
+        "unsupported-scheme",
+        "no NPU method class serves W8A4_DYNAMIC for linear layers (14 layers)",
+    )

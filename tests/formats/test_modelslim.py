@@ -350,11 +350,13 @@ def test_broken_descriptions_give_one_clear_error(name: str) -> None:
     assert any(LAYER[:-2] in finding.render() or code == "bad-config" for finding in found)
 
 
-def test_refused_types_are_named_for_every_layer_up_to_a_limit() -> None:
-    names = [f"model.layers.{number}.mlp.up_proj.weight" for number in range(30)]
-    found = ModelSlimFormat.from_description({**dict.fromkeys(names, "W8A8_MXFP8"), **V1})
-    assert len(found.findings) == 21
-    assert "10 more findings" in found.findings[-1].message
+def test_a_refused_type_is_said_once_for_all_its_layers() -> None:
+    types = {f"model.layers.{number}.mlp.up_proj.weight": "W8A8_MXFP8" for number in range(30)}
+    types["model.layers.7.mlp.down_proj.weight"] = "NF4"
+    first, second = ModelSlimFormat.from_description({**types, **V1}).findings
+    assert (first.code, first.layer, first.found) == ("unsupported-scheme", "model.layers.0.mlp.up_proj", "W8A8_MXFP8")
+    assert first.message.endswith("(30 layers)")
+    assert (second.layer, second.found) == ("model.layers.7.mlp.down_proj", "NF4")
 
 
 def description_of(folder: Path) -> dict[str, Any]:

@@ -220,10 +220,17 @@ def test_all_problems_come_at_once() -> None:
 
 
 def test_many_alike_are_counted() -> None:
-    layers = {f"l.{number}.q_proj": {"weight": "W9A9"} for number in range(500)}
+    layers = {f"l.{number}.q_proj": {"weight": "W8A8", "deq_scale": "W8A16"} for number in range(500)}
     findings = ModelSlimFormat.from_description(description(layers)).findings
     assert len(findings) == 21
     assert findings[-1].message.startswith("480 more")
+
+
+def test_an_unknown_type_is_said_once_for_all_its_layers() -> None:
+    layers = {f"l.{number}.q_proj": {"weight": "W9A9", "weight_scale": "W9"} for number in range(500)}
+    (finding,) = ModelSlimFormat.from_description(description(layers)).findings
+    assert (finding.code, finding.layer) == ("unknown-scheme", "l.0.q_proj")
+    assert finding.message == "no such ModelSlim type: W9, W9A9 (500 layers)"
 
 
 def test_the_order_of_the_entries_does_not_matter() -> None:

@@ -33,12 +33,9 @@ __all__ = [
     "table",
 ]
 
-_KINDS = {
-    "linear": "linear layers",
-    "fused_moe": "projections of experts",
-    "lm_head": "lm_head",
-    "other": "embeddings, norms and the like",
-}
+_KINDS = {"linear": "linear layer", "fused_moe": "experts' projection", "lm_head": "output head (lm_head)"}
+#: Of a chip's numbers, in units of 10^12.
+_UNITS = {"bandwidth": "TB/s", "fp16": "TFLOPS", "int8": "TOPS"}
 _COLOURS = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.INFO: "cyan"}
 
 
@@ -67,6 +64,11 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: It
     return made
 
 
+def counted(number: int, what: str) -> str:
+    """A number with its noun, in the plural where it is not 1."""
+    return f"{number:,} {what}" + ("s" if number != 1 else "")
+
+
 def _facts(console: Console, facts: Iterable[tuple[str, str]]) -> None:
     for name, value in facts:
         if value:
@@ -82,14 +84,20 @@ def inspect_text(console: Console, overview: Overview, *, layers: bool) -> None:
             ("format", (overview.format or "not quantized") + decided),
             ("producer", overview.producer),
             ("architecture", " ".join(filter(None, (overview.architecture, overview.dtype)))),
-            ("weights", f"{size_text(overview.nbytes)}, {overview.tensors:,} tensors in {overview.files:,} files"),
+            (
+                "weights",
+                f"{size_text(overview.nbytes)}, {counted(overview.tensors, 'tensor')} in {counted(overview.files, 'file')}",
+            ),
             *(("not loaded", f"{name}: {why}") for name, why in list(overview.ignored.items())[:5]),
         ],
     )
     for scheme in overview.schemes:
         console.print()
         head = Text(safe(f"{scheme.scheme}"), style="bold" if scheme.scheme != "FLOAT" else "")
-        head += Text(safe(f"  {scheme.layers:,} {_KINDS.get(scheme.kind, scheme.kind)}, {size_text(scheme.nbytes)}"))
+        what = counted(scheme.layers, _KINDS.get(scheme.kind, "layer"))
+        if scheme.kind == "other" and scheme.served:
+            what = f"{scheme.layers:,} embeddings, norms and the like"
+        head += Text(safe(f"  {what}, {size_text(scheme.nbytes)}"))
         console.print(head, soft_wrap=True)
         if not scheme.served:
             console.print(Text("  not served", style="bold red"))
@@ -102,6 +110,13 @@ def inspect_text(console: Console, overview: Overview, *, layers: bool) -> None:
             console.print(Text(safe(f"  {scheme.reason}"), style="dim"), soft_wrap=True)
         if scheme.remark:
             console.print(Text(safe(f"  {scheme.remark}"), style="cyan"), soft_wrap=True)
+    problems = [
+        counted(count, what) for count, what in ((overview.errors, "error"), (overview.warnings, "warning")) if count
+    ]
+    if problems:
+        console.print()
+        text = f"{' and '.join(problems)} in config and files: `vllm-npu-quant check` tells which"
+        console.print(Text(text, style="bold red" if overview.errors else "yellow"), soft_wrap=True)
     if layers:
         console.print()
         console.print(
@@ -234,7 +249,10 @@ def plan_text(console: Console, plan: Plan, *, layers: bool = False) -> None:
         console.print(table((*columns, *(f"us {other}" for other in others)), rows, right=right))
     console.print()
     for source in plan.sources:
-        console.print(Text(safe(f"{source.what}: {source.value:.4g}, {source.source}"), style="dim"), soft_wrap=True)
+        number = (
+            size_text(source.value) if source.what == "memory" else f"{source.value / 1e12:.4g} {_UNITS[source.what]}"
+        )
+        console.print(Text(safe(f"{source.what}: {number}, {source.source}"), style="dim"), soft_wrap=True)
     for remark in plan.remarks:
         console.print(Text(safe(f"note: {remark}"), style="dim"), soft_wrap=True)
 

@@ -152,9 +152,10 @@ def silent_finding(layers: Sequence[str], source: str) -> Finding | None:
     """The one line about layers that are stored as float although no rule excludes them; None where there are none."""
     if not layers:
         return None
+    many = f"{len(layers):,} layers are" if len(layers) > 1 else "a layer is"
     return Finding(
         "undescribed-layer",
-        f"{len(layers)} layers are stored as float although the config does not exclude them; they run as float",
+        f"{many} stored as float although the config excludes no such layer: served as float",
         file=source,
         found=", ".join(layers[:4]) + (", ..." if len(layers) > 4 else ""),
         severity=Severity.INFO,

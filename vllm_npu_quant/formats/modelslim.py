@@ -312,6 +312,10 @@ def _by_layer(types: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     return layers
 
 
+def _how_many(layers: list[str]) -> str:
+    return f" ({len(layers):,} layers)" if len(layers) > 1 else ""
+
+
 def _pairs(listed: Sequence[str]) -> dict[str, str]:
     """{suffix: type} of a layer."""
     return dict(zip(listed[::2], listed[1::2], strict=True))
@@ -335,6 +339,9 @@ class _Builder:
         #: Layer -> names of the rotation matrices that metadata.quarot gives it.
         self.rotations: dict[str, frozenset[str]] = {}
         self.fp8 = Fp8Use.from_settings()
+        #: Layers by a type that is refused, and by those that are not known.
+        self.refused: dict[str, list[str]] = {}
+        self.unknown: dict[tuple[str, ...], list[str]] = {}
         #: By what is listed and what the shapes tell, and by what is listed and the shapes themselves.
         self._entries: dict[tuple, LayerEntry | None] = {}
         self._forms: dict[tuple, LayerEntry] = {}
@@ -426,6 +433,7 @@ class _Builder:
                 self.biased.append(layer)
             if entry.spec.is_float and layer.endswith("norm") and _pairs(listed).get("bias") == FLOAT_TYPE:
                 self.norm_biases.append(layer)
+        self._report_types()
         for layer, projections in by_experts.items():
             experts, findings = collect_experts(layer, projections, self.source)
             for finding in findings:
@@ -439,6 +447,28 @@ class _Builder:
                 layer=layer,
                 nearest=self.near("undescribed-layer", layer, suffixes),
                 fix="re-export the checkpoint with msModelSlim",
+            )
+
+    def _report_types(self) -> None:
+        """One finding for all layers of a type that is not served."""
+        for kind, layers in self.refused.items():
+            self.report(
+                "unsupported-scheme",
+                _REFUSED.get(kind, _ONLY_950) + _how_many(layers),
+                layer=layers[0],
+                found=kind[:80],
+                fix="serve it on a chip that has this format, or export the checkpoint for Atlas A2 and A3: W8A8_DYNAMIC, "
+                "W4A8_DYNAMIC",
+            )
+        for kinds, layers in self.unknown.items():
+            self.report(
+                "unknown-scheme",
+                f"no such ModelSlim type: {', '.join(kinds)[:120]}" + _how_many(layers),
+                layer=layers[0],
+                expected="one of " + ", ".join(sorted(TYPES)),
+                found=kinds[0][:80],
+                nearest=self.near("unknown-scheme", kinds[0][:80], TYPES),
+                fix="update vllm-npu-quant, or re-export the checkpoint with one of these types",
             )
 
     def _known_entry(self, layer: str, listed: Sequence[str]) -> LayerEntry | None:
@@ -532,26 +562,11 @@ class _Builder:
             return _BIASED_FLOAT_ENTRY if "bias" in types else FLOAT_ENTRY
         known = next((kind for kind in quantized if kind in _REFUSED or "MXFP" in kind), None)
         if known is not None:
-            self.report(
-                "unsupported-scheme",
-                _REFUSED.get(known, _ONLY_950),
-                layer=layer,
-                found=known[:80],
-                fix="serve it on a chip that has this format, or export the checkpoint for Atlas A2 and A3: W8A8_DYNAMIC, "
-                "W4A8_DYNAMIC",
-            )
+            self.refused.setdefault(known, []).append(layer)
             return None
         unknown = sorted(kind for kind in quantized if kind not in TYPES)
         if unknown:
-            self.report(
-                "unknown-scheme",
-                f"no such ModelSlim type: {', '.join(unknown)[:120]}",
-                layer=layer,
-                expected="one of " + ", ".join(sorted(TYPES)),
-                found=unknown[0][:80],
-                nearest=nearest_names(unknown[0][:80], TYPES),
-                fix="update vllm-npu-quant, or re-export the checkpoint with one of these types",
-            )
+            self.unknown.setdefault(tuple(unknown), []).append(layer)
             return None
         scheme = types.get("weight", "")
         if quantized != {scheme}:

@@ -113,8 +113,9 @@ def _report(opened: Model, findings: Iterable[Finding], *, readable: bool, value
 
 
 def served_findings(layers: Iterable[Layer], quant_format: QuantFormat) -> list[Finding]:
-    """Layers that no method class serves."""
+    """Layers that no method class serves: one finding for all of a kind with one spec."""
     found = FindingLimit(8)
+    refused: dict[tuple[str, str], list[Layer]] = {}
     for layer in layers:
         if layer.spec.is_float:
             continue
@@ -131,11 +132,15 @@ def served_findings(layers: Iterable[Layer], quant_format: QuantFormat) -> list[
                 )
             )
         elif layer.row is None:
-            finding = dispatch.unsupported(LayerKind(layer.kind), layer.spec, file=quant_format.source)
-            found.add(replace(finding, layer=layer.name))
+            refused.setdefault((layer.kind, dispatch.describe(layer.spec)), []).append(layer)
         elif layer.kind == LayerKind.FUSED_MOE.value:
             for finding in _expert_findings(layer, quant_format):
                 found.add(finding)
+    for members in refused.values():
+        first = members[0]
+        finding = dispatch.unsupported(LayerKind(first.kind), first.spec, layer=first.name, file=quant_format.source)
+        count = sum(layer.count for layer in members)
+        found.add(replace(finding, message=finding.message + (f" ({count:,} layers)" if count > 1 else "")))
     return found.close()
 
 

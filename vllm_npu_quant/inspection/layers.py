@@ -13,7 +13,7 @@ from vllm_npu_quant.formats.rules import FLOAT_DTYPES, RuleFormat, is_embedding
 from vllm_npu_quant.layouts.tables import Axis, tensors_of
 from vllm_npu_quant.spec import FLOAT, LayerKind, LayerSpec, Layout
 
-__all__ = ["OTHER", "Layer", "Scheme", "layers_of", "schemes_of"]
+__all__ = ["OTHER", "UNKNOWN", "Layer", "Scheme", "layers_of", "schemes_of"]
 
 #: The kind of everything that no quantization method is asked for: norms, embeddings, lone parameters.
 OTHER = "other"

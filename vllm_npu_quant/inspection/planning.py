@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from vllm_npu_quant.errors import Finding, NpuQuantError
 from vllm_npu_quant.inspection.chips import Chip, Number, chip_of
-from vllm_npu_quant.inspection.layers import OTHER, Layer, layers_of
+from vllm_npu_quant.inspection.layers import OTHER, UNKNOWN, Layer, layers_of
 from vllm_npu_quant.inspection.memory import ACT, RankPart, kv_cache, layer_bytes, part_of, rank_bytes
 from vllm_npu_quant.inspection.model import Model, open_model
 from vllm_npu_quant.inspection.overview import dtype_of
@@ -299,7 +299,7 @@ def _sources(chip: Chip) -> tuple[Source, ...]:
     return tuple(Source(what, number.value, number.source) for what, number in numbers if number is not None)
 
 
-def _remarks(chip: Chip, model: Model, layers: Iterable[Layer], fits_nowhere: bool) -> Iterable[str]:
+def _remarks(chip: Chip, model: Model, layers: Sequence[Layer], fits_nowhere: bool) -> Iterable[str]:
     if chip.remark:
         yield chip.remark
     if chip.fp16 is None:
@@ -315,7 +315,10 @@ def _remarks(chip: Chip, model: Model, layers: Iterable[Layer], fits_nowhere: bo
         yield "no int4 peak is published: int8's is used for W4A4"
     unserved = [layer.name for layer in layers if not layer.spec.is_float and layer.row is None]
     if unserved:
-        yield f"{len(unserved)} quantized layers are not served (see check); they are counted as float"
+        yield f"{len(unserved):,} quantized layers are not served (see check); they are counted as float"
+    unknown = sum(layer.spec == UNKNOWN for layer in layers)
+    if unknown:
+        yield f"{unknown:,} layers are quantized in a way that is not served (see check); they are counted as they are stored"
     if fits_nowhere:
         yield "no tensor-parallel size that cuts the layers evenly leaves room for max_model_len tokens"
     if not model.config:
