@@ -152,10 +152,12 @@ def silent_finding(layers: Sequence[str], source: str) -> Finding | None:
     """The one line about layers that are stored as float although no rule excludes them; None where there are none."""
     if not layers:
         return None
-    many = f"{len(layers):,} layers are" if len(layers) > 1 else "a layer is"
+    many, them, run = f"{len(layers):,} layers are", "them", "they run"
+    if len(layers) == 1:
+        many, them, run = "a layer is", "it", "it runs"
     return Finding(
         "undescribed-layer",
-        f"{many} stored as float although the config excludes no such layer: served as float",
+        f"{many} stored as float although the config does not exclude {them}; {run} as float",
         file=source,
         found=", ".join(layers[:4]) + (", ..." if len(layers) > 4 else ""),
         severity=Severity.INFO,
