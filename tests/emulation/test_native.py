@@ -48,6 +48,16 @@ def test_integer_products_are_exact(rows: int, depth: int) -> None:
 
 
 @built
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+def test_few_rows_of_wide_layers_are_exact(rows: int) -> None:
+    """More columns than one task has accumulators for, whole tiles and not."""
+    for width in (4096, 4096 + 5, 9000):
+        x, weight = integers(rows, 37), integers(37, width, seed=1)
+        product = native.product(native.Kind.INT8, x, weight, torch.int32)
+        assert torch.equal(product, int_matmul(x, weight)), width
+
+
+@built
 @pytest.mark.parametrize("out_dtype", [BF16, F16, torch.int32])
 @pytest.mark.parametrize("rows", [1, 3, 33])
 def test_quantized_products_are_equal_bit_for_bit(rows: int, out_dtype: torch.dtype) -> None:

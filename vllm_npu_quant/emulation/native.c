@@ -33,7 +33,8 @@ enum { BF16 = 0, F16 = 1, F32 = 2, I32 = 3 };
 #define KC 256       // depth of an integer panel
 #define KF 128       // depth of a float panel
 #define FEW 4        // up to here rows are "few"
-#define FEW_COLS 512 // columns of accumulators with few rows
+#define FEW_COLS 512 // columns of a task with few rows of floats
+#define FEW_SUMS 4096 // accumulators of a task with few rows of integers: half of the first cache
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
@@ -236,22 +237,25 @@ ALWAYS_INLINE __m256i multiply_add(__m256i sum, __m256i a, __m256i b) {
 
 // ----------------------------------------------------------------------------------------------------- integers, few rows
 
-// sums[m][j] += x[m] @ weight[:, first + j] for `cols` (a multiple of 16) columns.
+// sums[m * stride + j] += x[m] @ weight[:, first + j] for `cols` (a multiple of 16) columns.
 // x: int16, one pointer per row, with a zero after an odd number of inputs.
 ALWAYS_INLINE void stream_int(const int16_t *const *x, const uint8_t *weight, i64 row_bytes, i64 depth, i64 first, i64 cols,
-                              const int rows, int32_t sums[][FEW_COLS]) {
+                              const int rows, int32_t *sums, i64 stride) {
     enum { PAIRS = 4 };
     for (i64 k = 0; k < depth; k += 2 * PAIRS) {
         i64 left = (depth - k + 1) / 2;
         int pairs = left < PAIRS ? (int)left : PAIRS;
         for (i64 j = 0; j < cols; j += NR) {
+            const uint8_t *row = weight + k * row_bytes;
+            if (j % 64 == 0) // the next rows' lines: a row may be a page away from the one before
+                for (int p = 0; p < 2 * PAIRS; p++)
+                    _mm_prefetch((const char *)row + (2 * PAIRS + p) * row_bytes + first + j, _MM_HINT_T0);
             __m256i c[FEW][2];
 #pragma GCC unroll 4
             for (int m = 0; m < rows; m++) {
-                c[m][0] = _mm256_loadu_si256((const __m256i *)(sums[m] + j));
-                c[m][1] = _mm256_loadu_si256((const __m256i *)(sums[m] + j + 8));
+                c[m][0] = _mm256_loadu_si256((const __m256i *)(sums + m * stride + j));
+                c[m][1] = _mm256_loadu_si256((const __m256i *)(sums + m * stride + j + 8));
             }
-            const uint8_t *row = weight + k * row_bytes;
             for (int p = 0; p < pairs; p++, row += 2 * row_bytes) {
                 __m128i upper = weights16(row, first + j, 0);
                 // After an odd number of inputs x has a zero, so any weight does.
@@ -269,8 +273,8 @@ ALWAYS_INLINE void stream_int(const int16_t *const *x, const uint8_t *weight, i6
             }
 #pragma GCC unroll 4
             for (int m = 0; m < rows; m++) {
-                _mm256_storeu_si256((__m256i *)(sums[m] + j), c[m][0]);
-                _mm256_storeu_si256((__m256i *)(sums[m] + j + 8), c[m][1]);
+                _mm256_storeu_si256((__m256i *)(sums + m * stride + j), c[m][0]);
+                _mm256_storeu_si256((__m256i *)(sums + m * stride + j + 8), c[m][1]);
             }
         }
     }
@@ -407,22 +411,22 @@ static int get_scratch(Scratch *to) {
 // ------------------------------------------------------------------------------------------------------------ int8 x int8
 
 static void int8_few(const Product *p, const Expert *e, i64 start, i64 rows, i64 first, i64 cols, const int16_t *const *x) {
-    int32_t sums[FEW][FEW_COLS];
+    int32_t sums[FEW_SUMS] __attribute__((aligned(64)));
     i64 whole = cols / NR * NR;
-    for (int m = 0; m < rows; m++) memset(sums[m], 0, cols * sizeof sums[m][0]);
+    memset(sums, 0, rows * cols * sizeof sums[0]);
     switch (rows) {
-    case 1: stream_int(x, e->weight, e->row_bytes, p->depth, first, whole, 1, sums); break;
-    case 2: stream_int(x, e->weight, e->row_bytes, p->depth, first, whole, 2, sums); break;
-    case 3: stream_int(x, e->weight, e->row_bytes, p->depth, first, whole, 3, sums); break;
-    case 4: stream_int(x, e->weight, e->row_bytes, p->depth, first, whole, 4, sums); break;
+    case 1: stream_int(x, e->weight, e->row_bytes, p->depth, first, whole, 1, sums, cols); break;
+    case 2: stream_int(x, e->weight, e->row_bytes, p->depth, first, whole, 2, sums, cols); break;
+    case 3: stream_int(x, e->weight, e->row_bytes, p->depth, first, whole, 3, sums, cols); break;
+    case 4: stream_int(x, e->weight, e->row_bytes, p->depth, first, whole, 4, sums, cols); break;
     }
     for (i64 j = whole; j < cols; j++)
         for (int m = 0; m < rows; m++) {
             int32_t sum = 0;
             for (i64 k = 0; k < p->depth; k++) sum += x[m][k] * (int8_t)e->weight[k * e->row_bytes + first + j];
-            sums[m][j] = sum;
+            sums[m * cols + j] = sum;
         }
-    for (int m = 0; m < rows; m++) finish_int8(p, e, sums[m], start + m, first, cols);
+    for (int m = 0; m < rows; m++) finish_int8(p, e, sums + m * cols, start + m, first, cols);
 }
 
 static int int8_many(const Product *p, const Expert *e, i64 start, i64 end, i64 first, i64 cols) {
@@ -890,8 +894,9 @@ i64 nq_product(const Product *p) {
     }
     int threads = work < 65536 ? 1 : omp_get_max_threads();
     int few = most_rows <= FEW && (p->kind == INT8 || p->kind == WEIGHT_ONLY);
-    i64 cols = columns_per_task(p->width, few ? FEW_COLS : MAX_COLS, p->count, threads);
-    if (cols > (few ? FEW_COLS : MAX_COLS)) cols = few ? FEW_COLS : MAX_COLS;
+    i64 most = !few ? MAX_COLS : p->kind == INT8 ? FEW_SUMS / (most_rows ? most_rows : 1) / NR * NR : FEW_COLS;
+    i64 cols = columns_per_task(p->width, most, p->count, threads);
+    if (cols > most) cols = most;
     i64 per_group = (p->width + cols - 1) / cols, tasks = per_group * p->count;
     i64 failed = 0;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) reduction(+ : failed)

@@ -27,9 +27,16 @@ _MIDDLE = 8
 
 def unpack(words: torch.Tensor) -> torch.Tensor:
     """int32 [R, C] to uint8 [R, 8 * C], values in [0, 15]."""
-    # Output 4 * i + 2 * nibble + half is in that nibble of byte i of a half.
-    halves = bytes_of(words).unflatten(-1, (2, 2)).transpose(-1, -2)
-    return torch.stack((halves & 15, halves >> 4), dim=-2).flatten(-4)
+    as_bytes = bytes_of(_in_order(words)).flatten(-2)
+    return torch.stack((as_bytes & 15, as_bytes >> 4), dim=-1).flatten(-2)
+
+
+def _in_order(words: torch.Tensor) -> torch.Tensor:
+    """int32 [...] with output i of each word in its nibble i: whole words at a time, which are an eighth of the values."""
+    swapped = (words ^ (words >> 8)) & 0x0000FF00  # the two bytes in the middle
+    words = words ^ swapped ^ (swapped << 8)
+    swapped = (words ^ (words >> 4)) & 0x00F000F0  # the two nibbles in the middle of each half
+    return words ^ swapped ^ (swapped << 4)
 
 
 def pack(values: torch.Tensor) -> torch.Tensor:
