@@ -73,6 +73,36 @@ def test_compare_experts() -> None:
     assert all(layer["accumulated"] < 0.3 for layer in layers)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("compare", "EMPTY", "--reference", "MODEL"), "the folder holds no weights"),
+        (("compare", "MODEL", "--reference", "./nowhere"), "the folder of the checkpoint cannot be read"),
+        (("compare", "MODEL", "--reference", "MODEL", "--plot", "errors.pdf"), "a plot is .svg or .png"),
+        (("compare", "MODEL", "--reference", "MODEL", "--plot", "nowhere/errors.svg"), "there is no folder nowhere"),
+        (("compare", "MODEL", "--reference", "MODEL", "--plot", "EMPTY.svg"), "is a folder"),
+        (("run", "EMPTY"), "the folder holds no weights"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_an_engine_starts(
+    arguments: tuple[str, ...], words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "EMPTY.svg").mkdir()
+    model = str(fixture("source-tiny-qwen3"))
+    names = {"MODEL": model, "EMPTY": str(tmp_path / "EMPTY"), "EMPTY.svg": str(tmp_path / "EMPTY.svg")}
+    code = (
+        "import sys; from vllm_npu_quant.cli import main\n"
+        f"sys.argv = ['vllm-npu-quant', *{[names.get(argument, argument) for argument in arguments]!r}]\n"
+        "try: main()\n"
+        "finally: assert not {'vllm', 'torch'} & set(sys.modules)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 2, result.stderr
+    assert words in result.stderr
+    assert result.stdout == ""
+
+
 def test_run() -> None:
     model = str(fixture("msmodelslim-qwen3-w8a8-dynamic"))
     result = command(

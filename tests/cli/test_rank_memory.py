@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures_index import fixture, fixtures, shared, shared_checkpoints
-from vllm_npu_quant.inspection import plan
+from vllm_npu_quant.inspection import inspect, plan
+from vllm_npu_quant.inspection.parallel import cut_of
+from vllm_npu_quant.layouts.tables import Axis
 
 pytest.importorskip("vllm")
 
@@ -77,7 +79,7 @@ RANKS = {
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("kind", RANKS)
 def test_two_ranks(kind: str, tmp_path: Path) -> None:
-    """Two processes, each with its half."""
+    """Two processes, each with its half: plan counts the bytes of the rank that holds the most, which is the first."""
     experts, names = RANKS[kind]
     folders = [shared(name) if kind == "shared" else fixture(name) for name in names]
     processes = [
@@ -96,8 +98,21 @@ def test_two_ranks(kind: str, tmp_path: Path) -> None:
     for folder in folders:
         made = plan(folder, device="a2", tp=2, ep=experts)
         counted.append((folder.name, made.weight_bytes, made.kv_bytes_per_token))
+    ranks: list[list[dict[str, int]]] = []
     for output, errors in outputs:
         lines = [json.loads(line[5:]) for line in output.splitlines() if line.startswith("HELD ")]
         assert len(lines) == len(folders), errors[-3000:]
-        real = [(folder.name, sum(held.values()), kv) for folder, (held, kv) in zip(folders, lines, strict=True)]
-        assert real == counted
+        assert [kv for _, kv in lines] == [kv for _, _, kv in counted]
+        ranks.append([held for held, _ in lines])
+    first, second = ranks
+    assert [(name, weights) for name, weights, _ in counted] == [
+        (folder.name, sum(held.values())) for folder, held in zip(folders, first, strict=True)
+    ]
+    for folder, mine, others in zip(folders, first, second, strict=True):
+        # The results of row-parallel layers are summed: what does not depend on the input is added on the first rank alone.
+        once = {
+            layer.name: 4 * layer.outputs
+            for layer in inspect(folder).layers
+            if layer.method == "W8A8StaticLinear" and cut_of(layer) is Axis.IN
+        }
+        assert {name: size - others.get(name, 0) for name, size in mine.items() if size != others.get(name)} == once

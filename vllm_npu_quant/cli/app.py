@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -262,9 +263,15 @@ def compare(
 ) -> None:
     """Perplexity and divergence of a quantized model against its float original, through vLLM's engine."""
     _needs_engine("compare")
-    if plot is not None and plot.suffix not in (".svg", ".png"):
-        raise _usage("a plot is .svg or .png")
+    if plot is not None:
+        from vllm_npu_quant.cli.plot import why_not
+
+        problem = why_not(plot)
+        if problem:
+            raise _usage(problem)
     content = None if text is None else _read_text(text)
+    with _refusals("compare", as_json):
+        _openable(model, reference)
     with _refusals("compare", as_json), _engine_output():
         from vllm_npu_quant.engine.compare import compare as run_compare
 
@@ -282,10 +289,14 @@ def compare(
             from vllm_npu_quant.cli.plot import write_plot
 
             rows = [
-                (layer.layer, layer.own if layer.own is not None else layer.accumulated) for layer in result.layers[:60]
+                (layer.layer, layer.own)
+                if layer.own is not None
+                else (f"{layer.layer} (accumulated)", layer.accumulated)
+                for layer in result.layers[:60]
             ]
+            which = f", the worst 60 of {len(result.layers)}" if len(result.layers) > 60 else ""
             try:
-                write_plot(plot, f"{model}: relative error of the layers' outputs", rows)
+                write_plot(plot, f"{model}: relative error of the layers' outputs{which}", rows)
             except (OSError, ValueError) as error:
                 raise _usage(str(error)) from None
         if as_json:
@@ -312,6 +323,8 @@ def run(
     if dtype not in ("auto", "bfloat16", "float16"):
         raise _usage(f"--dtype is auto, bfloat16 or float16, not {dtype[:40]!r}")
     prompts = prompt or ["The capital of France is"]
+    with _refusals("run", as_json):
+        _openable(model)
     with _refusals("run", as_json), _engine_output():
         from vllm_npu_quant.engine.compare import run as run_model
 
@@ -325,6 +338,21 @@ def run(
         from vllm_npu_quant.cli.render import run_text
 
         run_text(_console(), report)
+
+
+def _openable(*models: str) -> None:
+    """Refuse folders that hold no weights before an engine is started, which takes its time to find out.
+
+    Raises:
+        NpuQuantError: unreadable-file.
+    """
+    from vllm_npu_quant.inspection.model import looks_like_path, open_model
+
+    for model in models:
+        if os.path.isdir(model) or looks_like_path(model):
+            opened = open_model(model, follow_links=True)
+            if not opened.checkpoint.files:
+                raise NpuQuantError(opened.checkpoint.findings)
 
 
 def _needs_engine(command: str) -> None:
@@ -352,7 +380,9 @@ def _engine_output() -> Iterator[None]:
     """The engine's own lines go to stderr, so that stdout holds the result alone; its failures become findings."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
-        with redirect_stdout(sys.stderr):
+        # Warnings of libraries about each other are nothing that a user of this command could mend.
+        with redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
     except (NpuQuantError, KeyboardInterrupt, typer.Exit):
         raise

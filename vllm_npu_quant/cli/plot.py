@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-__all__ = ["bars_svg", "write_plot"]
+__all__ = ["bars_svg", "why_not", "write_plot"]
 
 _ROW, _LEFT, _WIDTH = 18, 320, 480
 
@@ -33,6 +34,19 @@ def bars_svg(title: str, rows: Sequence[tuple[str, float]]) -> str:
     return "\n".join([*lines, "</svg>", ""])
 
 
+def why_not(path: Path) -> str:
+    """Why a picture of this name could not be written, before anything is measured; empty where nothing is in the way."""
+    if path.suffix not in (".svg", ".png"):
+        return "a plot is .svg or .png"
+    if path.suffix == ".png" and find_spec("matplotlib") is None:
+        return "a .png needs matplotlib, which is not installed; .svg does not"
+    if path.is_dir():
+        return f"{path} is a folder"
+    if not path.absolute().parent.is_dir():
+        return f"there is no folder {path.parent}"
+    return ""
+
+
 def write_plot(path: Path, title: str, rows: Sequence[tuple[str, float]]) -> None:
     """Write the picture as its name's ending says.
 
@@ -42,12 +56,11 @@ def write_plot(path: Path, title: str, rows: Sequence[tuple[str, float]]) -> Non
     if path.suffix == ".svg":
         path.write_text(bars_svg(title, rows))
         return
-    if path.suffix != ".png":
-        raise ValueError("a plot is .svg or .png")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("a .png needs matplotlib, which is not installed; .svg does not") from None
+    problem = why_not(path)
+    if problem:
+        raise ValueError(problem)
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 1 + 0.2 * len(rows)))
     axes = figure.subplots()
     axes.barh([name for name, _ in rows], [value for _, value in rows])
