@@ -144,12 +144,12 @@ def _cut(chunks: Iterable[bytes], status: int, start: int, stop: int) -> bytes:
     """The wanted bytes of an answer, which has the whole file where its status is not 206 (partial content)."""
     skip = 0 if status == 206 else start
     wanted = skip + stop - start
-    content = b""
+    content = bytearray()
     for chunk in chunks:
         content += chunk
         if len(content) >= wanted:
             break
-    return content[skip:wanted]
+    return bytes(content[skip:wanted])
 
 
 def _model_info(repository: str, revision: str | None) -> Any:
