@@ -90,7 +90,8 @@ def check(
     findings += otherwise_findings(layers, quant_format.source)
     findings += fused_findings(quant_format)
     findings += parallel_findings(opened, layers, tp=tp, ep=ep)
-    findings += limit_findings(layers, quant_format.source, tp=tp, ep=ep)
+    said = {finding.layer for finding in quant_format.findings if finding.code == "operator-limit"}
+    findings += limit_findings(layers, quant_format.source, tp=tp, ep=ep, said=said)
     if device is not None:
         from vllm_npu_quant.inspection.chips import chip_findings
 

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from math import gcd
 
 from vllm_npu_quant.errors import Finding
 from vllm_npu_quant.formats.check import FindingLimit
 from vllm_npu_quant.inspection.layers import Layer
 from vllm_npu_quant.inspection.memory import part_of
+from vllm_npu_quant.inspection.parallel import NUMBER
 from vllm_npu_quant.spec import Granularity
 
 __all__ = ["limit_findings"]
@@ -20,13 +22,24 @@ MAX_INPUTS = 65535
 MIN_GROUP = 16
 
 
-def limit_findings(layers: Sequence[Layer], source: str, *, tp: int, ep: int) -> list[Finding]:
-    """Layers whose part on a rank lies outside of what their method's operators take."""
+def limit_findings(
+    layers: Sequence[Layer], source: str, *, tp: int, ep: int, said: Collection[str] = ()
+) -> list[Finding]:
+    """Layers whose part on a rank lies outside of what their method's operators take.
+
+    Args:
+        said: names of layers of which their format has said so.
+    """
     found = FindingLimit(8)
+    # One finding for the layers of all depths that have the same name and the same problem.
+    alike: dict[tuple[str, Finding], list[Finding]] = {}
     for layer in layers:
-        if layer.row is not None:
+        if layer.row is not None and layer.name not in said:
             for finding in _layer_findings(layer, source, tp, ep):
-                found.add(finding)
+                alike.setdefault((NUMBER.sub("*", layer.name), replace(finding, layer="")), []).append(finding)
+    for findings in alike.values():
+        more = f" ({len(findings):,} layers like it)" if len(findings) > 1 else ""
+        found.add(replace(findings[0], message=findings[0].message + more))
     return found.close()
 
 
@@ -34,6 +47,8 @@ def _layer_findings(layer: Layer, source: str, tp: int, ep: int) -> Iterable[Fin
     part = part_of(layer, tp, ep)
     weight = layer.spec.weight
     assert weight is not None
+    if part.inputs != layer.inputs and part.inputs * tp != layer.inputs:
+        return  # it cannot be cut at all, which has been said
     if part.inputs > MAX_INPUTS and layer.operators:
         yield Finding(
             "operator-limit",
