@@ -7,7 +7,7 @@ A format turns its configuration file into one ``LayerSpec`` per layer; the disp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 __all__ = [
@@ -20,6 +20,8 @@ __all__ = [
     "NumberKind",
     "TransformSpec",
     "WeightSpec",
+    "as_float",
+    "as_w4a16",
 ]
 
 
@@ -177,3 +179,23 @@ class LayerSpec:
 
 #: A layer that is not quantized.
 FLOAT = LayerSpec("FLOAT", Layout.FLOAT)
+
+
+def as_float(spec: LayerSpec) -> LayerSpec:
+    """The spec of a quantized layer that is dequantized at load to the model's dtype."""
+    return replace(
+        spec,
+        scheme=f"{spec.scheme} as float",
+        weight=WeightSpec(16, NumberKind.FLOAT),
+        activation=None,
+        stored=spec.on_disk,
+    )
+
+
+def as_w4a16(spec: LayerSpec) -> LayerSpec:
+    """The spec of a layer with 4-bit weights and 8-bit activations where its activations are left in the model's dtype; any
+    other spec, and one with an input transform, is returned as it is."""
+    weight, activation = spec.weight, spec.activation
+    if weight is None or activation is None or spec.transform is not None or (weight.bits, activation.bits) != (4, 8):
+        return spec
+    return replace(spec, scheme=f"{spec.scheme} as W4A16", activation=None)

@@ -21,6 +21,7 @@ FOLDERS = list({path.name: path for path in (*shared_checkpoints(), *fixtures())
 #: What check says of each folder besides nothing: (severity, code) and how often, without duplicates.
 FINDINGS: dict[str, set[tuple[str, str]]] = {
     "autoround-qwen3-fp8block": {("info", "requantized")},
+    "ct-dsv3-w8a8-dynamic": {("info", "served-otherwise")},
     "ct-qwen3-fp8-block": {("info", "requantized")},
     "ct-qwen3-fp8-dynamic": {("info", "requantized")},
     "ct-qwen3moe-fp8-dynamic": {("info", "requantized")},
@@ -46,7 +47,11 @@ SCHEMES: dict[str, dict[str, tuple[int, int, int]]] = {
     "awq-qwen3-g32": {"AWQ W4A16": (14, 0, 0), "FLOAT": (0, 0, 1)},
     "awq-qwen3moe-autoawq-g128": {"AWQ W4A16": (8, 48, 0), "FLOAT": (2, 0, 1)},
     "awq-qwen3moe-g128": {"AWQ W4A16": (8, 48, 0), "FLOAT": (2, 0, 1)},
-    "ct-dsv3-w8a8-dynamic": {"W8A8_DYNAMIC": (16, 24, 0), "FLOAT": (1, 0, 1)},
+    "ct-dsv3-w8a8-dynamic": {
+        "W8A8_DYNAMIC": (14, 24, 0),
+        "W8A8_DYNAMIC as float": (2, 0, 0),  # kv_b_proj
+        "FLOAT": (1, 0, 1),
+    },
     "ct-qwen3-fp8-block": {"FP8_BLOCK_DYNAMIC as W8A8_DYNAMIC": (14, 0, 0), "FLOAT": (0, 0, 1)},
     "autoround-qwen3-fp8block": {"FP8_BLOCK_DYNAMIC as W8A8_DYNAMIC": (14, 0, 0), "FLOAT": (0, 0, 1)},
     "ct-qwen3-fp8-dynamic": {"FP8_CHANNEL_DYNAMIC as W8A8_DYNAMIC": (14, 0, 0), "FLOAT": (0, 0, 1)},

@@ -6,9 +6,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from tests.cli.broken import Folder
+from tests.fixtures_index import fixture
 from vllm_npu_quant import dispatch
 from vllm_npu_quant.cli.app import app
 from vllm_npu_quant.errors import Severity
@@ -144,3 +146,36 @@ def test_what_is_not_served_is_said_once_for_all_its_layers(tmp_path: Path) -> N
         "unsupported-scheme",
         "no NPU method class serves W8A4_DYNAMIC for linear layers (14 layers)",
     )
+
+
+def test_kv_b_proj_of_latent_attention(tmp_path: Path) -> None:
+    """The engine takes its weight apart, so that it becomes floats; without latent attention it is as any other layer."""
+    folder = Folder("ct-qwen3-w8a8-dynamic", tmp_path / "model")
+    folder.save(
+        tensors={name.replace("self_attn.v_proj", "self_attn.kv_b_proj"): t for name, t in folder.tensors.items()}
+    )
+    config = folder.json("config.json")
+    assert check(folder.path).findings == ()
+    folder.write_json("config.json", {**config, "kv_lora_rank": 64})
+    (finding,) = check(folder.path, values=True).findings
+    assert (finding.code, finding.severity) == ("served-otherwise", Severity.INFO)
+    assert finding.layer == "model.layers.0.self_attn.kv_b_proj"
+    assert finding.expected.startswith("W8A8_DYNAMIC: 8-bit int weight per channel")
+    assert finding.found == "dequantized: DequantizedLinear"
+    schemes = {scheme.scheme: (scheme.layers, scheme.method) for scheme in inspect(folder.path).schemes}
+    assert schemes["W8A8_DYNAMIC as float"] == (2, "DequantizedLinear")
+    assert schemes["W8A8_DYNAMIC"] == (12, "W8A8DynamicLinear")
+
+
+def test_the_setting_of_w4a8(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fixture("msmodelslim-qwen3-w4a8-dynamic")
+    assert check(model).findings == ()
+    monkeypatch.setenv("VLLM_NPU_QUANT_W4A8", "w4a16")
+    (finding,) = check(model).findings
+    assert (finding.code, finding.found) == ("served-otherwise", "W4A16: WeightOnlyLinear")
+    assert "unset VLLM_NPU_QUANT_W4A8" in finding.fix
+    assert {scheme.method for scheme in inspect(model).schemes if scheme.kind == "linear"} == {"WeightOnlyLinear"}
+    monkeypatch.setenv("VLLM_NPU_QUANT_W4A8", "w4")
+    (finding,) = check(model).findings
+    assert (finding.code, finding.severity) == ("bad-config", Severity.ERROR)
+    assert check(fixture("ct-qwen3-w8a8-dynamic")).findings == ()

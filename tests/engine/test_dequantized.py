@@ -12,12 +12,21 @@ from torch import nn
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_maybe_dequant_weights
 
-from vllm_npu_quant.engine.dequantized import DequantizedLinearMethod, as_float
+from vllm_npu_quant.engine.dequantized import DequantizedLinearMethod
 from vllm_npu_quant.engine.linear import TORCH_DTYPES
 from vllm_npu_quant.formats.base import LayerEntry
 from vllm_npu_quant.formats.resolve import ResolvedLayer
 from vllm_npu_quant.layouts.tables import LayerSizes, group_size_of, rows_per_scale_of, tensors_of
-from vllm_npu_quant.spec import ActivationSpec, Granularity, LayerKind, LayerSpec, Layout, NumberKind, WeightSpec
+from vllm_npu_quant.spec import (
+    ActivationSpec,
+    Granularity,
+    LayerKind,
+    LayerSpec,
+    Layout,
+    NumberKind,
+    WeightSpec,
+    as_float,
+)
 
 # A tiny kv_b_proj: 2 heads of 16 + 16, kv_lora_rank 64.
 OUTPUTS, INPUTS = 64, 64

@@ -24,7 +24,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm_npu_quant import settings
 from vllm_npu_quant.checkpoint import DESCRIPTION_MAX_BYTES, Checkpoint, find_local, read_json
 from vllm_npu_quant.engine import platforms
-from vllm_npu_quant.engine.dequantized import DequantizedLinearMethod, as_float
+from vllm_npu_quant.engine.dequantized import DequantizedLinearMethod
 from vllm_npu_quant.engine.linear import CHECKPOINT_BIAS, NpuQuantLinearMethod
 from vllm_npu_quant.errors import Finding, NpuQuantError, Severity, raise_findings
 from vllm_npu_quant.formats.base import QuantFormat
@@ -33,7 +33,7 @@ from vllm_npu_quant.formats.detect import description_name, embedded_description
 from vllm_npu_quant.formats.modelslim import as_static
 from vllm_npu_quant.formats.open import build_format
 from vllm_npu_quant.formats.resolve import LayerResolver, ResolvedLayer
-from vllm_npu_quant.spec import LayerKind, LayerSpec
+from vllm_npu_quant.spec import LayerKind, LayerSpec, as_float, as_w4a16
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
@@ -258,20 +258,20 @@ class NpuQuantConfig(QuantizationConfig):
 
     def _w4a8(self, spec: LayerSpec) -> LayerSpec:
         """W4A8 as the user wants it: with activations in the model's dtype only where that was asked for."""
-        weight, activation = spec.weight, spec.activation
-        if weight is None or activation is None or (weight.bits, activation.bits) != (4, 8):
+        other = as_w4a16(spec)
+        if other is spec:
             return spec
         try:
             mode = settings.w4a8_mode()
         except ValueError as error:
             fix = f"unset {settings.W4A8}, or set it to int8 or w4a16"
             raise NpuQuantError([Finding("bad-config", str(error), expected="int8 or w4a16", fix=fix)]) from error
-        if mode == "int8" or spec.transform is not None:
+        if mode == "int8":
             return spec
         if not self.said_w4a16:
             self.said_w4a16 = True
             logger.info("%s=w4a16: activations of %s layers are not quantized", settings.W4A8, spec.scheme)
-        return replace(spec, scheme=f"{spec.scheme} as W4A16", activation=None)
+        return other
 
     def _lm_head(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if not self._resolver(prefix).describes(prefix) and self.tied_embeddings:

@@ -8,25 +8,11 @@ ask whether its method is vLLM's unquantized one. Most quantized checkpoints of 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod, register_weight_loader_v2_supported_method
 
 from vllm_npu_quant.engine.linear import NpuQuantLinearMethod
-from vllm_npu_quant.spec import LayerSpec, NumberKind, WeightSpec
 
-__all__ = ["DequantizedLinearMethod", "as_float"]
-
-
-def as_float(spec: LayerSpec) -> LayerSpec:
-    """The spec of a quantized layer that is dequantized at load to the model's dtype."""
-    return replace(
-        spec,
-        scheme=f"{spec.scheme} as float",
-        weight=WeightSpec(16, NumberKind.FLOAT),
-        activation=None,
-        stored=spec.on_disk,
-    )
+__all__ = ["DequantizedLinearMethod"]
 
 
 @register_weight_loader_v2_supported_method
@@ -34,7 +20,7 @@ class DequantizedLinearMethod(NpuQuantLinearMethod, UnquantizedLinearMethod):
     """Loads the checkpoint's tensors, and leaves ``layer.weight`` [N, K] in the model's dtype.
 
     It is an ``UnquantizedLinearMethod`` by what it leaves behind, which is what others ask for; everything that it does is
-    inherited from ``NpuQuantLinearMethod``, with a spec of ``as_float``.
+    inherited from ``NpuQuantLinearMethod``, with a spec of ``spec.as_float``.
     """
 
     supports_pre_processed_weights = False

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from vllm_npu_quant import dispatch
+from vllm_npu_quant import dispatch, settings
 from vllm_npu_quant.errors import Finding, NpuQuantError, Severity
 from vllm_npu_quant.formats.base import QuantFormat
 from vllm_npu_quant.formats.check import FindingLimit, check_checkpoint
@@ -18,7 +18,7 @@ from vllm_npu_quant.inspection.limits import limit_findings
 from vllm_npu_quant.inspection.model import Model, open_model
 from vllm_npu_quant.inspection.overview import dtype_of
 from vllm_npu_quant.inspection.parallel import parallel_findings
-from vllm_npu_quant.spec import LayerKind
+from vllm_npu_quant.spec import LayerKind, as_w4a16
 
 __all__ = ["CheckReport", "check"]
 
@@ -85,9 +85,10 @@ def check(
         return _report(opened, [*opened.findings, *opened.checkpoint.findings], readable=False)
     quant_format = opened.format
     findings = [*opened.findings, *quant_format.findings, *check_checkpoint(quant_format, opened.checkpoint)]
-    layers = layers_of(quant_format, opened.checkpoint)
+    layers = layers_of(opened)
     findings += served_findings(layers, quant_format)
     findings += otherwise_findings(layers, quant_format.source)
+    findings += setting_findings(layers)
     findings += fused_findings(quant_format)
     findings += parallel_findings(opened, layers, tp=tp, ep=ep)
     said = {finding.layer for finding in quant_format.findings if finding.code == "operator-limit"}
@@ -146,30 +147,43 @@ def served_findings(layers: Iterable[Layer], quant_format: QuantFormat) -> list[
 
 
 def otherwise_findings(layers: Iterable[Layer], source: str) -> list[Finding]:
-    """Layers that are served, and not as the checkpoint says: one finding for all of a dispatch row.
+    """Layers that are served, and not as the checkpoint says: one finding for all of a dispatch row and reason.
 
     FP8 is not among them: the formats speak of it, since a setting decides what becomes of it.
     """
-    by_row: dict[dispatch.Row, list[Layer]] = {}
+    groups: dict[tuple[str, str, dispatch.Row], list[Layer]] = {}
     for layer in layers:
-        if layer.row is not None and layer.row.instead:
-            by_row.setdefault(layer.row, []).append(layer)
+        if layer.otherwise and layer.row is not None:
+            groups.setdefault((layer.otherwise, layer.instead, layer.row), []).append(layer)
     found = []
-    for row, members in by_row.items():
-        specs = list(dict.fromkeys(dispatch.describe(layer.spec) for layer in members))
+    for (otherwise, instead, row), members in groups.items():
+        specs = list(dict.fromkeys(dispatch.describe(layer.said or layer.spec) for layer in members))
+        count = sum(layer.count for layer in members)
         found.append(
             Finding(
                 "served-otherwise",
-                f"{row.remark} ({sum(layer.count for layer in members):,} layers)",
+                otherwise + (f" ({count:,} layers)" if count > 1 else ""),
                 layer=members[0].name,
                 file=source,
                 expected="; ".join(specs[:3]) + ("; ..." if len(specs) > 3 else ""),
                 found=f"{row.name}: {row.method_name}",
-                fix=f"nothing, or export these layers {row.instead}",
+                fix=f"nothing, or {instead}",
                 severity=Severity.INFO,
             )
         )
     return found
+
+
+def setting_findings(layers: Iterable[Layer]) -> list[Finding]:
+    """A value that VLLM_NPU_QUANT_W4A8 does not have, where there are layers that it is for. The formats speak of FP8's."""
+    if all(as_w4a16(layer.spec) is layer.spec for layer in layers):
+        return []
+    try:
+        settings.w4a8_mode()
+    except ValueError as error:
+        fix = f"unset {settings.W4A8}, or set it to int8 or w4a16"
+        return [Finding("bad-config", str(error), expected="int8 or w4a16", fix=fix)]
+    return []
 
 
 def _expert_findings(layer: Layer, quant_format: QuantFormat) -> Iterable[Finding]:

@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from vllm_npu_quant import dispatch
+from vllm_npu_quant import dispatch, settings
 from vllm_npu_quant.checkpoint import Checkpoint, TensorInfo
 from vllm_npu_quant.formats.base import ExpertsEntry, LayerEntry, QuantFormat
 from vllm_npu_quant.formats.rules import FLOAT_DTYPES, RuleFormat, is_embedding
+from vllm_npu_quant.inspection.model import Model
 from vllm_npu_quant.layouts.tables import Axis, tensors_of
-from vllm_npu_quant.spec import FLOAT, LayerKind, LayerSpec, Layout
+from vllm_npu_quant.spec import FLOAT, LayerKind, LayerSpec, Layout, NumberKind, as_float, as_w4a16
 
 __all__ = ["OTHER", "UNKNOWN", "Layer", "Scheme", "layers_of", "schemes_of"]
 
@@ -36,6 +37,8 @@ class Layer:
         nbytes: bytes of all its stored tensors. loaded: the same, with floats of 32 bits and more in the model's 16.
         reason: why it is float; empty where it is quantized.
         tensors: the optional tensors that the checkpoint stores.
+        otherwise: what is different from what the checkpoint says, in a layer that is served otherwise; empty for all others.
+        instead: what a user can do about that. said: the checkpoint's spec, where ``spec`` is not that.
     """
 
     name: str
@@ -49,6 +52,14 @@ class Layer:
     reason: str = ""
     tensors: frozenset[str] = frozenset()
     loaded: int = 0
+    otherwise: str = ""
+    instead: str = ""
+    said: LayerSpec | None = None
+
+    @property
+    def remark(self) -> str:
+        """What to know of how it is served."""
+        return self.otherwise or (self.row.remark if self.row is not None else "")
 
     @property
     def method(self) -> str:
@@ -91,8 +102,45 @@ class Scheme:
     remark: str = ""
 
 
-def layers_of(quant_format: QuantFormat, checkpoint: Checkpoint) -> list[Layer]:
-    """Every layer of the checkpoint, in the order of the files. Linear in the number of tensors."""
+def layers_of(model: Model) -> list[Layer]:
+    """Every layer of an opened model, as it is served, in the order of the files. Linear in the number of tensors.
+
+    Raises:
+        NpuQuantError: what kept the format from being found out.
+    """
+    found = _stored_layers(model.require_format(), model.checkpoint)
+    latent = bool(model.size("kv_lora_rank"))
+    try:
+        w4a16 = settings.w4a8_mode() == "w4a16"
+    except ValueError:  # which the check reports
+        w4a16 = False
+    return [_as_served(layer, latent, w4a16) for layer in found] if latent or w4a16 else found
+
+
+def _as_served(layer: Layer, latent: bool, w4a16: bool) -> Layer:
+    """The layer with what the model, or a setting, makes of its scheme.
+
+    Args:
+        latent: whether the model's attention is the latent one. w4a16: what VLLM_NPU_QUANT_W4A8 says.
+    """
+    if layer.spec.is_float or layer.kind == OTHER:
+        return layer
+    weight = layer.spec.weight
+    if latent and layer.name.endswith(".kv_b_proj") and weight is not None and weight.kind is not NumberKind.FLOAT:
+        spec = as_float(layer.spec)
+        otherwise = "latent attention takes its weight apart, so it is dequantized while it loads, to two bytes each"
+        instead = "export this layer as float"
+    elif w4a16 and as_w4a16(layer.spec) is not layer.spec:
+        spec = as_w4a16(layer.spec)
+        otherwise = f"{settings.W4A8}=w4a16: its activations are not quantized"
+        instead = f"unset {settings.W4A8}"
+    else:
+        return layer
+    row = dispatch.find_row(LayerKind(layer.kind), spec)
+    return replace(layer, spec=spec, row=row, otherwise=otherwise, instead=instead, said=layer.spec)
+
+
+def _stored_layers(quant_format: QuantFormat, checkpoint: Checkpoint) -> list[Layer]:
     tensors = checkpoint.tensors
     sizes: dict[str, int] = {}
     for name, tensor in tensors.items():
@@ -147,7 +195,13 @@ def _layer(
     kind = LayerKind.LM_HEAD if last == "lm_head" else LayerKind.LINEAR
     row = None if spec.is_float else dispatch.find_row(kind, spec)
     reason = _why_float(name, quant_format) if spec.is_float else ""
-    return Layer(name, kind.value, 1, spec, row, outputs, inputs, nbytes, reason, entry.tensors)
+    told = _otherwise(row)
+    return Layer(name, kind.value, 1, spec, row, outputs, inputs, nbytes, reason, entry.tensors, 0, *told)
+
+
+def _otherwise(row: dispatch.Row | None) -> tuple[str, str]:
+    """Layer.otherwise and Layer.instead of the layers of a dispatch row."""
+    return (row.remark, f"export these layers {row.instead}") if row is not None and row.instead else ("", "")
 
 
 def _experts(
@@ -173,6 +227,8 @@ def _experts(
             nbytes,
             reason,
             entry.tensors,
+            0,
+            *_otherwise(row),
         )
 
 
@@ -206,7 +262,7 @@ def schemes_of(layers: Iterable[Layer]) -> list[Scheme]:
     groups: dict[tuple[object, ...], Scheme] = {}
     for layer in layers:
         spec = "" if layer.kind == OTHER else dispatch.describe(layer.spec).partition(": ")[2]
-        key = (layer.kind, layer.scheme, spec, layer.method, layer.reason)
+        key = (layer.kind, layer.scheme, spec, layer.method, layer.reason, layer.remark)
         parameters = layer.count * layer.outputs * layer.inputs
         known = groups.get(key)
         if known is None:
@@ -221,7 +277,7 @@ def schemes_of(layers: Iterable[Layer]) -> list[Scheme]:
                 layer.nbytes,
                 parameters,
                 layer.reason,
-                layer.row.remark if layer.row is not None else "",
+                layer.remark,
             )
         else:
             groups[key] = replace(

@@ -66,7 +66,7 @@ def inspect(
     if not opened.checkpoint.files:
         raise NpuQuantError(opened.checkpoint.findings)
     findings = [*opened.findings, *quant_format.findings, *check_checkpoint(quant_format, opened.checkpoint)]
-    layers = layers_of(quant_format, opened.checkpoint)
+    layers = layers_of(opened)
     architectures = opened.config.get("architectures")
     first = architectures[0] if isinstance(architectures, list) and architectures else ""
     detection = opened.detection

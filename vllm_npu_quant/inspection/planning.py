@@ -137,8 +137,7 @@ def plan(
     if min(tp, ep, batch, prompt) < 1 or not 0 < gpu_memory_utilization <= 1:
         raise ValueError("sizes are at least 1, and gpu_memory_utilization is above 0 and at most 1")
     opened = model if isinstance(model, Model) else open_model(model, revision=revision, follow_links=follow_links)
-    quant_format = opened.require_format()
-    layers = [layer for layer in layers_of(quant_format, opened.checkpoint) if not _left_out(opened, layer)]
+    layers = [layer for layer in layers_of(opened) if not _left_out(opened, layer)]
     if not layers:
         raise NpuQuantError([*opened.checkpoint.findings, _nothing(opened.name)])
     length = max_model_len or opened.size("max_position_embeddings", "n_positions", "seq_length") or 4096

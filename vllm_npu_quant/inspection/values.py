@@ -54,6 +54,8 @@ def value_findings(
     checkpoint = model.checkpoint
     found = FindingLimit()
     symmetric = {layer.name: layer.row.weight_symmetric is True for layer in layers if layer.row is not None}
+    # These layers' FP8 is not requantized.
+    floats = {layer.name for layer in layers if layer.row is not None and layer.row.weight_kind is NumberKind.FLOAT}
     entries = dict(quant_format.stored_layers(checkpoint.tensors))
     by_layer: dict[str, list[TensorInfo]] = {}
     for name, tensor in checkpoint.tensors.items():
@@ -64,7 +66,7 @@ def value_findings(
         try:
             for finding in _layer_values(checkpoint, layer, tensors, entry, symmetric):
                 found.add(finding)
-            loss = _requantization(checkpoint, layer, entry)
+            loss = None if layer in floats else _requantization(checkpoint, layer, entry)
         except NpuQuantError as error:  # the file changed, or is damaged: its findings say so
             for finding in error.findings:
                 found.add(finding)
