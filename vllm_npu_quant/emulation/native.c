@@ -622,20 +622,23 @@ ALWAYS_INLINE void int4_row(const Product *p, const Expert *e, const float *x, i
         for (i64 k0 = 0; k0 < p->depth;) {
             i64 group = k0 / p->group_size, stop = MIN(MIN((group + 1) * p->group_size, p->depth), k0 + DEPTH);
             i64 steps = (stop - k0) / STEP;
+            const uint8_t *ahead = e->weight + (k0 + DEPTH) * e->row_bytes + (first + stripe) / 2;
+            for (i64 k = k0; k < stop; k++, ahead += e->row_bytes) // the lines of the next block of inputs
+                _mm_prefetch((const char *)ahead, _MM_HINT_T0);
             for (i64 j = 0; j < wide; j += NR) {
                 i64 column = first + stripe + j;
                 __m256i codes[8][DEPTH / STEP]; // two columns in the nibbles of every byte, 32 inputs in the bytes
                 const uint8_t *row = e->weight + k0 * e->row_bytes + column / 2;
-                const i64 ahead = j == 0 ? DEPTH * e->row_bytes : 0; // the lines of the next block of inputs
                 for (i64 b = 0; b < steps; b++) {
                     __m256i half[2][4];
 #pragma GCC unroll 4
                     for (int q = 0; q < 4; q++) {
                         __m128i r[8];
 #pragma GCC unroll 8
-                        for (int i = 0; i < 8; i++, row += e->row_bytes) {
+                        for (int i = 0; i < 8; i++) {
                             r[i] = _mm_loadl_epi64((const __m128i *)row);
-                            if (ahead) _mm_prefetch((const char *)row + ahead, _MM_HINT_T0);
+                            row += e->row_bytes;
+                            __asm__("" : "+r"(row)); // else there are 32 offsets, on the stack
                         }
                         __m128i u = _mm_unpacklo_epi32(r[0], r[1]), v = _mm_unpacklo_epi32(r[2], r[3]);
                         __m128i y = _mm_unpacklo_epi32(r[4], r[5]), z = _mm_unpacklo_epi32(r[6], r[7]);
@@ -656,30 +659,42 @@ ALWAYS_INLINE void int4_row(const Product *p, const Expert *e, const float *x, i
                         codes[4 * h + 3][b] = _mm256_unpackhi_epi64(v, z);
                     }
                 }
-                for (int c = 0; c < NR; c++) {
-                    i64 at = p->scale_step ? group * p->width + column + c : 0;
-                    __m256 scale = _mm256_set1_ps(load1(e->antiquant_scale, at, BF16));
-                    __m256 offset = has_offset ? _mm256_set1_ps(load1(e->antiquant_offset, at, BF16)) : _mm256_setzero_ps();
-                    __m256i w = _mm256_castps_si256(dequantized(positive, scale, offset, has_offset, BF16));
-                    __m256i below = _mm256_castps_si256(dequantized(negative, scale, offset, has_offset, BF16));
-                    w = _mm256_packus_epi32(_mm256_srli_epi32(w, 16), _mm256_srli_epi32(below, 16));
-                    w = _mm256_permute4x64_epi64(w, 0xd8); // sixteen bfloat16 in the order of their codes
-                    w = _mm256_packus_epi16(_mm256_and_si256(w, byte), _mm256_srli_epi16(w, 8));
-                    w = _mm256_permute4x64_epi64(w, 0xd8);
-                    __m256i low = _mm256_permute2x128_si256(w, w, 0x00), high = _mm256_permute2x128_si256(w, w, 0x11);
-                    __m256 s0 = sums[j + c], s1 = _mm256_setzero_ps();
+                for (int c = 0; c < NR; c += 2) { // the two columns of a byte: they share the inputs, and hide each other's latency
+                    __m256i low[2], high[2];
+#pragma GCC unroll 2
+                    for (int h = 0; h < 2; h++) {
+                        i64 at = p->scale_step ? group * p->width + column + c + h : 0;
+                        __m256 scale = _mm256_set1_ps(load1(e->antiquant_scale, at, BF16));
+                        __m256 offset =
+                            has_offset ? _mm256_set1_ps(load1(e->antiquant_offset, at, BF16)) : _mm256_setzero_ps();
+                        __m256i w = _mm256_castps_si256(dequantized(positive, scale, offset, has_offset, BF16));
+                        __m256i below = _mm256_castps_si256(dequantized(negative, scale, offset, has_offset, BF16));
+                        w = _mm256_packus_epi32(_mm256_srli_epi32(w, 16), _mm256_srli_epi32(below, 16));
+                        w = _mm256_permute4x64_epi64(w, 0xd8); // sixteen bfloat16 in the order of their codes
+                        w = _mm256_packus_epi16(_mm256_and_si256(w, byte), _mm256_srli_epi16(w, 8));
+                        w = _mm256_permute4x64_epi64(w, 0xd8);
+                        low[h] = _mm256_permute2x128_si256(w, w, 0x00);
+                        high[h] = _mm256_permute2x128_si256(w, w, 0x11);
+                    }
+                    __m256 s0[2] = {sums[j + c], sums[j + c + 1]}, s1[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
                     const float *inputs = x + k0;
                     for (i64 b = 0; b < steps; b++, inputs += STEP) {
-                        __m256i code = codes[c / 2][b];
-                        code = _mm256_and_si256(c % 2 ? _mm256_srli_epi16(code, 4) : code, nibble);
-                        __m256i l = _mm256_shuffle_epi8(low, code), g = _mm256_shuffle_epi8(high, code);
-                        __m256i w0 = _mm256_unpacklo_epi8(l, g), w1 = _mm256_unpackhi_epi8(l, g);
-                        s0 = _mm256_fmadd_ps(_mm256_loadu_ps(inputs), _mm256_castsi256_ps(_mm256_slli_epi32(w0, 16)), s0);
-                        s1 = _mm256_fmadd_ps(_mm256_loadu_ps(inputs + 8), _mm256_castsi256_ps(_mm256_and_si256(w0, top)), s1);
-                        s0 = _mm256_fmadd_ps(_mm256_loadu_ps(inputs + 16), _mm256_castsi256_ps(_mm256_slli_epi32(w1, 16)), s0);
-                        s1 = _mm256_fmadd_ps(_mm256_loadu_ps(inputs + 24), _mm256_castsi256_ps(_mm256_and_si256(w1, top)), s1);
+                        __m256 x0 = _mm256_loadu_ps(inputs), x1 = _mm256_loadu_ps(inputs + 8);
+                        __m256 x2 = _mm256_loadu_ps(inputs + 16), x3 = _mm256_loadu_ps(inputs + 24);
+#pragma GCC unroll 2
+                        for (int h = 0; h < 2; h++) {
+                            __m256i code = codes[c / 2][b];
+                            code = _mm256_and_si256(h ? _mm256_srli_epi16(code, 4) : code, nibble);
+                            __m256i l = _mm256_shuffle_epi8(low[h], code), g = _mm256_shuffle_epi8(high[h], code);
+                            __m256i w0 = _mm256_unpacklo_epi8(l, g), w1 = _mm256_unpackhi_epi8(l, g);
+                            s0[h] = _mm256_fmadd_ps(x0, _mm256_castsi256_ps(_mm256_slli_epi32(w0, 16)), s0[h]);
+                            s1[h] = _mm256_fmadd_ps(x1, _mm256_castsi256_ps(_mm256_and_si256(w0, top)), s1[h]);
+                            s0[h] = _mm256_fmadd_ps(x2, _mm256_castsi256_ps(_mm256_slli_epi32(w1, 16)), s0[h]);
+                            s1[h] = _mm256_fmadd_ps(x3, _mm256_castsi256_ps(_mm256_and_si256(w1, top)), s1[h]);
+                        }
                     }
-                    sums[j + c] = _mm256_add_ps(s0, s1);
+                    sums[j + c] = _mm256_add_ps(s0[0], s1[0]);
+                    sums[j + c + 1] = _mm256_add_ps(s0[1], s1[1]);
                 }
             }
             k0 = stop;
