@@ -185,7 +185,8 @@ def test_two_ranks(folder: Path) -> None:
     assert {finding.code for finding in report.findings if finding.severity.value == "error"} <= {"unsupported-scheme"}
     assert "cannot-shard" not in {finding.code for finding in report.findings}
     made = plan(folder, device="a2", tp=2)
-    assert 0 < made.weight_bytes <= made.stored_bytes
+    # Two of them have experts so small that zeros up to the operators' sizes take more than the second rank does.
+    assert 0 < made.weight_bytes <= 1.1 * made.stored_bytes
     assert made.fits is True
     assert made.smallest_tp == 1
 

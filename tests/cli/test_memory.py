@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -11,10 +12,11 @@ import torch
 from vllm_npu_quant import dispatch, emulation
 from vllm_npu_quant.engine.linear import load_object
 from vllm_npu_quant.inspection.layers import Layer
-from vllm_npu_quant.inspection.memory import kv_cache, layer_bytes, part_of
+from vllm_npu_quant.inspection.memory import _OUTPUTS, kv_cache, layer_bytes, part_of, rank_bytes
 from vllm_npu_quant.inspection.model import open_model
 from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight
 from vllm_npu_quant.methods.base import PrepareContext
+from vllm_npu_quant.methods.moe import Experts, FusedExperts
 from vllm_npu_quant.spec import ActivationSpec, Granularity, LayerKind, LayerSpec, Layout, WeightSpec
 
 TOKEN, TENSOR = Granularity.TOKEN, Granularity.TENSOR
@@ -79,6 +81,78 @@ def test_prepared(weight: WeightSpec, act: ActivationSpec | None, outputs: int, 
     prepared.pop("input_index", None)  # of groups that are filled up, not of the weight
     own = sum(tensor.numel() * tensor.element_size() for tensor in prepared.values())
     assert layer_bytes(counted, 1, 1) == own, {name: (t.dtype, tuple(t.shape)) for name, t in prepared.items()}
+
+
+#: (w13, its activation, w2, its activation, hidden, inner of the whole layer, ranks)
+EXPERTS = [
+    (weight(8), W8A8, weight(8), W8A8, 128, 96, 1),
+    (weight(8), W8A8, weight(8), W8A8, 120, 64, 2),
+    (weight(8), None, weight(8), None, 64, 48, 2),
+    (weight(8, 32), None, weight(8, 32), None, 64, 96, 1),
+    (weight(4), None, weight(4), None, 64, 48, 1),
+    (weight(4, 32), None, weight(4, 32), None, 96, 64, 1),
+    (weight(4, 32), None, weight(4, 32), None, 96, 48, 2),
+    (weight(4, 32, False), None, weight(3, 32), None, 96, 64, 1),
+    (weight(4), W8A8, weight(4), W8A8, 64, 64, 2),
+    (weight(4, 256), W8A8, weight(4, 256), W8A8, 512, 512, 1),
+    (weight(4, 32), W8A8, weight(4, 32), W8A8, 96, 96, 1),
+    (weight(4, 32), W8A8, weight(8), W8A8, 96, 96, 1),
+    (weight(8), W8A8, weight(4), W8A8, 96, 96, 1),
+    (weight(4), W4A4, weight(4, 32), W4A4, 96, 96, 1),
+    (weight(4), W4A4, weight(8), None, 100, 44, 1),
+    (None, None, weight(8), W8A8, 96, 80, 1),
+]
+
+
+@pytest.mark.parametrize(("w13", "act13", "w2", "act2", "hidden", "inner", "ranks"), EXPERTS)
+def test_prepared_experts(
+    w13: WeightSpec | None,
+    act13: ActivationSpec | None,
+    w2: WeightSpec,
+    act2: ActivationSpec | None,
+    hidden: int,
+    inner: int,
+    ranks: int,
+) -> None:
+    """The inner dimension is filled up to what both products ask for."""
+    emulation.register()
+    count, part = 3, inner // ranks
+    layers, methods, groups = [], [], []
+    for name, kind, act in (("gate_proj", w13, act13), ("up_proj", w13, act13), ("down_proj", w2, act2)):
+        spec = LayerSpec("FLOAT", Layout.FLOAT) if kind is None else LayerSpec("test", Layout.MODELSLIM_INT, kind, act)
+        row = None if kind is None else dispatch.find_row(LayerKind.FUSED_MOE, spec)
+        outputs, inputs = (hidden, inner) if name == "down_proj" else (inner, hidden)
+        layers.append(Layer(f"m.mlp.experts.*.{name}", "fused_moe", count, spec, row, outputs, inputs, 0))
+        path = "vllm_npu_quant.methods.moe_weight_only:FloatExperts" if row is None else row.method
+        methods.append(load_object(path)("w13_" if name != "down_proj" else "w2_"))
+        own = part if name == "down_proj" else hidden
+        group = (
+            0 if kind is None else math.gcd(own, kind.group_size) if own % (kind.group_size or 1) else kind.group_size
+        )
+        groups.append(group if own > group else 0)
+    chain = FusedExperts(methods[0], methods[2], hidden, part, (groups[0], groups[2]))
+    total = 0
+    for method, sizes, kind, group, shards, outputs, inputs in (
+        (methods[0], chain.w13_sizes, w13, groups[0], 2, part, hidden),
+        (methods[2], chain.w2_sizes, w2, groups[2], 1, hidden, part),
+    ):
+        bits = 8 if kind is None else kind.bits
+        values = torch.ones(outputs, inputs, dtype=torch.int8)
+        scale = torch.ones(outputs, inputs // group if group else 1)
+        zero = torch.ones_like(scale) if kind is not None and not kind.symmetric else None
+        linear = CanonicalLinear(CanonicalWeight.of(values, scale, zero, group_size=group, bits=bits))
+        experts = Experts(
+            count, shards, outputs, inputs, torch.device("cpu"), lambda _, one=linear, n=shards: [one] * n
+        )
+        prepared = method.prepare(experts, sizes, torch.bfloat16)
+        total += sum(tensor.numel() * tensor.element_size() for tensor in prepared.values())
+    assert rank_bytes(layers, ranks, 1) == total
+
+
+def test_every_experts_method_has_its_sizes() -> None:
+    methods = {row.method: row.method_name for row in dispatch.ROWS if LayerKind.FUSED_MOE in row.kinds}
+    assert set(methods.values()) == _OUTPUTS.keys()
+    assert {name: load_object(path).outputs_multiple for path, name in methods.items()} == _OUTPUTS
 
 
 def test_parts() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from math import gcd
+from math import gcd, lcm
 
 from vllm_npu_quant.formats.resolve import FUSED_FAMILIES
 from vllm_npu_quant.inspection.layers import OTHER, Layer
@@ -81,15 +81,20 @@ def rank_bytes(layers: Iterable[Layer], tp: int, ep: int, kv_heads: int = 0, *, 
     """
     shards = {shard: (fused, family) for fused, family in FUSED_FAMILIES.items() for shard in family}
     found: dict[tuple[object, ...], list[Layer]] = {}
+    experts: dict[str, list[Layer]] = {}
     total = 0
     for layer in layers:
         parent, _, last = layer.name.rpartition(".")
-        if layer.row is not None and layer.kind == LayerKind.LINEAR.value and last in shards:
+        if layer.kind == LayerKind.FUSED_MOE.value and layer.outputs:
+            experts.setdefault(parent, []).append(layer)
+        elif layer.row is not None and layer.kind == LayerKind.LINEAR.value and last in shards:
             # Shards of different groups become one layer whose groups divide them all.
             weight = None if layer.spec.weight is None else replace(layer.spec.weight, group_size=0)
             found.setdefault((parent, shards[last][0], replace(layer.spec, weight=weight)), []).append(layer)
         else:
             total += _bytes(layer, part_of(layer, tp, ep, kv_heads), float16)
+    for members in experts.values():
+        total += _experts_bytes(members, [part_of(layer, tp, ep, kv_heads) for layer in members], float16)
     for members in found.values():
         parts = [part_of(layer, tp, ep, kv_heads) for layer in members]
         if len({part.inputs for part in parts}) != 1:  # not what the family is: the check speaks of it
@@ -122,6 +127,10 @@ def _bytes(layer: Layer, part: RankPart, float16: bool = False) -> int:
         return _act_order(weight, outputs, part.inputs, layer.inputs) + bias
     if weight.group_size and part.inputs != layer.inputs and part.inputs % weight.group_size:  # cut within groups
         weight = replace(weight, group_size=gcd(part.inputs, weight.group_size))
+    if layer.kind == LayerKind.FUSED_MOE.value:
+        group = _own_group(layer, part)
+        depth = _up(part.inputs, _depth_multiple(layer.method, group))
+        return _expert(weight, layer.method, _up(outputs, _OUTPUTS[layer.method]), depth, group) * part.count
     one = weight_bytes(weight, layer.method, outputs, part.inputs)
     return (one + _matrices(layer) + bias) * part.count
 
@@ -210,29 +219,72 @@ def _filled(inputs: int, group: int, multiple: int) -> int:
     return _up(inputs, step)
 
 
-def _experts_weight_only(weight: WeightSpec, outputs: int, inputs: int) -> int:
-    """int8 [K, N] or int4 [K, N/8], scale and offset [G, N] in the model's dtype."""
-    numbers = ACT if weight.symmetric else 2 * ACT
-    group = weight.group_size if weight.granularity is Granularity.GROUP else 0
-    depth = _filled(inputs, group, 1)
-    groups = depth // group if group else 1
-    if weight.bits > 4:
-        return outputs * depth + numbers * groups * outputs
-    outputs = _up(outputs, 8)
-    return outputs * depth // 2 + numbers * groups * outputs
+def _experts_bytes(members: list[Layer], parts: list[RankPart], float16: bool) -> int:
+    """Of the experts of one MoE layer: gate, up and down, whose inner dimension is filled up for both products.
+
+    Float experts beside a quantized product are prepared as ``FloatExperts``, which is also what all three are without.
+    """
+    methods = [layer.method or "FloatExperts" for layer in members]
+    if len(members) != 3 or not any(layer.row for layer in members) or not set(methods) <= _OUTPUTS.keys():
+        return sum(_bytes(layer, part, float16) for layer, part in zip(members, parts, strict=True))
+    groups = [_own_group(layer, part) for layer, part in zip(members, parts, strict=True)]
+    inner = _up(parts[0].outputs, lcm(_OUTPUTS[methods[0]], _depth_multiple(methods[2], groups[2])))
+    total = 0
+    for number, (layer, part) in enumerate(zip(members, parts, strict=True)):
+        method, group = methods[number], groups[number]
+        if number < 2:
+            outputs, depth = inner, _up(part.inputs, _depth_multiple(method, group))
+        else:
+            outputs, depth = _up(part.outputs, _OUTPUTS[method]), inner
+        total += _expert(layer.spec.weight, method, outputs, depth, group) * part.count
+    return total
 
 
-def _experts_int4(assist: int) -> Callable[[WeightSpec, int, int], int]:
-    """int4 [K, N/8], int64 scale [G, N], and ``assist`` bytes per output."""
+def _own_group(layer: Layer, part: RankPart) -> int:
+    """Inputs per scale of a rank's part of an expert; 0 where one scale serves all of them."""
+    weight = layer.spec.weight
+    group = weight.group_size if weight is not None and weight.granularity is Granularity.GROUP else 0
+    if group and part.inputs != layer.inputs and part.inputs % group:  # cut within groups
+        group = gcd(part.inputs, group)
+    return group if part.inputs > group else 0
 
-    def count(weight: WeightSpec, outputs: int, inputs: int) -> int:
-        group = weight.group_size if weight.granularity is Granularity.GROUP else 0
-        depth = _filled(inputs, group, 8)
-        unit = (256 if assist and group % 256 == 0 else group) if group else depth
-        outputs = _up(outputs, 8)
-        return outputs * depth // 2 + (8 * depth // unit + assist) * outputs
 
-    return count
+#: Of the experts' methods: what the outputs of a prepared weight are a multiple of, and its inputs.
+_OUTPUTS = {
+    "W8A8DynamicExperts": 64,
+    "WeightOnlyExperts": 8,
+    "W4A8DynamicExperts": 8,
+    "W4A4DynamicExperts": 8,
+    "FloatExperts": 1,
+}
+_INPUTS = {"W8A8DynamicExperts": 16, "W4A8DynamicExperts": 8, "W4A4DynamicExperts": 8}
+
+
+def _depth_multiple(method: str, group: int) -> int:
+    """What the inputs of an expert's prepared weight are a multiple of."""
+    if method == "FloatExperts":
+        return 1
+    if method == "W4A8DynamicExperts" and group % 256 == 0:  # the int8 x int4 operator
+        return lcm(256, group or 1)
+    return lcm(_INPUTS.get(method, 1), group or 1)
+
+
+def _expert(weight: WeightSpec | None, method: str, outputs: int, depth: int, group: int) -> int:
+    """One expert's matrix, filled up to ``outputs`` x ``depth``.
+
+    int8 [K, N] with float32 [N]; int8 [K, N] or int4 [K, N/8] with scale and offset [G, N] in the model's dtype; int4
+    [K, N/8] with int64 [G, N], and float32 [N] for int8 activations; [K, N] in the model's dtype.
+    """
+    if method == "FloatExperts" or weight is None:
+        return ACT * outputs * depth
+    if method == "W8A8DynamicExperts":
+        return outputs * depth + 4 * outputs
+    if method == "WeightOnlyExperts":
+        numbers = outputs * depth if weight.bits > 4 else outputs * depth // 2
+        return numbers + 2 * ACT * (depth // group if group else 1) * outputs
+    assist = 4 if method == "W4A8DynamicExperts" else 0
+    unit = (256 if assist and group % 256 == 0 else group) if group else depth
+    return outputs * depth // 2 + (8 * (depth // unit) + assist) * outputs
 
 
 def _float(_: WeightSpec, outputs: int, inputs: int) -> int:
@@ -248,11 +300,6 @@ _FORMULAS: dict[str, Callable[[WeightSpec, int, int], int]] = {
     "W4A8DynamicLinear": _w4a8,
     "W4A4DynamicLinear": _w4a4,
     "DequantizedLinear": _float,
-    "W8A8DynamicExperts": _int8(4),
-    "WeightOnlyExperts": _experts_weight_only,
-    "W4A8DynamicExperts": _experts_int4(4),
-    "W4A4DynamicExperts": _experts_int4(0),
-    "FloatExperts": _float,
 }
 
 
