@@ -192,6 +192,7 @@ def measure(configs: list[str], rounds: int, compiled: bool, shapes: dict[str, S
                 results[config][shape] = rate(sizes[config], seconds)
                 results[config][f"{shape} seconds"] = seconds
                 results[config][f"{shape} prompts"] = sizes[config][0]
+                print(f"{shape}: {config} {results[config][shape]:.1f} tokens/s", file=sys.stderr, flush=True)
     finally:
         for worker in workers.values():
             worker.close()

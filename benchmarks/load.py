@@ -110,8 +110,11 @@ def engine_starts(configs: list[str], rounds: int) -> dict[str, dict[str, Any]]:
             )
             if done.returncode or not done.stdout:
                 results[config] = {"error": last_error(done.stderr.splitlines()) or f"exit status {done.returncode}"}
-            elif number:  # the first round reads files into memory
-                taken[config].append(json.loads(done.stdout))
+                continue
+            row = json.loads(done.stdout)
+            print(f"{config}: loader {row['loader']:.2f} s, engine {row['engine']:.1f} s", file=sys.stderr, flush=True)
+            if number:  # the first round reads files into memory
+                taken[config].append(row)
     for config, rows in taken.items():
         if rows:
             results[config] = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
