@@ -145,9 +145,8 @@ class Examination:
         twin = Run(np.load(self.twin_file), [], [])
         if "rerouted" not in self.row:
             return str(round(relative_error(run(self.folder, tensor_parallel_size=2), twin), 4))
-        if (
-            "dsv3" in self.folder.name
-        ):  # vLLM's float DeepSeek-V3 without MLA gives other numbers on two ranks than on one
+        # vLLM's float DeepSeek-V3 without MLA gives other numbers on two ranks than on one.
+        if "dsv3" in self.folder.name:
             with tempfile.TemporaryDirectory() as scratch:
                 twin = run(make_twin(self.folder, Path(scratch) / "twin"), plugin=False, tensor_parallel_size=2)
         errors = [
@@ -158,7 +157,6 @@ class Examination:
 
     @property
     def fails(self) -> bool:
-        limit = self.row.get("limit", 0.0)
         limit, text = self.row.get("limit", 0.0), self.row.get("two_ranks", "")
         measured = [] if text.startswith("refused") else re.findall(r"\d+\.\d+", text)
         numbers = [self.row.get("error", 0.0), *map(float, measured)]

@@ -10,9 +10,8 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # several processes share the cores: threads that wait for each other only slow them
+# Several processes share the cores: threads that wait for each other only slow them.
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 # The reference for what runs here must not depend on what a developer has set.

@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 from importlib import metadata
 
+from vllm_npu_quant.errors import Finding, NpuQuantError
+
 __all__ = [
     "FP8",
     "VARIABLES",
@@ -68,11 +70,13 @@ def w4a8_mode() -> str:
     """The value of VLLM_NPU_QUANT_W4A8: "int8" or "w4a16".
 
     Raises:
-        ValueError: for any other value.
+        NpuQuantError: bad-config, for any other value.
     """
     mode = os.environ.get(W4A8, "int8").strip().lower() or "int8"
     if mode not in ("int8", "w4a16"):
-        raise ValueError(f"{W4A8} must be int8 or w4a16, not {mode[:40]!r}")
+        message = f"{W4A8} must be int8 or w4a16, not {mode[:40]!r}"
+        fix = f"unset {W4A8}, or set it to int8 or w4a16"
+        raise NpuQuantError([Finding("bad-config", message, expected="int8 or w4a16", fix=fix)])
     return mode
 
 

@@ -261,12 +261,7 @@ class NpuQuantConfig(QuantizationConfig):
         other = as_w4a16(spec)
         if other is spec:
             return spec
-        try:
-            mode = settings.w4a8_mode()
-        except ValueError as error:
-            fix = f"unset {settings.W4A8}, or set it to int8 or w4a16"
-            raise NpuQuantError([Finding("bad-config", str(error), expected="int8 or w4a16", fix=fix)]) from error
-        if mode == "int8":
+        if settings.w4a8_mode() == "int8":
             return spec
         if not self.said_w4a16:
             self.said_w4a16 = True

@@ -180,9 +180,8 @@ def setting_findings(layers: Iterable[Layer]) -> list[Finding]:
         return []
     try:
         settings.w4a8_mode()
-    except ValueError as error:
-        fix = f"unset {settings.W4A8}, or set it to int8 or w4a16"
-        return [Finding("bad-config", str(error), expected="int8 or w4a16", fix=fix)]
+    except NpuQuantError as error:
+        return list(error.findings)
     return []
 
 

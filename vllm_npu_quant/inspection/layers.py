@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from vllm_npu_quant import dispatch, settings
 from vllm_npu_quant.checkpoint import Checkpoint, TensorInfo
+from vllm_npu_quant.errors import NpuQuantError
 from vllm_npu_quant.formats.base import ExpertsEntry, LayerEntry, QuantFormat
 from vllm_npu_quant.formats.rules import FLOAT_DTYPES, RuleFormat, is_embedding
 from vllm_npu_quant.inspection.model import Model
@@ -112,7 +113,7 @@ def layers_of(model: Model) -> list[Layer]:
     latent = bool(model.size("kv_lora_rank"))
     try:
         w4a16 = settings.w4a8_mode() == "w4a16"
-    except ValueError:  # which the check reports
+    except NpuQuantError:  # which the check reports
         w4a16 = False
     return [_as_served(layer, latent, w4a16) for layer in found] if latent or w4a16 else found
 
