@@ -26,13 +26,18 @@ typedef int64_t i64;
 
 enum { BF16 = 0, F16 = 1, F32 = 2, I32 = 3 };
 
-#define MR 6         // rows of a register tile
-#define NR 16        // columns of a register tile
-#define MAX_COLS 128 // columns of a task with many rows
-#define MAX_ROWS 256 // rows that are multiplied by one panel
-#define KC 256       // depth of an integer panel
-#define KF 128       // depth of a float panel
-#define FEW 4        // up to here rows are "few"
+#define TILE 12       // rows of an integer tile: a register of sums for each
+#define LANES 32      // columns of integers that are interleaved at a time
+#define BLOCK 128     // columns of an integer panel: a line of the cache
+#define CHUNK 640     // inputs of an integer panel, at most
+#define MR 6          // rows of a float tile
+#define NR 16         // columns of a float tile
+#define MAX_COLS 128  // columns of a float panel
+#define KF 128        // inputs of a float panel
+#define MOST_ROWS 264 // rows of a task
+#define MOST_COLS 256 // columns of a task with many rows of integers
+#define FEW 4         // rows of floats that are "few"
+#define FEW_INTEGERS 16
 #define FEW_COLS 512 // columns of a task with few rows of floats
 #define FEW_SUMS 4096 // accumulators of a task with few rows of integers: half of the first cache
 
@@ -68,6 +73,17 @@ ALWAYS_INLINE __m256 round_bf16(__m256 v) {
 
 ALWAYS_INLINE __m256 round_f16(__m256 v) { return _mm256_cvtph_ps(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
 
+// The high halves of round_bf16, in 32 bits each; NaN stays NaN.
+ALWAYS_INLINE __m256i bf16_bits(__m256 v) {
+    __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    return _mm256_blendv_epi8(_mm256_srli_epi32(_mm256_castps_si256(round_bf16(v)), 16), _mm256_set1_epi32(0x7fc0), nan);
+}
+
+ALWAYS_INLINE void store16_bf16(uint16_t *p, __m256 low, __m256 high) {
+    __m256i both = _mm256_packus_epi32(bf16_bits(low), bf16_bits(high));
+    _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(both, 0xd8));
+}
+
 ALWAYS_INLINE void store8(void *p, i64 at, __m256 v, int dtype) {
     if (dtype == F32) {
         _mm256_storeu_ps((float *)p + at, v);
@@ -77,11 +93,8 @@ ALWAYS_INLINE void store8(void *p, i64 at, __m256 v, int dtype) {
     if (dtype == F16) {
         half = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
     } else {
-        __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-        __m256i bits = _mm256_srli_epi32(_mm256_castps_si256(round_bf16(v)), 16);
-        bits = _mm256_blendv_epi8(bits, _mm256_set1_epi32(0x7fc0), nan);
-        bits = _mm256_packus_epi32(bits, bits);
-        half = _mm256_castsi256_si128(_mm256_permute4x64_epi64(bits, 0x08));
+        __m256i bits = bf16_bits(v);
+        half = _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0x08));
     }
     _mm_storeu_si128((__m128i *)((uint16_t *)p + at), half);
 }
@@ -225,282 +238,409 @@ ALWAYS_INLINE __m128i weights_tail(const uint8_t *row, i64 j, int int4, i64 n) {
     return weights16(bytes, 0, int4);
 }
 
-ALWAYS_INLINE __m256i multiply_add(__m256i sum, __m256i a, __m256i b) {
+// --------------------------------------------------------------------------------------------------------------- integers
+
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    return _mm256_dpwssd_epi32(sum, a, b);
+#define DOT4 _mm256_dpbusd_epi32
 #elif defined(__AVXVNNI__)
-    return _mm256_dpwssd_avx_epi32(sum, a, b);
-#else
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+#define DOT4 _mm256_dpbusd_avx_epi32
 #endif
+
+// Adds the products of four inputs to the sums of eight columns. Exact: |w| is at most 128 and |x| at most 127, so two
+// products fit into the 16 bits of vpmaddubsw. `small`: |w| and |x| are at most 8, and sums stay in sixteen 16-bit numbers.
+ALWAYS_INLINE __m256i dot4(__m256i sums, __m256i w, __m256i magnitude, __m256i x, int small) {
+    __m256i signed_x = _mm256_sign_epi8(x, w);
+#ifdef DOT4
+    return DOT4(sums, magnitude, signed_x);
+#else
+    __m256i pairs = _mm256_maddubs_epi16(magnitude, signed_x);
+    if (small) return _mm256_add_epi16(sums, pairs);
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#endif
+}
+
+// 16-bit sums of pairs of inputs -> 32-bit sums.
+ALWAYS_INLINE __m256i whole_sums(__m256i sums, int small) {
+#ifndef DOT4
+    if (small) return _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
+#endif
+    (void)small;
+    return sums;
+}
+
+ALWAYS_INLINE __m256i four_inputs(const int8_t *x) {
+    int32_t four;
+    memcpy(&four, x, 4);
+    return _mm256_set1_epi32(four);
+}
+
+// 32 int4 in 16 bytes, the even ones in the low nibbles -> int8.
+ALWAYS_INLINE __m256i widened(__m128i pairs) {
+    const __m128i low = _mm_set1_epi8(15);
+    const __m256i eight = _mm256_set1_epi8(8);
+    __m128i even = _mm_and_si128(pairs, low), odd = _mm_and_si128(_mm_srli_epi16(pairs, 4), low);
+    __m256i nibbles = _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
+    return _mm256_sub_epi8(_mm256_xor_si256(nibbles, eight), eight);
+}
+
+// 32 weights of a row from column `j` (even) on as int8, of which only `n` exist; the others are 0.
+ALWAYS_INLINE __m256i weights32(const uint8_t *row, i64 j, int int4, i64 n) {
+    uint8_t bytes[LANES] = {0};
+    const uint8_t *from = row + (int4 ? j / 2 : j);
+    if (n < LANES) from = memcpy(bytes, from, int4 ? (n + 1) / 2 : n);
+    return int4 ? widened(_mm_loadu_si128((const __m128i *)from)) : _mm256_loadu_si256((const __m256i *)from);
+}
+
+// Four inputs of 32 columns -> the four inputs of a column side by side. Register i has the columns 4 i to 4 i + 3 and
+// 16 + 4 i to 16 + 4 i + 3. Inputs from `depth` on are 0.
+ALWAYS_INLINE void interleaved(const uint8_t *row, i64 row_bytes, i64 depth, i64 j, int int4, i64 n, __m256i w[4]) {
+    __m256i r[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+        r[i] = i < depth ? weights32(row + i * row_bytes, j, int4, n) : _mm256_setzero_si256();
+    __m256i a = _mm256_unpacklo_epi8(r[0], r[1]), b = _mm256_unpackhi_epi8(r[0], r[1]);
+    __m256i c = _mm256_unpacklo_epi8(r[2], r[3]), d = _mm256_unpackhi_epi8(r[2], r[3]);
+    w[0] = _mm256_unpacklo_epi16(a, c);
+    w[1] = _mm256_unpackhi_epi16(a, c);
+    w[2] = _mm256_unpacklo_epi16(b, d);
+    w[3] = _mm256_unpackhi_epi16(b, d);
 }
 
 // ----------------------------------------------------------------------------------------------------- integers, few rows
 
-// sums[m * stride + j] += x[m] @ weight[:, first + j] for `cols` (a multiple of 16) columns.
-// x: int16, one pointer per row, with a zero after an odd number of inputs.
-ALWAYS_INLINE void stream_int(const int16_t *const *x, const uint8_t *weight, i64 row_bytes, i64 depth, i64 first, i64 cols,
-                              const int rows, int32_t *sums, i64 stride) {
-    enum { PAIRS = 4 };
-    for (i64 k = 0; k < depth; k += 2 * PAIRS) {
-        i64 left = (depth - k + 1) / 2;
-        int pairs = left < PAIRS ? (int)left : PAIRS;
-        for (i64 j = 0; j < cols; j += NR) {
+// sums[m * stride + j] += x[m * x_stride ...] @ weight[:, first + j] for 32 columns at a time, in the order of `interleaved`.
+// The weight streams past once; the sums stay in the first cache.
+ALWAYS_INLINE void stream_int(const int8_t *x, i64 x_stride, const uint8_t *weight, i64 row_bytes, i64 depth, i64 first,
+                              i64 cols, i64 n, i64 rows, int32_t *sums, i64 stride) {
+    enum { STEP = 8 };
+    for (i64 k = 0; k < depth; k += STEP) {
+        for (i64 j = 0; j < cols; j += LANES) {
             const uint8_t *row = weight + k * row_bytes;
             if (j % 64 == 0) // the next rows' lines: a row may be a page away from the one before
-                for (int p = 0; p < 2 * PAIRS; p++)
-                    _mm_prefetch((const char *)row + (2 * PAIRS + p) * row_bytes + first + j, _MM_HINT_T0);
-            __m256i c[FEW][2];
-#pragma GCC unroll 4
-            for (int m = 0; m < rows; m++) {
-                c[m][0] = _mm256_loadu_si256((const __m256i *)(sums + m * stride + j));
-                c[m][1] = _mm256_loadu_si256((const __m256i *)(sums + m * stride + j + 8));
+                for (int i = STEP; i < 2 * STEP; i++) _mm_prefetch((const char *)row + i * row_bytes + first + j, _MM_HINT_T0);
+            __m256i w[2][4];
+            if (depth - k >= STEP) {
+                interleaved(row, row_bytes, 4, first + j, 0, n, w[0]);
+                interleaved(row + 4 * row_bytes, row_bytes, 4, first + j, 0, n, w[1]);
+            } else {
+                interleaved(row, row_bytes, depth - k, first + j, 0, n, w[0]);
+                interleaved(row + 4 * row_bytes, row_bytes, depth - k - 4, first + j, 0, n, w[1]);
             }
-            for (int p = 0; p < pairs; p++, row += 2 * row_bytes) {
-                __m128i upper = weights16(row, first + j, 0);
-                // After an odd number of inputs x has a zero, so any weight does.
-                __m128i lower = weights16(k + 2 * p + 1 < depth ? row + row_bytes : row, first + j, 0);
-                __m256i w0 = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(upper, lower));
-                __m256i w1 = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(upper, lower));
+            for (i64 m = 0; m < rows; m++) {
+                __m256i x0 = four_inputs(x + m * x_stride + k), x1 = four_inputs(x + m * x_stride + k + 4);
+                __m256i *to = (__m256i *)(sums + m * stride + j);
 #pragma GCC unroll 4
-                for (int m = 0; m < rows; m++) {
-                    int32_t pair;
-                    memcpy(&pair, x[m] + k + 2 * p, 4);
-                    __m256i a = _mm256_set1_epi32(pair);
-                    c[m][0] = multiply_add(c[m][0], a, w0);
-                    c[m][1] = multiply_add(c[m][1], a, w1);
+                for (int i = 0; i < 4; i++) {
+                    __m256i sum = dot4(to[i], w[0][i], _mm256_abs_epi8(w[0][i]), x0, 0);
+                    to[i] = dot4(sum, w[1][i], _mm256_abs_epi8(w[1][i]), x1, 0);
                 }
             }
-#pragma GCC unroll 4
-            for (int m = 0; m < rows; m++) {
-                _mm256_storeu_si256((__m256i *)(sums + m * stride + j), c[m][0]);
-                _mm256_storeu_si256((__m256i *)(sums + m * stride + j + 8), c[m][1]);
-            }
         }
+    }
+}
+
+// From the order of `interleaved` to that of the columns.
+static void in_column_order(int32_t *sums, i64 cols) {
+    for (i64 j = 0; j < cols; j += LANES) {
+        __m256i *at = (__m256i *)(sums + j), a = at[0], b = at[1], c = at[2], d = at[3];
+        at[0] = _mm256_permute2x128_si256(a, b, 0x20);
+        at[1] = _mm256_permute2x128_si256(c, d, 0x20);
+        at[2] = _mm256_permute2x128_si256(a, b, 0x31);
+        at[3] = _mm256_permute2x128_si256(c, d, 0x31);
     }
 }
 
 // ---------------------------------------------------------------------------------------------------- integers, many rows
 
-// A panel: for every NR columns, for every pair of inputs, NR pairs of int16.
-ALWAYS_INLINE void pack_int(const uint8_t *weight, i64 row_bytes, i64 depth, i64 first, i64 cols, int int4, int16_t *panel) {
-    for (i64 j = 0; j < cols; j += NR) {
-        i64 n = cols - j;
-        for (i64 k = 0; k < depth; k += 2, panel += 2 * NR) {
-            const uint8_t *row = weight + k * row_bytes;
-            __m128i upper = weights_tail(row, first + j, int4, n);
-            __m128i lower = k + 1 < depth ? weights_tail(row + row_bytes, first + j, int4, n) : _mm_setzero_si128();
-            _mm256_store_si256((__m256i *)panel, _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(upper, lower)));
-            _mm256_store_si256((__m256i *)(panel + NR), _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(upper, lower)));
+// A panel: for every 32 columns, for every register of `interleaved`, for every four inputs.
+ALWAYS_INLINE void pack_int(const uint8_t *weight, i64 row_bytes, i64 depth, i64 first, i64 cols, int int4, int8_t *panel) {
+    enum { AHEAD = 32 };
+    i64 quads = (depth + 3) / 4;
+    for (i64 q = 0; q < quads; q++) {
+        const uint8_t *row = weight + 4 * q * row_bytes;
+        for (i64 j = 0; j < cols; j += LANES) {
+            if (j % (int4 ? 128 : 64) == 0)
+                for (int i = AHEAD; i < AHEAD + 4; i++)
+                    _mm_prefetch((const char *)row + i * row_bytes + (first + j) / (1 + int4), _MM_HINT_T0);
+            __m256i w[4], *to = (__m256i *)panel + 4 * quads * (j / LANES) + q;
+            if (cols - j >= LANES && depth - 4 * q >= 4)
+                interleaved(row, row_bytes, 4, first + j, int4, LANES, w);
+            else
+                interleaved(row, row_bytes, depth - 4 * q, first + j, int4, cols - j, w);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) _mm256_store_si256(to + i * quads, w[i]);
         }
     }
 }
 
-// sums[m][0..16) (+)= x[m] @ panel, over `pairs` pairs of inputs.
-ALWAYS_INLINE void tile_int(const int16_t *x, i64 stride, const int16_t *panel, i64 pairs, int32_t *sums, i64 sums_stride,
-                            const int rows, int fresh) {
-    __m256i c[MR][2];
-#pragma GCC unroll 6
+// sums[m][0..4) and [16..20) (+)= x[m] @ a register of the panel, over `quads` times four inputs. Sums are [.][BLOCK].
+ALWAYS_INLINE void tile_int(const int8_t *x, i64 stride, const int8_t *panel, i64 quads, int32_t *sums, const int rows,
+                            int small, int fresh) {
+    __m256i c[TILE];
+#pragma GCC unroll 12
+    for (int m = 0; m < rows; m++) c[m] = _mm256_setzero_si256();
+    const int8_t *from[3] = {x, x + 4 * stride, x + 8 * stride};
+    const i64 third = 3 * stride;
+    for (i64 q = 0; q < quads; q++, panel += 32) {
+        __m256i w = _mm256_load_si256((const __m256i *)panel), magnitude = _mm256_abs_epi8(w);
+#pragma GCC unroll 12
+        for (int m = 0; m < rows; m++)
+            c[m] = dot4(c[m], w, magnitude, four_inputs(from[m / 4] + (m % 4 == 3 ? third : m % 4 * stride)), small);
+#pragma GCC unroll 3
+        for (int i = 0; i < rows / 4; i++) from[i] += 4;
+    }
+#pragma GCC unroll 12
     for (int m = 0; m < rows; m++) {
-        c[m][0] = fresh ? _mm256_setzero_si256() : _mm256_load_si256((const __m256i *)(sums + m * sums_stride));
-        c[m][1] = fresh ? _mm256_setzero_si256() : _mm256_load_si256((const __m256i *)(sums + m * sums_stride + 8));
-    }
-    for (i64 p = 0; p < pairs; p++, panel += 2 * NR) {
-        __m256i w0 = _mm256_load_si256((const __m256i *)panel), w1 = _mm256_load_si256((const __m256i *)(panel + NR));
-#pragma GCC unroll 6
-        for (int m = 0; m < rows; m++) {
-            int32_t pair;
-            memcpy(&pair, x + m * stride + 2 * p, 4);
-            __m256i a = _mm256_set1_epi32(pair);
-            c[m][0] = multiply_add(c[m][0], a, w0);
-            c[m][1] = multiply_add(c[m][1], a, w1);
-        }
-    }
-#pragma GCC unroll 6
-    for (int m = 0; m < rows; m++) {
-        _mm256_store_si256((__m256i *)(sums + m * sums_stride), c[m][0]);
-        _mm256_store_si256((__m256i *)(sums + m * sums_stride + 8), c[m][1]);
+        __m256i sum = whole_sums(c[m], small);
+        __m128i *low = (__m128i *)(sums + m * BLOCK), *high = low + 4;
+        if (!fresh) sum = _mm256_add_epi32(sum, _mm256_set_m128i(*high, *low));
+        *low = _mm256_castsi256_si128(sum);
+        *high = _mm256_extracti128_si256(sum, 1);
     }
 }
 
-static void block_int(const int16_t *x, i64 stride, const int16_t *panel, i64 depth, int32_t *sums, i64 rows, i64 cols,
-                      int fresh) {
-    i64 pairs = (depth + 1) / 2;
-    for (i64 j = 0; j < cols; j += NR, panel += pairs * 2 * NR) {
-        i64 m = 0;
-        for (; m + MR <= rows; m += MR)
-            tile_int(x + m * stride, stride, panel, pairs, sums + m * MAX_COLS + j, MAX_COLS, MR, fresh);
-        const int16_t *rest = x + m * stride;
-        int32_t *to = sums + m * MAX_COLS + j;
-        switch (rows - m) {
-        case 1: tile_int(rest, stride, panel, pairs, to, MAX_COLS, 1, fresh); break;
-        case 2: tile_int(rest, stride, panel, pairs, to, MAX_COLS, 2, fresh); break;
-        case 3: tile_int(rest, stride, panel, pairs, to, MAX_COLS, 3, fresh); break;
-        case 4: tile_int(rest, stride, panel, pairs, to, MAX_COLS, 4, fresh); break;
-        case 5: tile_int(rest, stride, panel, pairs, to, MAX_COLS, 5, fresh); break;
-        }
+// Rows are done four at a time at least: x and sums have room for that. A tile's inputs stay in the first cache while the
+// panel streams past.
+ALWAYS_INLINE void block_int(const int8_t *x, i64 stride, const int8_t *panel, i64 depth, int32_t *sums, i64 rows, i64 cols,
+                             int small, int fresh) {
+    i64 quads = (depth + 3) / 4;
+    for (i64 m = 0; m < rows; m += TILE) {
+        const int8_t *from = x + m * stride, *w = panel;
+        for (i64 j = 0; j < cols; j += LANES)
+            for (int i = 0; i < 4; i++, w += 32 * quads) {
+                int32_t *to = sums + m * BLOCK + j + 4 * i;
+                switch ((MIN(rows - m, TILE) + 3) / 4) {
+                case 1: tile_int(from, stride, w, quads, to, 4, small, fresh); break;
+                case 2: tile_int(from, stride, w, quads, to, 8, small, fresh); break;
+                case 3: tile_int(from, stride, w, quads, to, 12, small, fresh); break;
+                }
+            }
     }
 }
 
-// int8 -> int16, and a zero after an odd number of inputs.
-static void widen(const int8_t *x, i64 depth, int16_t *to) {
+static void block_int8(const int8_t *x, i64 stride, const int8_t *panel, i64 depth, int32_t *sums, i64 rows, i64 cols,
+                       int fresh) {
+    block_int(x, stride, panel, depth, sums, rows, cols, 0, fresh);
+}
+
+static void block_int4(const int8_t *x, i64 stride, const int8_t *panel, i64 depth, int32_t *sums, i64 rows, i64 cols,
+                       int fresh) {
+    block_int(x, stride, panel, depth, sums, rows, cols, 1, fresh);
+}
+
+// Inputs of a panel: parts of nearly equal size.
+static i64 chunk_of(i64 depth) {
+    i64 parts = (depth + CHUNK - 1) / CHUNK;
+    return ((depth + parts - 1) / parts + 3) / 4 * 4;
+}
+
+// int8 inputs with -127 in the place of -128. Returns whether there was one.
+static int copy_inputs(const int8_t *x, i64 depth, int8_t *to) {
+    const __m256i least = _mm256_set1_epi8(-128);
+    __m256i found = _mm256_setzero_si256();
     i64 k = 0;
-    for (; k + 16 <= depth; k += 16)
-        _mm256_storeu_si256((__m256i *)(to + k), _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(x + k))));
-    for (; k < depth; k++) to[k] = x[k];
-    if (depth % 2) to[depth] = 0;
+    for (; k + 32 <= depth; k += 32) {
+        __m256i v = _mm256_loadu_si256((const __m256i *)(x + k)), is = _mm256_cmpeq_epi8(v, least);
+        found = _mm256_or_si256(found, is);
+        _mm256_storeu_si256((__m256i *)(to + k), _mm256_sub_epi8(v, is));
+    }
+    int any = !_mm256_testz_si256(found, found);
+    for (; k < depth; k++) {
+        any |= x[k] == -128;
+        to[k] = x[k] == -128 ? -127 : x[k];
+    }
+    return any;
 }
 
-// int4 pairs of a byte, the even input in the low nibble -> int16. `first` is even.
-static void widen_int4(const uint8_t *x, i64 depth, int16_t *to) {
+// What `copy_inputs` left out of the sums of one row: its -128 count once more.
+static void add_least_inputs(const int8_t *x, const Expert *e, i64 depth, i64 first, i64 cols, int32_t *sums) {
     for (i64 k = 0; k < depth; k++) {
-        int nibble = (x[k / 2] >> (k % 2 * 4)) & 15;
-        to[k] = (int16_t)((nibble ^ 8) - 8);
+        if (x[k] != -128) continue;
+        const int8_t *row = (const int8_t *)e->weight + k * e->row_bytes + first;
+        for (i64 j = 0; j < cols; j++) sums[j] -= row[j];
     }
-    if (depth % 2) to[depth] = 0;
 }
 
 // -------------------------------------------------------------------------------------------------------------- epilogues
 
+// Eight outputs from their exact sums; `n` columns are left from `j` on.
+ALWAYS_INLINE __m256 scaled(const Product *p, const Expert *e, __m256i sums, __m256 token_scale, i64 j, i64 n, int per_column,
+                            int per_token) {
+    if (e->bias_int) sums = _mm256_add_epi32(sums, load_cols_i32(e->bias_int + j, n));
+    if (p->out_dtype == I32) return _mm256_castsi256_ps(sums);
+    __m256 v = _mm256_cvtepi32_ps(sums);
+    v = _mm256_mul_ps(v, per_column ? load_cols(e->scale + j, n) : _mm256_set1_ps(e->scale[0]));
+    if (per_token) v = _mm256_mul_ps(v, token_scale);
+    return e->bias_float ? _mm256_add_ps(v, load_cols(e->bias_float + j, n)) : v;
+}
+
 // out[row][first..first + cols) from the exact sums of one row.
 static void finish_int8(const Product *p, const Expert *e, const int32_t *sums, i64 row, i64 first, i64 cols) {
-    for (i64 j = 0; j < cols; j += 8) {
-        i64 n = cols - j, at = row * p->width + first + j;
-        __m256i acc = _mm256_loadu_si256((const __m256i *)(sums + j));
-        if (e->bias_int) acc = _mm256_add_epi32(acc, load_cols_i32(e->bias_int + first + j, n));
-        if (p->out_dtype == I32) {
-            if (n >= 8)
-                _mm256_storeu_si256((__m256i *)((int32_t *)p->out + at), acc);
-            else
-                store_cols(p->out, at, _mm256_castsi256_ps(acc), F32, n);
-            continue;
+    const Product call = *p; // copies: a store to `out` might change what p and e point to, for all that the compiler knows
+    const Expert of = *e;
+    const int dtype = call.out_dtype == I32 ? F32 : (int)call.out_dtype;
+    const __m256 token_scale = call.token_scale ? _mm256_set1_ps(call.token_scale[row]) : _mm256_setzero_ps();
+    i64 j = 0, at = row * call.width + first;
+    if (dtype == BF16 && call.scale_step && call.token_scale)
+        for (; j + 16 <= cols; j += 16) {
+            __m256 v[2];
+#pragma GCC unroll 2
+            for (int h = 0; h < 2; h++)
+                v[h] = scaled(&call, &of, _mm256_loadu_si256((const __m256i *)(sums + j + 8 * h)), token_scale,
+                              first + j + 8 * h, 8, 1, 1);
+            store16_bf16((uint16_t *)call.out + at + j, v[0], v[1]);
         }
-        __m256 v = _mm256_cvtepi32_ps(acc);
-        v = _mm256_mul_ps(v, p->scale_step ? load_cols(e->scale + first + j, n) : _mm256_set1_ps(e->scale[0]));
-        if (p->token_scale) v = _mm256_mul_ps(v, _mm256_set1_ps(p->token_scale[row]));
-        if (e->bias_float) v = _mm256_add_ps(v, load_cols(e->bias_float + first + j, n));
-        store_cols(p->out, at, v, (int)p->out_dtype, n);
+    for (; j < cols; j += 8) {
+        i64 n = cols - j;
+        __m256 v = scaled(&call, &of, _mm256_loadu_si256((const __m256i *)(sums + j)), token_scale, first + j, n,
+                          call.scale_step != 0, call.token_scale != NULL);
+        store_cols(call.out, at + j, v, dtype, n);
     }
 }
 
 // --------------------------------------------------------------------------------------------------------- scratch memory
 
+// A thread's memory, kept for its next task: x [rows] of `stride` bytes, and by offset what SCRATCH_BYTES is made of.
 typedef struct {
-    int16_t *x;     // [2 * MAX_ROWS][KC], or float [MAX_ROWS][KF]
-    int16_t *panel; // [KC][MAX_COLS] int16, or float [KF][MAX_COLS]
-    int32_t *sums;  // [2 * MAX_ROWS][MAX_COLS]
-    float *totals;  // [2 * MAX_ROWS][MAX_COLS]
+    char *memory;
+    i64 bytes;
+    char *x, *panel;
+    int32_t *sums; // [2 * MOST_ROWS][BLOCK], or float [MOST_ROWS][MAX_COLS]
+    float *totals; // [2 * MOST_ROWS][BLOCK]
 } Scratch;
 
 static __thread Scratch scratch;
 
-static int get_scratch(Scratch *to) {
-    if (!scratch.x) {
-        i64 x = 2 * MAX_ROWS * KC * 2, panel = KC * MAX_COLS * 2, sums = 2 * MAX_ROWS * MAX_COLS * 4;
-        char *memory = aligned_alloc(64, x + panel + 2 * sums);
-        if (!memory) return 0;
-        scratch.x = (int16_t *)memory;
-        scratch.panel = (int16_t *)(memory + x);
-        scratch.sums = (int32_t *)(memory + x + panel);
-        scratch.totals = (float *)(memory + x + panel + sums);
+static Scratch *get_scratch(i64 x_bytes) {
+    const i64 panel = CHUNK * BLOCK, sums = 2 * MOST_ROWS * BLOCK * 4;
+    i64 bytes = panel + 2 * sums + (x_bytes + 127) / 64 * 64;
+    if (scratch.bytes < bytes) {
+        free(scratch.memory);
+        scratch.memory = aligned_alloc(64, bytes);
+        scratch.bytes = scratch.memory ? bytes : 0;
     }
-    *to = scratch;
-    return 1;
+    if (!scratch.memory) return NULL;
+    scratch.panel = scratch.memory;
+    scratch.sums = (int32_t *)(scratch.memory + panel);
+    scratch.totals = (float *)(scratch.memory + panel + sums);
+    scratch.x = scratch.memory + panel + 2 * sums;
+    return &scratch;
 }
+
+// Bytes of a row of int8 inputs: not a multiple of the page, whose rows would share one place in the first cache.
+static i64 stride_of(i64 depth) { return (depth + 63) / 64 * 64 + 64; }
 
 // ------------------------------------------------------------------------------------------------------------ int8 x int8
 
-static void int8_few(const Product *p, const Expert *e, i64 start, i64 rows, i64 first, i64 cols, const int16_t *const *x) {
+static int int8_few(const Product *p, const Expert *e, i64 start, i64 rows, i64 first, i64 cols) {
     int32_t sums[FEW_SUMS] __attribute__((aligned(64)));
-    i64 whole = cols / NR * NR;
-    memset(sums, 0, rows * cols * sizeof sums[0]);
-    switch (rows) {
-    case 1: stream_int(x, e->weight, e->row_bytes, p->depth, first, whole, 1, sums, cols); break;
-    case 2: stream_int(x, e->weight, e->row_bytes, p->depth, first, whole, 2, sums, cols); break;
-    case 3: stream_int(x, e->weight, e->row_bytes, p->depth, first, whole, 3, sums, cols); break;
-    case 4: stream_int(x, e->weight, e->row_bytes, p->depth, first, whole, 4, sums, cols); break;
+    i64 whole = cols / LANES * LANES, wide = (cols + LANES - 1) / LANES * LANES, stride = stride_of(p->depth);
+    Scratch *s = get_scratch(rows * stride);
+    if (!s) return 0;
+    const int8_t *from = (const int8_t *)p->x + start * p->depth;
+    int8_t *x = (int8_t *)s->x;
+    int least[FEW_INTEGERS];
+    for (i64 m = 0; m < rows; m++) least[m] = copy_inputs(from + m * p->depth, p->depth, x + m * stride);
+    memset(sums, 0, rows * wide * sizeof sums[0]);
+    stream_int(x, stride, e->weight, e->row_bytes, p->depth, first, whole, LANES, rows, sums, wide);
+    if (whole < cols)
+        stream_int(x, stride, e->weight, e->row_bytes, p->depth, first + whole, LANES, cols - whole, rows, sums + whole, wide);
+    for (i64 m = 0; m < rows; m++) {
+        int32_t *row = sums + m * wide;
+        in_column_order(row, wide);
+        if (least[m]) add_least_inputs(from + m * p->depth, e, p->depth, first, cols, row);
+        finish_int8(p, e, row, start + m, first, cols);
     }
-    for (i64 j = whole; j < cols; j++)
-        for (int m = 0; m < rows; m++) {
-            int32_t sum = 0;
-            for (i64 k = 0; k < p->depth; k++) sum += x[m][k] * (int8_t)e->weight[k * e->row_bytes + first + j];
-            sums[m * cols + j] = sum;
-        }
-    for (int m = 0; m < rows; m++) finish_int8(p, e, sums + m * cols, start + m, first, cols);
+    return 1;
 }
 
-static int int8_many(const Product *p, const Expert *e, i64 start, i64 end, i64 first, i64 cols) {
-    Scratch s;
-    if (!get_scratch(&s)) return 0;
-    for (i64 m = start; m < end; m += MAX_ROWS) {
-        i64 rows = MIN(end - m, MAX_ROWS);
-        for (i64 k = 0; k < p->depth; k += KC) {
-            i64 depth = MIN(p->depth - k, KC);
-            for (i64 r = 0; r < rows; r++) widen((const int8_t *)p->x + (m + r) * p->depth + k, depth, s.x + r * KC);
-            pack_int(e->weight + k * e->row_bytes, e->row_bytes, depth, first, cols, 0, s.panel);
-            block_int(s.x, KC, s.panel, depth, s.sums, rows, cols, k == 0);
+static int int8_many(const Product *p, const Expert *e, i64 start, i64 rows, i64 first, i64 cols) {
+    i64 stride = stride_of(p->depth), chunk = chunk_of(p->depth);
+    Scratch *s = get_scratch((rows + 3) * stride);
+    if (!s) return 0;
+    const int8_t *from = (const int8_t *)p->x + start * p->depth;
+    int8_t *x = (int8_t *)s->x, least[MOST_ROWS];
+    for (i64 m = 0; m < rows; m++) least[m] = copy_inputs(from + m * p->depth, p->depth, x + m * stride);
+    for (i64 j = first; j < first + cols; j += BLOCK) {
+        i64 n = MIN(first + cols - j, BLOCK);
+        for (i64 k = 0; k < p->depth; k += chunk) {
+            i64 depth = MIN(p->depth - k, chunk);
+            pack_int(e->weight + k * e->row_bytes, e->row_bytes, depth, j, n, 0, (int8_t *)s->panel);
+            block_int8(x + k, stride, (int8_t *)s->panel, depth, s->sums, rows, n, k == 0);
         }
-        for (i64 r = 0; r < rows; r++) finish_int8(p, e, s.sums + r * MAX_COLS, m + r, first, cols);
+        for (i64 m = 0; m < rows; m++) {
+            int32_t *row = s->sums + m * BLOCK;
+            if (least[m]) add_least_inputs(from + m * p->depth, e, p->depth, j, n, row);
+            finish_int8(p, e, row, start + m, j, n);
+        }
     }
     return 1;
 }
 
 // --------------------------------------------------------------------------------------------- int4 weights, integer inputs
 
-// float32 [rows][MAX_COLS] += the products of one group times its scales. `halves`: rounded to float16 before and after the
+// float32 [rows][BLOCK] += the products of one group times its scales. `halves`: rounded to float16 before and after the
 // addition, as on a unit that keeps its sums in float16.
 static void add_group(const int32_t *sums, const float *scale, float *totals, i64 rows, i64 first, i64 cols, int halves,
                       int fresh) {
     for (i64 m = 0; m < rows; m++)
         for (i64 j = 0; j < cols; j += 8) {
-            __m256 v = _mm256_cvtepi32_ps(_mm256_load_si256((const __m256i *)(sums + m * MAX_COLS + j)));
+            __m256 v = _mm256_cvtepi32_ps(_mm256_load_si256((const __m256i *)(sums + m * BLOCK + j)));
             v = _mm256_mul_ps(v, load_cols(scale + first + j, cols - j));
-            float *total = totals + m * MAX_COLS + j;
+            float *total = totals + m * BLOCK + j;
             __m256 old = fresh ? _mm256_setzero_ps() : _mm256_load_ps(total);
             v = halves ? round_f16(_mm256_add_ps(old, round_f16(v))) : _mm256_add_ps(old, v);
             _mm256_store_ps(total, v);
         }
 }
 
-static int packed_int4(const Product *p, const Expert *e, i64 start, i64 end, i64 first, i64 cols) {
-    Scratch s;
-    if (!get_scratch(&s)) return 0;
+// int8 = 16 * high + low + 8, both in [-8, 7].
+static void split_inputs(const int8_t *x, i64 depth, int8_t *high, int8_t *low) {
+    const __m256i nibble = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8);
+    memcpy(low, x, depth);
+    for (i64 k = 0; k < depth; k += 32) { // up to the end of the row's room
+        __m256i v = _mm256_loadu_si256((const __m256i *)(low + k));
+        __m256i top = _mm256_xor_si256(_mm256_and_si256(_mm256_srli_epi16(v, 4), nibble), eight);
+        _mm256_storeu_si256((__m256i *)(high + k), _mm256_sub_epi8(top, eight));
+        _mm256_storeu_si256((__m256i *)(low + k), _mm256_sub_epi8(_mm256_and_si256(v, nibble), eight));
+    }
+}
+
+static int packed_int4(const Product *p, const Expert *e, i64 start, i64 rows, i64 first, i64 cols) {
     int halves = p->kind == INT8_INT4;
-    for (i64 m = start; m < end; m += MAX_ROWS) {
-        i64 rows = MIN(end - m, MAX_ROWS), all = halves ? 2 * rows : rows;
-        for (i64 g = 0; g < e->groups; g++) {
-            for (i64 inner = 0; inner < p->group_size; inner += KC) {
-                i64 depth = MIN(p->group_size - inner, KC), k = g * p->group_size + inner;
-                for (i64 r = 0; r < rows; r++) {
-                    if (!halves) {
-                        widen_int4((const uint8_t *)p->x + ((m + r) * p->depth + k) / 2, depth, s.x + r * KC);
-                        continue;
-                    }
-                    // x = 16 * high + low + 8, both in [-8, 7]
-                    int16_t *high = s.x + r * KC, *low = s.x + (rows + r) * KC;
-                    widen((const int8_t *)p->x + (m + r) * p->depth + k, depth, high);
-                    for (i64 i = 0; i < depth; i++) {
-                        low[i] = (int16_t)((high[i] & 15) - 8);
-                        high[i] = (int16_t)(high[i] >> 4);
-                    }
-                    if (depth % 2) low[depth] = 0;
-                }
-                pack_int(e->weight + k * e->row_bytes, e->row_bytes, depth, first, cols, 1, s.panel);
-                block_int(s.x, KC, s.panel, depth, s.sums, all, cols, inner == 0);
-            }
-            add_group(s.sums, e->scale + g * p->width, s.totals, all, first, cols, halves, g == 0);
+    i64 stride = stride_of(p->depth), chunk = chunk_of(p->group_size), all = halves ? 2 * rows : rows;
+    Scratch *s = get_scratch((all + 3) * stride);
+    if (!s) return 0;
+    int8_t *x = (int8_t *)s->x;
+    for (i64 m = 0; m < rows; m++) {
+        if (halves) {
+            split_inputs((const int8_t *)p->x + (start + m) * p->depth, p->depth, x + m * stride, x + (rows + m) * stride);
+            continue;
         }
-        for (i64 r = 0; r < rows; r++)
-            for (i64 j = 0; j < cols; j += 8) {
-                i64 n = cols - j;
-                __m256 v = _mm256_load_ps(s.totals + r * MAX_COLS + j);
+        const uint8_t *from = (const uint8_t *)p->x + (start + m) * p->depth / 2;
+        for (i64 k = 0; k < p->depth; k += LANES)
+            _mm256_storeu_si256((__m256i *)(x + m * stride + k), weights32(from, k, 1, p->depth - k));
+    }
+    for (i64 j = first; j < first + cols; j += BLOCK) {
+        i64 n = MIN(first + cols - j, BLOCK);
+        for (i64 g = 0; g < e->groups; g++) {
+            for (i64 inner = 0; inner < p->group_size; inner += chunk) {
+                i64 depth = MIN(p->group_size - inner, chunk), k = g * p->group_size + inner;
+                pack_int(e->weight + k * e->row_bytes, e->row_bytes, depth, j, n, 1, (int8_t *)s->panel);
+                block_int4(x + k, stride, (int8_t *)s->panel, depth, s->sums, all, n, inner == 0);
+            }
+            add_group(s->sums, e->scale + g * p->width, s->totals, all, j, n, halves, g == 0);
+        }
+        for (i64 m = 0; m < rows; m++)
+            for (i64 i = 0; i < n; i += 8) {
+                __m256 v = _mm256_load_ps(s->totals + m * BLOCK + i);
                 if (halves) {
-                    __m256 low = _mm256_load_ps(s.totals + (rows + r) * MAX_COLS + j);
+                    __m256 low = _mm256_load_ps(s->totals + (rows + m) * BLOCK + i);
                     v = _mm256_add_ps(_mm256_mul_ps(v, _mm256_set1_ps(16.0f)), low);
-                    v = _mm256_add_ps(v, load_cols(e->bias_float + first + j, n));
+                    v = _mm256_add_ps(v, load_cols(e->bias_float + j + i, n - i));
                 }
-                if (p->token_scale) v = _mm256_mul_ps(v, _mm256_set1_ps(p->token_scale[m + r]));
-                store_cols(p->out, (m + r) * p->width + first + j, v, (int)p->out_dtype, n);
+                if (p->token_scale) v = _mm256_mul_ps(v, _mm256_set1_ps(p->token_scale[start + m]));
+                store_cols(p->out, (start + m) * p->width + j + i, v, (int)p->out_dtype, n - i);
             }
     }
     return 1;
@@ -790,34 +930,31 @@ static void to_float(const uint16_t *x, i64 count, int dtype, float *to) {
     for (; k < count; k++) to[k] = load1(x, k, dtype);
 }
 
-ALWAYS_INLINE int weight_only_many(const Product *p, const Expert *e, i64 start, i64 end, i64 first, i64 cols, int dtype,
+ALWAYS_INLINE int weight_only_many(const Product *p, const Expert *e, i64 start, i64 rows, i64 first, i64 cols, int dtype,
                                    int int4, int has_offset) {
-    Scratch s;
-    if (!get_scratch(&s)) return 0;
-    float *x = (float *)s.x, *panel = (float *)s.panel, *sums = s.totals;
-    for (i64 m = start; m < end; m += MAX_ROWS) {
-        i64 rows = MIN(end - m, MAX_ROWS);
-        for (i64 k = 0; k < p->depth; k += KF) {
-            i64 depth = MIN(p->depth - k, KF);
-            for (i64 r = 0; r < rows; r++) to_float((const uint16_t *)p->x + (m + r) * p->depth + k, depth, dtype, x + r * KF);
-            pack_float(p, e, k, depth, first, cols, dtype, int4, has_offset, panel);
-            block_float(x, panel, depth, sums, rows, cols, k == 0);
-        }
-        for (i64 r = 0; r < rows; r++)
-            for (i64 j = 0; j < cols; j += 8) {
-                __m256 v = _mm256_load_ps(sums + r * MAX_COLS + j);
-                if (e->bias_float) v = _mm256_add_ps(v, load_cols(e->bias_float + first + j, cols - j));
-                store_cols(p->out, (m + r) * p->width + first + j, v, (int)p->out_dtype, cols - j);
-            }
+    Scratch *s = get_scratch(rows * KF * 4);
+    if (!s) return 0;
+    float *x = (float *)s->x, *panel = (float *)s->panel, *sums = (float *)s->sums;
+    for (i64 k = 0; k < p->depth; k += KF) {
+        i64 depth = MIN(p->depth - k, KF);
+        for (i64 m = 0; m < rows; m++)
+            to_float((const uint16_t *)p->x + (start + m) * p->depth + k, depth, dtype, x + m * KF);
+        pack_float(p, e, k, depth, first, cols, dtype, int4, has_offset, panel);
+        block_float(x, panel, depth, sums, rows, cols, k == 0);
     }
+    for (i64 m = 0; m < rows; m++)
+        for (i64 j = 0; j < cols; j += 8) {
+            __m256 v = _mm256_load_ps(sums + m * MAX_COLS + j);
+            if (e->bias_float) v = _mm256_add_ps(v, load_cols(e->bias_float + first + j, cols - j));
+            store_cols(p->out, (start + m) * p->width + first + j, v, (int)p->out_dtype, cols - j);
+        }
     return 1;
 }
 
 // Every combination compiled for itself: the branches on dtype, width and offset are not taken per weight.
 #define WEIGHT_ONLY_TASK(NAME, DTYPE, INT4, OFFSET)                                                                           \
-    static int NAME(const Product *p, const Expert *e, i64 start, i64 end, i64 first, i64 cols, const float *const *x) {      \
-        i64 rows = end - start;                                                                                               \
-        if (rows > FEW) return weight_only_many(p, e, start, end, first, cols, DTYPE, INT4, OFFSET);                          \
+    static int NAME(const Product *p, const Expert *e, i64 start, i64 rows, i64 first, i64 cols, const float *const *x) {     \
+        if (rows > FEW) return weight_only_many(p, e, start, rows, first, cols, DTYPE, INT4, OFFSET);                         \
         switch (rows) {                                                                                                       \
         case 1: weight_only_few(p, e, x, start, first, cols, 1, DTYPE, INT4, OFFSET); break;                                  \
         case 2: weight_only_few(p, e, x, start, first, cols, 2, DTYPE, INT4, OFFSET); break;                                  \
@@ -842,82 +979,88 @@ static const WeightOnlyTask weight_only_tasks[8] = {bf16_int8, bf16_int8_offset,
 
 // ------------------------------------------------------------------------------------------------------------------ tasks
 
-// One group's rows times a range of columns.
-static int run_task(const Product *p, i64 group, i64 first, i64 cols) {
-    Expert e = expert_of(p, p->groups[3 * group]);
-    i64 start = p->groups[3 * group + 1], end = p->groups[3 * group + 2], rows = end - start;
-    if (p->kind == INT8_INT4 || p->kind == INT4) return packed_int4(p, &e, start, end, first, cols);
-    if (p->kind == INT8 && rows > FEW) return int8_many(p, &e, start, end, first, cols);
-    WeightOnlyTask task =
-        weight_only_tasks[4 * (p->x_dtype == F16) + 2 * (p->int4 != 0) + (p->antiquant_offset != NULL)];
-    if (p->kind == WEIGHT_ONLY && rows > FEW) return task(p, &e, start, end, first, cols, NULL);
-
-    char *wide = malloc(rows * (p->depth + 1) * 4);
-    if (!wide) return 0;
-    const int16_t *integers[FEW];
-    const float *floats[FEW];
-    for (i64 m = 0; m < rows; m++) {
-        if (p->kind == INT8) {
-            int16_t *to = (int16_t *)wide + m * (p->depth + p->depth % 2);
-            widen((const int8_t *)p->x + (start + m) * p->depth, p->depth, to);
-            integers[m] = to;
-        } else {
-            float *to = (float *)wide + m * p->depth;
-            to_float((const uint16_t *)p->x + (start + m) * p->depth, p->depth, (int)p->x_dtype, to);
-            floats[m] = to;
-        }
-    }
-    int done = 1;
+// At most FEW rows times a range of columns, the weight dequantized.
+static int weight_only_rows(const Product *p, const Expert *e, WeightOnlyTask task, i64 start, i64 rows, i64 first, i64 cols) {
     i64 whole = cols / NR * NR;
-    if (p->kind == INT8) {
-        int8_few(p, &e, start, rows, first, cols, integers);
-    } else if (looks_up(p, rows)) {
-        float *ordered = malloc(p->depth * 4);
-        done = ordered != NULL;
-        if (done) {
-            in_lookup_order(floats[0], p->depth, ordered);
-            if (p->antiquant_offset)
-                int4_row(p, &e, ordered, start, first, whole, 1);
-            else
-                int4_row(p, &e, ordered, start, first, whole, 0);
-            if (whole < cols) task(p, &e, start, end, first + whole, cols - whole, floats);
-        }
-        free(ordered);
-    } else {
-        done = task(p, &e, start, end, first, cols, floats);
+    float *wide = malloc((rows + 1) * p->depth * 4);
+    if (!wide) return 0;
+    const float *x[FEW];
+    for (i64 m = 0; m < rows; m++) {
+        x[m] = wide + m * p->depth;
+        to_float((const uint16_t *)p->x + (start + m) * p->depth, p->depth, (int)p->x_dtype, wide + m * p->depth);
     }
+    if (looks_up(p, rows)) {
+        float *ordered = wide + rows * p->depth;
+        in_lookup_order(x[0], p->depth, ordered);
+        if (p->antiquant_offset)
+            int4_row(p, e, ordered, start, first, whole, 1);
+        else
+            int4_row(p, e, ordered, start, first, whole, 0);
+        first += whole;
+        cols -= whole;
+    }
+    int done = !cols || task(p, e, start, rows, first, cols, x);
     free(wide);
     return done;
 }
 
+// Rows of one group times a range of columns.
+static int run_task(const Product *p, i64 expert, i64 start, i64 rows, i64 first, i64 cols) {
+    Expert e = expert_of(p, expert);
+    if (p->kind == INT8_INT4 || p->kind == INT4) return packed_int4(p, &e, start, rows, first, cols);
+    if (p->kind == INT8)
+        return rows > FEW_INTEGERS ? int8_many(p, &e, start, rows, first, cols) : int8_few(p, &e, start, rows, first, cols);
+    WeightOnlyTask task =
+        weight_only_tasks[4 * (p->x_dtype == F16) + 2 * (p->int4 != 0) + (p->antiquant_offset != NULL)];
+    if (rows > FEW) return task(p, &e, start, rows, first, cols, NULL);
+    return weight_only_rows(p, &e, task, start, rows, first, cols);
+}
+
 // Columns per task: whole tiles, at most `most`, and as many tasks as fill the threads evenly.
-static i64 columns_per_task(i64 width, i64 most, i64 groups, i64 threads) {
+static i64 columns_per_task(i64 width, i64 most, i64 tile, i64 groups, i64 threads) {
     i64 tasks = (width + most - 1) / most;
     if (groups < 2 * threads) tasks = (tasks + threads - 1) / threads * threads;
     i64 cols = (width + tasks - 1) / tasks;
-    return (cols + NR - 1) / NR * NR;
+    return MIN((cols + tile - 1) / tile * tile, most);
 }
+
+// The parts of at most MOST_ROWS rows, and of nearly equal size, into which a group's rows are cut.
+static i64 parts_of(const i64 *group) { return (group[2] - group[1] + MOST_ROWS - 1) / MOST_ROWS; }
 
 // Returns 1, or 0 where memory is short.
 i64 nq_product(const Product *p) {
-    i64 most_rows = 0;
+    i64 most_rows = 0, parts = 0;
     double work = 0;
     for (i64 g = 0; g < p->count; g++) {
         i64 rows = p->groups[3 * g + 2] - p->groups[3 * g + 1];
         most_rows = rows > most_rows ? rows : most_rows;
+        parts += parts_of(p->groups + 3 * g);
         work += (double)rows * p->depth * p->width;
     }
-    int threads = work < 65536 ? 1 : omp_get_max_threads();
-    int few = most_rows <= FEW && (p->kind == INT8 || p->kind == WEIGHT_ONLY);
-    i64 most = !few ? MAX_COLS : p->kind == INT8 ? FEW_SUMS / (most_rows ? most_rows : 1) / NR * NR : FEW_COLS;
-    i64 cols = columns_per_task(p->width, most, p->count, threads);
-    if (cols > most) cols = most;
-    i64 per_group = (p->width + cols - 1) / cols, tasks = per_group * p->count;
-    i64 failed = 0;
+    i64(*part)[3] = malloc((parts + 1) * sizeof *part); // expert, first row, rows
+    if (!part) return 0;
+    parts = 0;
+    for (i64 g = 0; g < p->count; g++) {
+        const i64 *group = p->groups + 3 * g;
+        i64 start = group[1], left = parts_of(group);
+        for (; left; left--) {
+            i64 rows = ((group[2] - start + left - 1) / left + TILE - 1) / TILE * TILE;
+            rows = MIN(MIN(rows, MOST_ROWS), group[2] - start);
+            part[parts][0] = group[0], part[parts][1] = start, part[parts++][2] = rows;
+            start += rows;
+        }
+    }
+    int threads = work < 65536 ? 1 : omp_get_max_threads(), integers = p->kind != WEIGHT_ONLY;
+    int few = p->kind == INT8 ? most_rows <= FEW_INTEGERS : p->kind == WEIGHT_ONLY && most_rows <= FEW;
+    i64 most = integers ? MOST_COLS : MAX_COLS;
+    if (few) most = integers ? FEW_SUMS / (most_rows ? most_rows : 1) / BLOCK * BLOCK : FEW_COLS;
+    i64 cols = columns_per_task(p->width, most, integers ? LANES : NR, parts, threads);
+    i64 per_part = (p->width + cols - 1) / cols, tasks = per_part * parts, failed = 0;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) reduction(+ : failed)
     for (i64 t = 0; t < tasks; t++) {
-        i64 first = t % per_group * cols;
-        failed += !run_task(p, t / per_group, first, MIN(p->width - first, cols));
+        const i64 *of = part[t / per_part], first = t % per_part * cols;
+        failed += !run_task(p, of[0], of[1], of[2], first, MIN(p->width - first, cols));
     }
+    free(part);
     return !failed;
 }
