@@ -744,127 +744,137 @@ ALWAYS_INLINE void weight_only_few(const Product *p, const Expert *e, const floa
     }
 }
 
-// One row of x times int4 weights in bfloat16; `cols` is a multiple of sixteen, 32 divides the depth and the group size. A
-// group's column has sixteen values at most: they are computed once, and 32 inputs at a time are looked up by their nibbles.
-// x: in the order of `in_lookup_order`.
+// The scales (or offsets) of 64 columns as float32: columns j and 32 + j side by side.
+static void in_pairs(const char *from, i64 at, i64 step, float *to) {
+    for (i64 j = 0; j < 32; j++) {
+        to[2 * j] = load1(from, at + step * j, BF16);
+        to[2 * j + 1] = load1(from, at + step * (32 + j), BF16);
+    }
+}
+
+// Sixteen rows of 64 int4 -> for each byte of a row, sixteen rows side by side: register i has the columns 2 i and 2 i + 1 in
+// its first half, and 32 + 2 i and 33 + 2 i in its second.
+ALWAYS_INLINE void transposed(const uint8_t *row, i64 row_bytes, __m256i *to) {
+    __m256i a[16], b[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) {
+        a[i] = _mm256_loadu_si256((const __m256i *)row);
+        row += row_bytes;
+        __asm__("" : "+r"(row)); // else there are sixteen offsets, on the stack
+    }
+#pragma GCC unroll 4
+    for (int stage = 0; stage < 4; stage++) {
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) {
+            b[2 * i] = _mm256_unpacklo_epi8(a[i], a[i + 8]);
+            b[2 * i + 1] = _mm256_unpackhi_epi8(a[i], a[i + 8]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) a[i] = b[i];
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) to[i] = a[i];
+}
+
+// One row of x times int4 weights in bfloat16; 64 divides `cols`, and 16 the depth and the group size. A column of a group
+// has sixteen values at most: they are computed once, and inputs are looked up by their codes, sixteen of two columns at a
+// time. x: in the order of `in_lookup_order`.
 ALWAYS_INLINE void int4_row(const Product *p, const Expert *e, const float *x, i64 row_of_x, i64 first, i64 cols,
                             int has_offset) {
-    enum { STRIPE = 128, DEPTH = 128, STEP = 32 };
-    const __m128i positive = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 0, 0, 0, 0, 0, 0, 0, 0);
-    const __m128i negative = _mm_sub_epi8(positive, _mm_set1_epi8(8));
-    const __m256i nibble = _mm256_set1_epi8(15), byte = _mm256_set1_epi16(255);
-    const __m256i top = _mm256_set1_epi32((int)0xffff0000);
-    const __m256i by_byte = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-    for (i64 stripe = 0; stripe < cols; stripe += STRIPE) {
-        i64 wide = MIN(cols - stripe, STRIPE);
-        __m256 sums[STRIPE];
-        for (i64 j = 0; j < wide; j++) sums[j] = _mm256_setzero_ps();
-        for (i64 k0 = 0; k0 < p->depth;) {
-            i64 group = k0 / p->group_size, stop = MIN(MIN((group + 1) * p->group_size, p->depth), k0 + DEPTH);
-            i64 steps = (stop - k0) / STEP;
-            const uint8_t *ahead = e->weight + (k0 + DEPTH) * e->row_bytes + (first + stripe) / 2;
-            for (i64 k = k0; k < stop; k++, ahead += e->row_bytes) // the lines of the next block of inputs
-                _mm_prefetch((const char *)ahead, _MM_HINT_T0);
-            for (i64 j = 0; j < wide; j += NR) {
-                i64 column = first + stripe + j;
-                __m256i codes[8][DEPTH / STEP]; // two columns in the nibbles of every byte, 32 inputs in the bytes
-                const uint8_t *row = e->weight + k0 * e->row_bytes + column / 2;
-                for (i64 b = 0; b < steps; b++) {
-                    __m256i half[2][4];
+    enum { STRIPE = 64, DEPTH = 128, STEP = 16 };
+    const __m256i nibble = _mm256_set1_epi8(15), byte = _mm256_set1_epi16(255), one = _mm256_set1_epi32(1);
+    const __m256i half = _mm256_set1_epi32(0x7fff), top = _mm256_set1_epi32((int)0xffff0000);
+    const __m256i by_column = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+    __m256 codes[4]; // four integers in the order of their codes, for either column
+    for (int i = 0; i < 4; i++) {
+        float from = (float)(i < 2 ? 4 * i : 4 * i - 16);
+        __m128 four = _mm_setr_ps(from, from + 1, from + 2, from + 3);
+        codes[i] = _mm256_set_m128(four, four);
+    }
+    __m256 sums[FEW_COLS / 2]; // of a stripe's columns j and 32 + j
+    for (i64 j = 0; j < cols / 2; j++) sums[j] = _mm256_setzero_ps();
+    float scales[STRIPE], offsets[STRIPE];
+    for (i64 k = 0, stop; k < p->depth; k = stop) {
+        i64 group = k / p->group_size;
+        stop = MIN(MIN((group + 1) * p->group_size, p->depth), k + DEPTH);
+        i64 steps = (stop - k) / STEP;
+        __m256 *sum = sums;
+        for (i64 stripe = first; stripe < first + cols; stripe += STRIPE) {
+            i64 at = p->scale_step ? group * p->width + stripe : 0;
+            in_pairs(e->antiquant_scale, at, p->scale_step, scales);
+            if (has_offset) in_pairs(e->antiquant_offset, at, p->scale_step, offsets);
+            __m256i rows[DEPTH / STEP][16];
+            const uint8_t *row = e->weight + k * e->row_bytes + stripe / 2;
+            for (i64 s = 0; s < steps; s++, row += STEP * e->row_bytes) {
+                for (int i = 0; i < STEP; i++) // the lines of the next block of inputs
+                    _mm_prefetch((const char *)row + (stop - k + i) * e->row_bytes, _MM_HINT_T0);
+                transposed(row, e->row_bytes, rows[s]);
+            }
+            for (int j = 0; j < STRIPE / 2; j++, sum++) {
+                __m256 scale = _mm256_castpd_ps(_mm256_broadcast_sd((const double *)(scales + 2 * j))), offset;
+                scale = _mm256_permutevar_ps(scale, by_column);
+                if (has_offset) {
+                    offset = _mm256_castpd_ps(_mm256_broadcast_sd((const double *)(offsets + 2 * j)));
+                    offset = _mm256_permutevar_ps(offset, by_column);
+                }
+                __m256i value[4]; // bfloat16
 #pragma GCC unroll 4
-                    for (int q = 0; q < 4; q++) {
-                        __m128i r[8];
-#pragma GCC unroll 8
-                        for (int i = 0; i < 8; i++) {
-                            r[i] = _mm_loadl_epi64((const __m128i *)row);
-                            row += e->row_bytes;
-                            __asm__("" : "+r"(row)); // else there are 32 offsets, on the stack
-                        }
-                        __m128i u = _mm_unpacklo_epi32(r[0], r[1]), v = _mm_unpacklo_epi32(r[2], r[3]);
-                        __m128i y = _mm_unpacklo_epi32(r[4], r[5]), z = _mm_unpacklo_epi32(r[6], r[7]);
-                        __m256i left = _mm256_set_m128i(_mm_unpacklo_epi64(y, z), _mm_unpacklo_epi64(u, v));
-                        __m256i right = _mm256_set_m128i(_mm_unpackhi_epi64(y, z), _mm_unpackhi_epi64(u, v));
-                        half[0][q] = _mm256_shuffle_epi8(left, by_byte);
-                        half[1][q] = _mm256_shuffle_epi8(right, by_byte);
-                    }
-#pragma GCC unroll 2
-                    for (int h = 0; h < 2; h++) {
-                        __m256i u = _mm256_unpacklo_epi32(half[h][0], half[h][1]);
-                        __m256i v = _mm256_unpackhi_epi32(half[h][0], half[h][1]);
-                        __m256i y = _mm256_unpacklo_epi32(half[h][2], half[h][3]);
-                        __m256i z = _mm256_unpackhi_epi32(half[h][2], half[h][3]);
-                        codes[4 * h][b] = _mm256_unpacklo_epi64(u, y);
-                        codes[4 * h + 1][b] = _mm256_unpackhi_epi64(u, y);
-                        codes[4 * h + 2][b] = _mm256_unpacklo_epi64(v, z);
-                        codes[4 * h + 3][b] = _mm256_unpackhi_epi64(v, z);
-                    }
+                for (int i = 0; i < 4; i++) {
+                    __m256 exact = has_offset ? _mm256_mul_ps(_mm256_add_ps(codes[i], offset), scale)
+                                              : _mm256_mul_ps(codes[i], scale);
+                    __m256i bits = _mm256_castps_si256(exact);
+                    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
+                    value[i] = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, half), odd), 16);
                 }
-                for (int c = 0; c < NR; c += 2) { // the two columns of a byte: they share the inputs, and hide each other's latency
-                    __m256i low[2], high[2];
-#pragma GCC unroll 2
-                    for (int h = 0; h < 2; h++) {
-                        i64 at = p->scale_step ? group * p->width + column + c + h : 0;
-                        __m256 scale = _mm256_set1_ps(load1(e->antiquant_scale, at, BF16));
-                        __m256 offset =
-                            has_offset ? _mm256_set1_ps(load1(e->antiquant_offset, at, BF16)) : _mm256_setzero_ps();
-                        __m256i w = _mm256_castps_si256(dequantized(positive, scale, offset, has_offset, BF16));
-                        __m256i below = _mm256_castps_si256(dequantized(negative, scale, offset, has_offset, BF16));
-                        w = _mm256_packus_epi32(_mm256_srli_epi32(w, 16), _mm256_srli_epi32(below, 16));
-                        w = _mm256_permute4x64_epi64(w, 0xd8); // sixteen bfloat16 in the order of their codes
-                        w = _mm256_packus_epi16(_mm256_and_si256(w, byte), _mm256_srli_epi16(w, 8));
-                        w = _mm256_permute4x64_epi64(w, 0xd8);
-                        low[h] = _mm256_permute2x128_si256(w, w, 0x00);
-                        high[h] = _mm256_permute2x128_si256(w, w, 0x11);
-                    }
-                    __m256 s0[2] = {sums[j + c], sums[j + c + 1]}, s1[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
-                    const float *inputs = x + k0;
-                    for (i64 b = 0; b < steps; b++, inputs += STEP) {
-                        __m256 x0 = _mm256_loadu_ps(inputs), x1 = _mm256_loadu_ps(inputs + 8);
-                        __m256 x2 = _mm256_loadu_ps(inputs + 16), x3 = _mm256_loadu_ps(inputs + 24);
-#pragma GCC unroll 2
-                        for (int h = 0; h < 2; h++) {
-                            __m256i code = codes[c / 2][b];
-                            code = _mm256_and_si256(h ? _mm256_srli_epi16(code, 4) : code, nibble);
-                            __m256i l = _mm256_shuffle_epi8(low[h], code), g = _mm256_shuffle_epi8(high[h], code);
-                            __m256i w0 = _mm256_unpacklo_epi8(l, g), w1 = _mm256_unpackhi_epi8(l, g);
-                            s0[h] = _mm256_fmadd_ps(x0, _mm256_castsi256_ps(_mm256_slli_epi32(w0, 16)), s0[h]);
-                            s1[h] = _mm256_fmadd_ps(x1, _mm256_castsi256_ps(_mm256_and_si256(w0, top)), s1[h]);
-                            s0[h] = _mm256_fmadd_ps(x2, _mm256_castsi256_ps(_mm256_slli_epi32(w1, 16)), s0[h]);
-                            s1[h] = _mm256_fmadd_ps(x3, _mm256_castsi256_ps(_mm256_and_si256(w1, top)), s1[h]);
-                        }
-                    }
-                    sums[j + c] = _mm256_add_ps(s0[0], s1[0]);
-                    sums[j + c + 1] = _mm256_add_ps(s0[1], s1[1]);
+                __m256i a = _mm256_packus_epi32(value[0], value[1]), b = _mm256_packus_epi32(value[2], value[3]);
+                __m256i low = _mm256_packus_epi16(_mm256_and_si256(a, byte), _mm256_and_si256(b, byte));
+                __m256i high = _mm256_packus_epi16(_mm256_srli_epi16(a, 8), _mm256_srli_epi16(b, 8));
+                __m256 s0 = *sum, s1 = _mm256_setzero_ps(), s2 = s1, s3 = s1;
+                const float *inputs = x + k;
+                for (i64 s = 0; s < steps; s++, inputs += STEP) {
+                    __m256i code = rows[s][j / 2];
+                    code = _mm256_and_si256(j % 2 ? _mm256_srli_epi16(code, 4) : code, nibble);
+                    __m256i l = _mm256_shuffle_epi8(low, code), h = _mm256_shuffle_epi8(high, code);
+                    __m256i w0 = _mm256_unpacklo_epi8(l, h), w1 = _mm256_unpackhi_epi8(l, h);
+#define FOUR(I) _mm256_broadcast_ps((const __m128 *)(inputs + 4 * I))
+                    s0 = _mm256_fmadd_ps(FOUR(0), _mm256_castsi256_ps(_mm256_slli_epi32(w0, 16)), s0);
+                    s1 = _mm256_fmadd_ps(FOUR(1), _mm256_castsi256_ps(_mm256_and_si256(w0, top)), s1);
+                    s2 = _mm256_fmadd_ps(FOUR(2), _mm256_castsi256_ps(_mm256_slli_epi32(w1, 16)), s2);
+                    s3 = _mm256_fmadd_ps(FOUR(3), _mm256_castsi256_ps(_mm256_and_si256(w1, top)), s3);
+#undef FOUR
                 }
+                *sum = _mm256_add_ps(_mm256_add_ps(s0, s1), _mm256_add_ps(s2, s3));
             }
-            k0 = stop;
         }
-        for (i64 j = 0; j < wide; j += 8) {
-            float eight[8];
-            for (int c = 0; c < 8; c++) {
-                float lanes[8];
-                _mm256_storeu_ps(lanes, sums[j + c]);
-                eight[c] = ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
-            }
-            i64 column = first + stripe + j;
-            __m256 v = _mm256_loadu_ps(eight);
-            if (e->bias_float) v = _mm256_add_ps(v, load_cols(e->bias_float + column, 8));
-            store_cols(p->out, row_of_x * p->width + column, v, (int)p->out_dtype, 8);
+    }
+    for (i64 stripe = 0; stripe < cols; stripe += STRIPE) {
+        float totals[STRIPE];
+        for (int j = 0; j < STRIPE / 2; j++) {
+            __m256 two = sums[stripe / 2 + j];
+            two = _mm256_hadd_ps(two, two);
+            two = _mm256_hadd_ps(two, two);
+            totals[j] = _mm256_cvtss_f32(two);
+            totals[32 + j] = _mm_cvtss_f32(_mm256_extractf128_ps(two, 1));
+        }
+        for (i64 j = 0; j < STRIPE; j += 8) {
+            __m256 v = _mm256_loadu_ps(totals + j);
+            if (e->bias_float) v = _mm256_add_ps(v, _mm256_loadu_ps(e->bias_float + first + stripe + j));
+            store8(p->out, row_of_x * p->width + first + stripe + j, v, (int)p->out_dtype);
         }
     }
 }
 
-// The order in which `int4_row` meets 32 inputs.
+// The order in which `int4_row` meets sixteen inputs.
 static void in_lookup_order(const float *x, i64 depth, float *to) {
-    static const uint8_t order[16] = {0, 2, 8, 10, 4, 6, 12, 14, 1, 3, 9, 11, 5, 7, 13, 15};
+    static const uint8_t order[16] = {0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15};
     for (i64 k = 0; k < depth; k += 16)
         for (int i = 0; i < 16; i++) to[k + i] = x[k + order[i]];
 }
 
 // Below 64 inputs to a scale the tables cost more than they save.
 static int looks_up(const Product *p, i64 rows) {
-    return rows == 1 && p->kind == WEIGHT_ONLY && p->int4 && p->x_dtype == BF16 && p->depth % 32 == 0 &&
-           p->group_size % 32 == 0 && p->group_size >= 64;
+    return rows == 1 && p->kind == WEIGHT_ONLY && p->int4 && p->x_dtype == BF16 && p->depth % 16 == 0 &&
+           p->group_size % 16 == 0 && p->group_size >= 32;
 }
 
 ALWAYS_INLINE void pack_float(const Product *p, const Expert *e, i64 k0, i64 depth, i64 first, i64 cols, int dtype, int int4,
@@ -981,7 +991,6 @@ static const WeightOnlyTask weight_only_tasks[8] = {bf16_int8, bf16_int8_offset,
 
 // At most FEW rows times a range of columns, the weight dequantized.
 static int weight_only_rows(const Product *p, const Expert *e, WeightOnlyTask task, i64 start, i64 rows, i64 first, i64 cols) {
-    i64 whole = cols / NR * NR;
     float *wide = malloc((rows + 1) * p->depth * 4);
     if (!wide) return 0;
     const float *x[FEW];
@@ -990,6 +999,7 @@ static int weight_only_rows(const Product *p, const Expert *e, WeightOnlyTask ta
         to_float((const uint16_t *)p->x + (start + m) * p->depth, p->depth, (int)p->x_dtype, wide + m * p->depth);
     }
     if (looks_up(p, rows)) {
+        i64 whole = cols / 64 * 64;
         float *ordered = wide + rows * p->depth;
         in_lookup_order(x[0], p->depth, ordered);
         if (p->antiquant_offset)
@@ -1054,7 +1064,8 @@ i64 nq_product(const Product *p) {
     int few = p->kind == INT8 ? most_rows <= FEW_INTEGERS : p->kind == WEIGHT_ONLY && most_rows <= FEW;
     i64 most = integers ? MOST_COLS : MAX_COLS;
     if (few) most = integers ? FEW_SUMS / (most_rows ? most_rows : 1) / BLOCK * BLOCK : FEW_COLS;
-    i64 cols = columns_per_task(p->width, most, integers ? LANES : NR, parts, threads);
+    i64 tile = integers ? LANES : few ? 64 : NR; // 64: int4_row
+    i64 cols = columns_per_task(p->width, most, tile, parts, threads);
     i64 per_part = (p->width + cols - 1) / cols, tasks = per_part * parts, failed = 0;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) reduction(+ : failed)
     for (i64 t = 0; t < tasks; t++) {
