@@ -2,8 +2,9 @@
 """The emulated operators against what else this CPU can do, and against the machine's own limits.
 
 Peers: bfloat16 linear, torch._int_mm, and vLLM's oneDNN and wna16 kernels where this build of vLLM has them for this CPU.
-Limits, measured in the same run: memory bandwidth (reading), and the rate of int8 products in registers. The roofline of a
-call is the larger of weight bytes / bandwidth and products / rate. All take turns; medians.
+Every call takes the next of several equal weights, more than a cache holds, as the layers of a model do. Limits, measured in
+every round: memory bandwidth (reading), and the rate of int8 products in registers. The roofline of a call is the larger of
+weight bytes / bandwidth and products / rate; its share is that of the same round. All take turns; medians.
 
     python benchmarks/operators.py [--rounds 9] [--json FILE]
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import json
 import statistics
 import time
@@ -27,104 +29,140 @@ from vllm_npu_quant.emulation import native
 SHAPES = ((2048, 2048), (4096, 11008))
 ROWS = (1, 16, 256)
 EXPERTS = (64, 2048, 1408)
-SLOWEST = 2.0
+GROUP = 128
+#: Bytes of the weights that calls go through in turns; no CPU of today keeps that in its caches.
+COLD = 256 << 20
+#: Of these the share of the roofline is shown.
+INT8_PRODUCTS = ("npu_quant_matmul", "npu_grouped_matmul", "vllm onednn")
+#: Seconds: a call that takes longer is made once.
+SLOWEST = 1.0
 
-Call = Callable[[], Any]
+#: A call, given which of its weights to use.
+Call = Callable[[int], Any]
 
 
-def seconds(call: Call) -> float:
+def seconds(call: Callable[..., Any], *arguments: Any) -> float:
     started = time.perf_counter()
-    call()
+    call(*arguments)
     return time.perf_counter() - started
 
 
-def compare(calls: dict[str, Call], rounds: int) -> dict[str, float]:
-    """Median seconds of each call; they take turns. A call that takes seconds is made once."""
-    first = {name: seconds(call) for name, call in calls.items()}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            if first[name] < SLOWEST or not times[name]:
-                repeat = max(1, min(20, int(0.002 / max(first[name], 1e-6))))
-                times[name] += [seconds(call) for _ in range(repeat)]
-    return {name: statistics.median(values) for name, values in times.items()}
+class Limits:
+    """What this machine can do at most at this moment, with torch's number of threads."""
 
+    STEPS = 1_000_000
 
-def limits() -> dict[str, float]:
-    """Bytes read per second, and int8 multiply-adds per second, with torch's number of threads."""
-    if not native.available():
-        return {}
-    library = ctypes.CDLL(str(native.build(Path(__file__).with_name("roofline.c"))))
-    library.read_bytes.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    library.read_bytes.restype = library.multiply_adds.restype = ctypes.c_int64
-    library.multiply_adds.argtypes = [ctypes.c_int64]
-    memory = torch.zeros(256 << 20, dtype=torch.int8)
-    steps = 2_000_000
-    library.multiply_adds(steps)
-    bandwidth = max(
-        memory.numel() / seconds(lambda: library.read_bytes(memory.data_ptr(), memory.numel())) for _ in range(7)
-    )
-    rates = []
-    for _ in range(7):
+    def __init__(self) -> None:
+        self.library: ctypes.CDLL | None = None
+        if native.available():
+            self.library = ctypes.CDLL(str(native.build(Path(__file__).with_name("roofline.c"))))
+            self.library.read_bytes.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+            self.library.read_bytes.restype = self.library.multiply_adds.restype = ctypes.c_int64
+            self.library.multiply_adds.argtypes = [ctypes.c_int64]
+            self.memory = torch.ones(COLD, dtype=torch.int8)
+
+    def measure(self) -> tuple[float, float]:
+        """Bytes read from memory per second, and int8 multiply-adds per second; (0, 0) where neither can be measured."""
+        if self.library is None:
+            return 0.0, 0.0
+        library, memory = self.library, self.memory
+        reading = seconds(library.read_bytes, memory.data_ptr(), memory.numel())
         started = time.perf_counter()
-        done = library.multiply_adds(steps)
-        rates.append(done / (time.perf_counter() - started))
-    return {"bytes/s": bandwidth, "multiply-adds/s": max(rates)}
+        done = library.multiply_adds(self.STEPS)
+        return memory.numel() / reading, done / (time.perf_counter() - started)
 
 
-def vllm_peers(weight: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -> dict[str, Call]:
-    """vLLM's oneDNN int8 product, where this CPU's build has it; weight int8 [K, N], x bfloat16 [M, K]."""
+def compare(calls: dict[str, Call], rounds: int, limits: Limits, products: int, weight_bytes: int) -> dict[str, Any]:
+    """Median seconds of each call, and the median share that it reaches of the roofline of an int8 weight."""
+    turn = itertools.count()
+    first = {name: seconds(call, next(turn)) for name, call in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    shares: dict[str, list[float]] = {name: [] for name in calls}
+    found = []
+    for _ in range(rounds):
+        bandwidth, rate = limits.measure()
+        found.append((bandwidth, rate))
+        for name, call in calls.items():
+            if first[name] > SLOWEST and times[name]:
+                continue
+            repeat = max(1, min(20, int(0.02 / first[name])))
+            taken = [seconds(call, next(turn)) for _ in range(repeat)]
+            times[name].append(statistics.median(taken))
+            if bandwidth:
+                shares[name].append(max(weight_bytes / bandwidth, products / rate) / times[name][-1])
+    return {
+        "seconds": {name: statistics.median(values) for name, values in times.items()},
+        "share of the roofline": {name: statistics.median(values) for name, values in shares.items() if values},
+        "bytes/s": statistics.median(one[0] for one in found),
+        "multiply-adds/s": statistics.median(one[1] for one in found),
+    }
+
+
+def vllm_peers(weights: list[torch.Tensor], x: torch.Tensor, scale: torch.Tensor) -> dict[str, Call]:
+    """vLLM's oneDNN int8 product, where this CPU's build has it; weights int8 [K, N], x bfloat16 [M, K]."""
     try:
         from vllm import _custom_ops as ops
         from vllm.platforms import current_platform
 
         current_platform.import_kernels()
-        handler = ops.create_onednn_scaled_mm(weight.t().contiguous().t(), scale, torch.bfloat16, True, False, 32)
+        handlers = [
+            ops.create_onednn_scaled_mm(weight.t().contiguous().t(), scale, torch.bfloat16, True, False, 32)
+            for weight in weights
+        ]
     except (ImportError, AttributeError, RuntimeError):
         return {}
     quantized, token_scale, _ = ops.onednn_scaled_int8_quant(x, None, None, True)
-    out = torch.empty(x.shape[0], weight.shape[1], dtype=torch.bfloat16)
-    return {"vllm onednn": lambda: ops.onednn_scaled_mm(handler, quantized, out, token_scale, None, None, None)}
+    out = torch.empty(x.shape[0], weights[0].shape[1], dtype=torch.bfloat16)
+
+    def call(turn: int) -> None:
+        ops.onednn_scaled_mm(handlers[turn % len(handlers)], quantized, out, token_scale, None, None, None)
+
+    return {"vllm onednn": call}
 
 
 def dense(rows: int, depth: int, width: int) -> dict[str, Call]:
-    weight = torch.randint(-128, 128, (depth, width), dtype=torch.int8)
-    packed = torch.randint(-(2**31), 2**31 - 1, (depth, width // 8)).to(torch.int32)
+    count = max(1, COLD // (depth * width))
+    weights = [torch.randint(-128, 128, (depth, width), dtype=torch.int8) for _ in range(count)]
+    packed = [torch.randint(-(2**31), 2**31 - 1, (depth, width // 8)).to(torch.int32) for _ in range(count)]
     x = torch.randn(rows, depth, dtype=torch.bfloat16)
-    scale, scales = torch.rand(width), torch.rand(depth // 128, width).to(torch.bfloat16)
+    scale, scales = torch.rand(width), torch.rand(depth // GROUP, width).to(torch.bfloat16)
     quantized, token_scale = torch.ops.npu.npu_dynamic_quant(x)
     npu = torch.ops.npu
     calls: dict[str, Call] = {
-        "npu_quant_matmul": lambda: npu.npu_quant_matmul(
-            quantized, weight, scale, pertoken_scale=token_scale, output_dtype=torch.bfloat16
+        "npu_quant_matmul": lambda turn: npu.npu_quant_matmul(
+            quantized, weights[turn % count], scale, pertoken_scale=token_scale, output_dtype=torch.bfloat16
         ),
-        "npu_weight_quant_batchmatmul int8": lambda: npu.npu_weight_quant_batchmatmul(x, weight, scales[0]),
-        "npu_weight_quant_batchmatmul int4": lambda: npu.npu_weight_quant_batchmatmul(
-            x, packed, scales, antiquant_group_size=128
+        "npu_weight_quant_batchmatmul int8": lambda turn: npu.npu_weight_quant_batchmatmul(
+            x, weights[turn % count], scales[0]
         ),
-        "npu_dynamic_quant": lambda: npu.npu_dynamic_quant(x),
-        **vllm_peers(weight, x, scale),
+        "npu_weight_quant_batchmatmul int4": lambda turn: npu.npu_weight_quant_batchmatmul(
+            x, packed[turn % count], scales, antiquant_group_size=GROUP
+        ),
+        "npu_dynamic_quant": lambda turn: npu.npu_dynamic_quant(x),
+        **vllm_peers(weights, x, scale),
     }
     if 2 * rows * depth * width < 2e9:
-        linear = weight.t().contiguous().to(torch.bfloat16)
-        calls["bf16 linear"] = lambda: torch.nn.functional.linear(x, linear)
-        calls["torch._int_mm"] = lambda: torch._int_mm(quantized, weight)
+        linears = [weight.t().contiguous().to(torch.bfloat16) for weight in weights]
+        calls["bf16 linear"] = lambda turn: torch.nn.functional.linear(x, linears[turn % count])
+        calls["torch._int_mm"] = lambda turn: torch._int_mm(quantized, weights[turn % count])
     return calls
 
 
 def experts(rows: int) -> dict[str, Call]:
+    """Rows for each expert in turn; one row meets another expert in every call."""
     count, depth, width = EXPERTS
     weight = torch.randint(-128, 128, (count, depth, width), dtype=torch.int8)
     scale = torch.rand(count, width).to(torch.bfloat16)
     x = torch.randint(-128, 128, (rows, depth), dtype=torch.int8)
-    counts = torch.bincount(torch.arange(rows) % count, minlength=count)
+    token_scale = torch.ones(rows)
+    counts = [torch.bincount((torch.arange(rows) + first) % count, minlength=count) for first in range(count)]
     return {
-        "npu_grouped_matmul": lambda: torch.ops.npu.npu_grouped_matmul(
+        "npu_grouped_matmul": lambda turn: torch.ops.npu.npu_grouped_matmul(
             [x],
             [weight],
             scale=[scale],
-            per_token_scale=[torch.ones(rows)],
-            group_list=counts,
+            per_token_scale=[token_scale],
+            group_list=counts[turn % count],
             split_item=2,
             group_type=0,
             group_list_type=1,
@@ -139,30 +177,32 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     emulation.register()
-    bounds = limits()
-    results: dict[str, Any] = {"limits": bounds, "threads": torch.get_num_threads(), "calls": {}}
-    for name, value in bounds.items():
-        print(f"{name:<20}{value / 1e9:8.1f} G")
-    shapes = [(f"{depth}x{width}", rows, (depth, width)) for depth, width in SHAPES for rows in ROWS]
-    for title, rows, (depth, width) in shapes:
-        times = compare(dense(rows, depth, width), arguments.rounds)
-        report(results, f"M={rows} {title}", times, rows * depth * width, depth * width)
+    limits = Limits()
+    results: dict[str, Any] = {"threads": torch.get_num_threads(), "calls": {}}
+
+    def measured(title: str, calls: dict[str, Call], products: int, weight_bytes: int) -> None:
+        found = results["calls"][title] = compare(calls, arguments.rounds, limits, products, weight_bytes)
+        report(title, found, products)
+
+    for depth, width in SHAPES:
+        for rows in ROWS:
+            products, weight_bytes = rows * depth * width, depth * width
+            measured(f"M={rows} {depth}x{width}", dense(rows, depth, width), products, weight_bytes)
+    count, depth, width = EXPERTS
     for rows in ROWS:
-        touched = min(rows, EXPERTS[0]) * EXPERTS[1] * EXPERTS[2]
-        times = compare(experts(rows), arguments.rounds)
-        report(results, f"M={rows} {'x'.join(map(str, EXPERTS))}", times, rows * EXPERTS[1] * EXPERTS[2], touched)
+        products, weight_bytes = rows * depth * width, min(rows, count) * depth * width
+        measured(f"M={rows} {count}x{depth}x{width}", experts(rows), products, weight_bytes)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2))
 
 
-def report(results: dict[str, Any], title: str, times: dict[str, float], products: int, weight_bytes: int) -> None:
-    bounds = results["limits"]
-    floor = max(weight_bytes / bounds["bytes/s"], products / bounds["multiply-adds/s"]) if bounds else 0.0
-    results["calls"][title] = {"seconds": times, "roofline": floor}
-    print(f"\n{title}: roofline of an int8 weight {floor * 1e6:.0f} us")
-    for name, value in times.items():
-        share = f"{floor / value:6.0%}" if floor and name in ("npu_quant_matmul", "npu_grouped_matmul") else ""
-        print(f"  {name:<36}{value * 1e6:10.0f} us {2 * products / value / 1e9:8.1f} G/s {share}", flush=True)
+def report(title: str, found: dict[str, Any], products: int) -> None:
+    limits = f"{found['bytes/s'] / 1e9:.1f} GB/s, {found['multiply-adds/s'] / 1e9:.0f} G multiply-adds/s"
+    print(f"\n{title}: this machine meanwhile: {limits}")
+    for name, value in found["seconds"].items():
+        share = found["share of the roofline"].get(name)
+        shown = f"{share:6.0%}" if share and name in INT8_PRODUCTS else ""
+        print(f"  {name:<36}{value * 1e6:10.0f} us {products / value / 1e9:8.1f} G/s {shown}", flush=True)
 
 
 if __name__ == "__main__":

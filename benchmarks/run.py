@@ -26,7 +26,7 @@ PARTS = {
     "experts": ["moe_load.py"],
     "load": ["load.py"],
     "engine": ["engine.py"],
-    "compiled": ["engine.py", "--compile", "--configs", "bf16", "w8a8"],
+    "compiled": ["engine.py", "--compile", "--configs", "bf16", "ct-w8a8", "ct-w8a8:own", "ct-w4a16", "awq"],
 }
 
 
@@ -52,16 +52,40 @@ def machine() -> dict[str, Any]:
     }
 
 
+SHAPES = ("prefill", "decode 1", "decode 16")
+
+
+def rates(results: dict[str, Any], part: str) -> dict[str, dict[str, float]]:
+    """Config -> tokens per second of each shape, of those that were served."""
+    engines = results.get(part, {}).get("results", {})
+    return {config: found for config, found in engines.items() if "error" not in found}
+
+
+def ratios(results: dict[str, Any]) -> list[tuple[str, str, float]]:
+    """(what, shape, how many times as fast): each format to bfloat16 and to vLLM's own method, and compiled to eager."""
+    eager, compiled = rates(results, "engine"), rates(results, "compiled")
+    pairs = [
+        (f"{part}: {config} to {other}", one, engines[other])
+        for part, engines in (("eager", eager), ("compiled", compiled))
+        for config, one in engines.items()
+        for other in ("bf16", f"{config}:own")
+        if config != other and other in engines
+    ]
+    pairs += [
+        (f"compiled to eager: {config}", one, eager[config]) for config, one in compiled.items() if config in eager
+    ]
+    return [(what, shape, one[shape] / other[shape]) for what, one, other in pairs for shape in SHAPES]
+
+
 def bars(results: dict[str, Any]) -> list[tuple[str, float]]:
     """Tokens per second relative to bfloat16, for the plot."""
-    engines = results.get("engine", {}).get("results", {})
+    engines = rates(results, "engine")
     base = engines.get("bf16", {})
     return [
-        (f"{shape}: {config}", rates[shape] / base[shape])
-        for shape in ("prefill", "decode 1", "decode 16")
+        (f"{shape}: {config}", found[shape] / base[shape])
+        for shape in SHAPES
         if shape in base
-        for config, rates in engines.items()
-        if shape in rates
+        for config, found in engines.items()
     ]
 
 
@@ -85,6 +109,10 @@ def main() -> int:
             failed += 1
             continue
         results[part] = json.loads(file.read_text())
+    compared = [f"{what:<44}{shape:>10}{ratio:7.2f}" for what, shape, ratio in ratios(results)]
+    if compared:
+        text.append("\n".join(["== ratios", *compared]))
+        print(text[-1])
     (arguments.out / "results.json").write_text(json.dumps(results, indent=2))
     (arguments.out / "results.txt").write_text("\n".join(text))
     (arguments.out / "results.svg").write_text(bars_svg("tokens per second, bfloat16 = 100 %", bars(results)))

@@ -38,8 +38,8 @@ def positive(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 @built
-@pytest.mark.parametrize("rows", [1, 2, 4, 5, 6, 7, 17, 257])
-@pytest.mark.parametrize("depth", [1, 2, 15, 256, 257, 777])
+@pytest.mark.parametrize("rows", [1, 2, 5, 16, 17, 23, 24, 265])
+@pytest.mark.parametrize("depth", [1, 2, 15, 256, 257, 777, 1300])
 def test_integer_products_are_exact(rows: int, depth: int) -> None:
     for width in (1, 7, 16, 31, 129, 1025):
         x, weight = integers(rows, depth), integers(depth, width, seed=1)
@@ -48,7 +48,7 @@ def test_integer_products_are_exact(rows: int, depth: int) -> None:
 
 
 @built
-@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize("rows", [1, 3, 4, 11, 16])
 def test_few_rows_of_wide_layers_are_exact(rows: int) -> None:
     """More columns than one task has accumulators for, whole tiles and not."""
     for width in (4096, 4096 + 5, 9000):
@@ -90,7 +90,8 @@ def test_every_weight_is_dequantized_with_the_devices_roundings(dtype: torch.dty
     for weight, some_offset in itertools.product((integers(depth, width), packed(depth, width // 8)), (None, offset)):
         values = weight if weight.dtype == torch.int8 else matmul.unpack_weight(weight, True)
         expected = matmul.dequantize_weight(values, scale, some_offset, dtype, group_size)
-        for rows in (slice(0, depth), slice(7, 8), slice(250, 253)):  # many, one (looked up), few
+        one_by_one = [slice(row, row + 1) for row in range(depth - 17, depth)]  # looked up
+        for rows in (slice(0, depth), slice(250, 253), *one_by_one):  # many, few, one
             x = torch.eye(depth, dtype=dtype)[rows].contiguous()
             fast = matmul.npu_weight_quant_batchmatmul_fast(
                 x, weight, scale, some_offset, antiquant_group_size=group_size

@@ -4,13 +4,14 @@
 // Weights are read as the operators take them, [K, N] with N innermost, so nothing is kept twice. A task is a range of
 // columns of one group of rows (an expert; a dense product is one group):
 //
-//   few rows    columns are accumulated while the weight streams past once
-//   many rows   a panel of the weight is widened (int8 -> int16 pairs, or dequantized -> float32) into cache and
-//               multiplied by 6 x 16 register tiles
+//   few rows    the weight streams past once; integer sums stay in the first cache, float sums in registers
+//   many rows   a panel of the weight is put into cache (int8: the four inputs of a column side by side; else dequantized
+//               to float32) and multiplied by tiles of registers
 //
-// vpmaddwd adds two products of 16-bit numbers in 32 bits, so int8 x int8 is exact; vpmaddubsw, twice as dense, would
-// saturate. Everything after the integer sum is one rounding per written operation (-ffp-contract=off), in the order of
-// the reference, so results are equal bit for bit. Float products are fused and may differ in the order of their sum.
+// int8 products are exact: vpmaddubsw adds |w| * +-x of two inputs in 16 bits, which holds 2 * 128 * 127, and an input of -128
+// is made up for afterwards. Everything after the integer sum is one rounding per written operation (-ffp-contract=off), in
+// the order of the reference, so results are equal bit for bit. Float products are fused and may differ in the order of
+// their sum.
 
 #include <immintrin.h>
 #include <omp.h>
@@ -26,20 +27,20 @@ typedef int64_t i64;
 
 enum { BF16 = 0, F16 = 1, F32 = 2, I32 = 3 };
 
-#define TILE 12       // rows of an integer tile: a register of sums for each
-#define LANES 32      // columns of integers that are interleaved at a time
-#define BLOCK 128     // columns of an integer panel: a line of the cache
-#define CHUNK 640     // inputs of an integer panel, at most
-#define MR 6          // rows of a float tile
-#define NR 16         // columns of a float tile
-#define MAX_COLS 128  // columns of a float panel
-#define KF 128        // inputs of a float panel
-#define MOST_ROWS 264 // rows of a task
-#define MOST_COLS 256 // columns of a task with many rows of integers
-#define FEW 4         // rows of floats that are "few"
-#define FEW_INTEGERS 16
-#define FEW_COLS 512 // columns of a task with few rows of floats
-#define FEW_SUMS 4096 // accumulators of a task with few rows of integers: half of the first cache
+#define LANES 32         // columns of integers that are interleaved at a time
+#define FEW_INTEGERS 16  // rows of integers that are "few"
+#define FEW_SUMS 4096    // their sums in a task: half of the first cache
+#define TILE 12          // rows of an integer tile: a register of sums for each
+#define BLOCK 128        // columns of an integer panel
+#define CHUNK 640        // inputs of an integer panel, at most
+#define MOST_COLS 256    // columns of a task with many rows of integers
+#define MOST_ROWS 264    // rows of a task
+#define FEW 4            // rows of floats that are "few"
+#define FEW_COLS 512     // their columns in a task
+#define NR 16            // columns of floats that are dequantized at a time
+#define MR 6             // rows of a float tile
+#define MAX_COLS 128     // columns of a float panel
+#define KF 128           // inputs of a float panel
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
@@ -251,6 +252,7 @@ ALWAYS_INLINE __m128i weights_tail(const uint8_t *row, i64 j, int int4, i64 n) {
 ALWAYS_INLINE __m256i dot4(__m256i sums, __m256i w, __m256i magnitude, __m256i x, int small) {
     __m256i signed_x = _mm256_sign_epi8(x, w);
 #ifdef DOT4
+    (void)small;
     return DOT4(sums, magnitude, signed_x);
 #else
     __m256i pairs = _mm256_maddubs_epi16(magnitude, signed_x);
