@@ -220,18 +220,127 @@ def test_a_library_is_built_once_for_a_source_and_its_flags(monkeypatch: pytest.
     assert len(list(tmp_path.glob("*.so"))) == 2
 
 
-def test_a_check_is_remembered_for_equal_arguments_only() -> None:
-    seen = []
+Call = tuple[str, tuple[Any, ...], dict[str, Any]]
+#: Of each operator: a call that it takes, and arguments in the place of some of these that it refuses or computes with.
+REMEMBERED: dict[str, tuple[Call, list[dict[str, Any]], list[dict[str, Any]]]] = {
+    "dynamic_quant": (
+        ("quantize.npu_dynamic_quant", (), {"input": positive(4, 16, dtype=BF16)}),
+        [{"input": positive(4, 16)}, {"quant_mode": "pertensor"}, {"dst_type": 3}, {"dst_type_max": 1.0}],
+        [{"input": positive(16, 4, dtype=BF16).t()}, {"dst_type": 16}, {"input": positive(2, 2, 16, dtype=BF16)}],
+    ),
+    "quant_matmul": (
+        (
+            "matmul.npu_quant_matmul",
+            (integers(3, 32), integers(32, 32, seed=1)),
+            {"scale": positive(32), "pertoken_scale": positive(3), "output_dtype": 15},
+        ),
+        [
+            {"scale": positive(31)},
+            {"pertoken_scale": positive(4)},
+            {"output_dtype": 6},
+            {"bias": positive(3)},
+            {"scale_dtype": 1},
+            {"offset": positive(1)},
+        ],
+        [
+            {"scale": positive(64)[::2]},
+            {"pertoken_scale": positive(6)[::2]},
+            {"bias": positive(32)},
+            {"bias": positive(64)[::2]},
+            {"output_dtype": 5},
+        ],
+    ),
+    "weight_quant_batchmatmul": (
+        (
+            "matmul.npu_weight_quant_batchmatmul",
+            (torch.eye(64, dtype=BF16)[:3].contiguous(), packed(64, 8)),
+            {"antiquant_scale": positive(2, 64, dtype=BF16), "antiquant_group_size": 32},
+        ),
+        [
+            {"antiquant_group_size": 64},
+            {"antiquant_offset": positive(2, 64)},
+            {"bias": positive(65)},
+            {"inner_precise": 2},
+            {"weight_dtype": 1},
+            {"quant_offset": positive(64)},
+        ],
+        [
+            {"antiquant_offset": positive(2, 64, dtype=BF16)},
+            {"antiquant_scale": positive(64, 2, dtype=BF16).t()},
+            {"bias": positive(64)},
+            {"quant_scale": positive(64)},
+            {"inner_precise": 1},
+        ],
+    ),
+    "grouped_matmul": (
+        (
+            "grouped.npu_grouped_matmul",
+            ([integers(3, 32)], [integers(2, 32, 16, seed=1)]),
+            {
+                "scale": [positive(2, 16, dtype=BF16)],
+                "per_token_scale": [positive(3)],
+                "group_list": torch.tensor([1, 2]),
+                "split_item": 2,
+                "group_type": 0,
+                "group_list_type": 1,
+                "output_dtype": 15,
+            },
+        ),
+        [
+            {"scale": [positive(2, 16)]},
+            {"group_list": torch.tensor([1, 1, 1])},
+            {"group_list": torch.tensor([4, -1])},
+            {"group_list": torch.tensor([1, 3])},
+            {"group_list_type": 3},
+            {"split_item": 0},
+            {"act_type": 3},
+            {"x_dtype": 1},
+            {"offset": [positive(2, 16)]},
+        ],
+        [
+            {"group_list": torch.tensor([0, 3])},
+            {"group_list": torch.tensor([1, 3]), "group_list_type": 0},
+            {"group_list": torch.tensor([[1, 2], [0, 1]]), "group_list_type": 2},
+            {"per_token_scale": [positive(6)[::2]]},
+            {"scale": [positive(16, 2, dtype=BF16).t()]},
+            {"bias": [packed(2, 16) // 2**12]},
+            {"act_type": 1},
+        ],
+    ),
+}
 
-    @checks.remembered
-    def check(x: torch.Tensor, *, size: int = 0) -> int:
-        checks.require(x.dim() == 2, "op", "x", "2-D", x)
-        seen.append(1)
-        return x.shape[0] + size
 
-    assert [check(torch.ones(2, 3)), check(torch.zeros(2, 3)), check(torch.ones(3, 2).t())] == [2, 2, 2]
-    assert len(seen) == 2  # strides count
-    assert check(torch.ones(2, 3), size=1) == 3
+@built
+@pytest.mark.parametrize("operator", REMEMBERED)
+def test_calls_are_remembered_for_equal_arguments_only(operator: str) -> None:
+    (path, operands, given), refused, taken = REMEMBERED[operator]
+    module, _, name = path.partition(".")
+    room = {"quantize": quantize, "matmul": matmul, "grouped": grouped}[module]
+    reference, fast = getattr(room, name), getattr(room, name + "_fast")
+
+    def as_the_reference(changed: dict[str, Any]) -> None:
+        expected, found = (kernel(*operands, **(given | changed)) for kernel in (reference, fast))
+        if isinstance(expected, torch.Tensor):
+            expected, found = [expected], [found]
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other), changed
+
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="expected 2-D"):
-            check(torch.ones(2))
+        as_the_reference({})
+        for changed in taken:
+            as_the_reference(changed)
+        for changed in refused:
+            messages = []
+            for kernel in (reference, fast):
+                with pytest.raises(RuntimeError) as error:
+                    kernel(*operands, **(given | changed))
+                messages.append(str(error.value))
+            assert messages[0] == messages[1]
+
+
+def test_no_more_calls_are_remembered_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "REMEMBERED_CALLS", 2)
+    calls: dict[Any, int] = {}
+    for number in range(5):
+        assert checks.remember(calls, checks.form(torch.ones(number)), number) == number
+        assert len(calls) <= 2

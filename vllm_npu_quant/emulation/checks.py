@@ -7,17 +7,18 @@ what was found. The rules look at shapes, dtypes and strides only, so the CPU ke
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from collections.abc import Sequence
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
 __all__ = [
     "describe",
+    "form",
+    "forms",
     "is_plain_or_transposed",
     "refuse",
-    "remembered",
+    "remember",
     "require",
     "require_absent",
     "require_dim",
@@ -27,41 +28,32 @@ __all__ = [
 ]
 
 
-P = ParamSpec("P")
 R = TypeVar("R")
-#: Calls that one check remembers, at most: a server meets a few thousand numbers of tokens.
+#: Calls that one operator remembers, at most: a server meets a few thousand numbers of tokens.
 REMEMBERED_CALLS = 8192
 
 
-def remembered(check: Callable[P, R]) -> Callable[P, R]:
-    """A check that looks at each combination of dtypes, shapes, strides and other arguments once.
+def form(tensor: torch.Tensor | None) -> Any:
+    """What a check may look at in a tensor. Equal forms get equal answers, so that the answers can be remembered.
 
-    What a check may look at decides its result, so a call like an earlier one that passed passes. Calls of fake tensors
-    whose sizes are symbols are looked at each time.
+    Every call of a fast kernel makes a key of these: it costs half of what looking through any arguments would.
     """
-    passed: dict[Any, R] = {}
-
-    @functools.wraps(check)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        key = (*map(_signature, args), *kwargs, *map(_signature, kwargs.values()))
-        try:
-            return passed[key]
-        except TypeError:  # a size that is a symbol has no hash
-            return check(*args, **kwargs)
-        except KeyError:
-            result = check(*args, **kwargs)
-        if len(passed) >= REMEMBERED_CALLS:
-            passed.clear()
-        passed[key] = result
-        return result
-
-    return wrapper
+    return None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride())
 
 
-def _signature(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.dtype, value.shape, value.stride()
-    return tuple(map(_signature, value)) if isinstance(value, (list, tuple)) else value
+def forms(tensors: Sequence[torch.Tensor] | None) -> Any:
+    """``form`` of a list; an empty list is an absent one."""
+    if not tensors:
+        return None
+    return form(tensors[0]) if len(tensors) == 1 else (None, *map(form, tensors))
+
+
+def remember(calls: dict[Any, R], key: Any, answer: R) -> R:
+    """Keep the answer to a call that passed its check."""
+    if len(calls) >= REMEMBERED_CALLS:
+        calls.clear()
+    calls[key] = answer
+    return answer
 
 
 def describe(value: Any) -> str:

@@ -19,9 +19,11 @@ import torch
 from vllm_npu_quant.emulation import native
 from vllm_npu_quant.emulation.checks import (
     dtype_name,
+    form,
+    forms,
     is_plain_or_transposed,
     refuse,
-    remembered,
+    remember,
     require,
     require_absent,
     require_dim,
@@ -445,23 +447,22 @@ def group_bounds(name: str, group_list: torch.Tensor, group_list_type: int, rows
     """
     numbers = group_list.tolist()
     if group_list_type == 2:
-        counts = numbers
+        counts = [count for _, count in numbers]
     elif group_list_type == 1:
-        counts = list(enumerate(numbers))
+        counts = numbers
     else:
-        counts = [(i, end - (numbers[i - 1] if i else 0)) for i, end in enumerate(numbers)]
-    require(all(count >= 0 for _, count in counts), name, "group_list", "groups of no negative size", numbers)
+        counts = [end - start for start, end in zip([0, *numbers], numbers, strict=False)]
+    require(min(counts, default=0) >= 0, name, "group_list", "groups of no negative size", numbers)
     if group_list_type == 2:
-        sizes = [count for _, count in counts]
-        first_empty = sizes.index(0) if 0 in sizes else len(sizes)
-        require(not any(sizes[first_empty:]), name, "group_list", "pairs with a count before those without", numbers)
-    total = sum(count for _, count in counts)
+        first_empty = counts.index(0) if 0 in counts else len(counts)
+        require(not any(counts[first_empty:]), name, "group_list", "pairs with a count before those without", numbers)
+    total = sum(counts)
     require(total <= rows, name, "group_list", f"at most {rows} rows in all groups", numbers)
     bounds, start = [], 0
-    for expert, count in counts:
+    for expert, count in enumerate(counts):
         if count:
-            bounds.append((expert, start, start + count))
-        start += count
+            bounds.append((numbers[expert][0] if group_list_type == 2 else expert, start, start + count))
+            start += count
     return bounds
 
 
@@ -559,8 +560,7 @@ def _grouped_matmul(
 ) -> list[torch.Tensor]:
     """One tensor per group if ``bounds`` is None or x is a list, else one tensor for all rows of x."""
     if plan.needs_nz:
-        nz = all(npu_format_of(tensor) == FRACTAL_NZ for tensor in weight)
-        require(nz, name, "weight", "FRACTAL_NZ (npu_format_cast(w, 29)): no other kernel takes these dtypes", weight)
+        _require_nz(name, weight)
     stacked = weight[0].dim() == 3
 
     def operands(expert: int) -> _Operands:
@@ -577,19 +577,26 @@ def _grouped_matmul(
 
     rows = x[0]
     out = rows.new_empty((rows.shape[0], plan.width), dtype=plan.out_dtype)
-    if matmul is fast_int_matmul and stacked and _has_kernel(plan, weight[0], act_type):
-        given = (bias, scale, antiquant_scale, antiquant_offset, per_token_scale)
-        picked = [tensors[0] if tensors else None for tensors in given]
-        _native_product(plan, rows, weight[0], bounds, out, *picked)
-    else:
-        for expert, start, end in bounds:
-            scales = per_token_scale[0][start:end] if per_token_scale else None
-            out[start:end] = _product(plan, rows[start:end], operands(expert), scales, act_type, matmul)
-    fill_garbage(out[bounds[-1][2] if bounds else 0 :])
+    for expert, start, end in bounds:
+        scales = per_token_scale[0][start:end] if per_token_scale else None
+        out[start:end] = _product(plan, rows[start:end], operands(expert), scales, act_type, matmul)
+    _leave_garbage(plan, rows, out, bounds)
+    return [out]
+
+
+def _require_nz(name: str, weight: Tensors) -> None:
+    nz = all(npu_format_of(tensor) == FRACTAL_NZ for tensor in weight)
+    require(nz, name, "weight", "FRACTAL_NZ (npu_format_cast(w, 29)): no other kernel takes these dtypes", weight)
+
+
+def _leave_garbage(plan: _Plan, x: torch.Tensor, out: torch.Tensor, bounds: list[tuple[int, int, int]]) -> None:
+    """Garbage where the device writes none, or what it does not keep."""
+    covered = bounds[-1][2] if bounds else 0
+    if covered < x.shape[0]:
+        fill_garbage(out[covered:])
     if plan.form is _Form.INT8_INT4:
         # The device splits x into halves in place.
-        fill_garbage(rows)
-    return [out]
+        fill_garbage(x)
 
 
 _KINDS = {
@@ -600,47 +607,19 @@ _KINDS = {
 }
 
 
-def _has_kernel(plan: _Plan, weight: torch.Tensor, act_type: int) -> bool:
-    """Whether one native call computes all groups."""
-    if plan.form not in _KINDS or act_type or plan.out_dtype is torch.int8 or not weight.is_contiguous():
-        return False
-    return native.available()
-
-
-def _native_product(
-    plan: _Plan,
-    rows: torch.Tensor,
-    weight: torch.Tensor,
-    bounds: list[tuple[int, int, int]],
-    out: torch.Tensor,
-    bias: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    antiquant_scale: torch.Tensor | None,
-    antiquant_offset: torch.Tensor | None,
-    token_scale: torch.Tensor | None,
-) -> None:
-    depth, groups = weight.shape[1], 1
-    if plan.form is _Form.WEIGHT_ONLY:
-        assert antiquant_scale is not None
-        groups = antiquant_scale.shape[1] if antiquant_scale.dim() == 3 else 1
-    elif plan.form is not _Form.INT8:
-        assert scale is not None
-        groups = scale.shape[1] if scale.dim() == 3 else 1
-        scale = float_bits(scale)
-    native.product(
-        _KINDS[plan.form],
-        rows,
-        weight,
-        plan.out_dtype,
-        out=out,
-        groups=bounds,
-        scale=None if scale is None else scale.to(torch.float32).contiguous(),
-        bias=native.bias(bias),
-        token_scale=None if token_scale is None else token_scale.contiguous(),
-        antiquant_scale=None if antiquant_scale is None else antiquant_scale.contiguous(),
-        antiquant_offset=None if antiquant_offset is None else antiquant_offset.contiguous(),
-        group_size=depth // groups,
-    )
+def _kernel(
+    plan: _Plan, x: Tensors, weight: Tensors, scale: Tensors | None, antiquant_scale: Tensors | None
+) -> native.Product | None:
+    """The native kernel that computes all groups in one call, if there is one."""
+    if len(weight) != 1 or weight[0].dim() != 3 or not weight[0].is_contiguous() or len(x) != 1:
+        return None
+    if plan.form not in _KINDS or plan.out_dtype is torch.int8 or not native.available():
+        return None
+    factors = antiquant_scale if plan.form is _Form.WEIGHT_ONLY else scale
+    factor = factors[0] if factors else None
+    groups = factor.shape[1] if factor is not None and factor.dim() == 3 else 1
+    group_size = weight[0].shape[1] // groups
+    return native.Product(_KINDS[plan.form], x[0], weight[0], plan.out_dtype, factor, group_size)
 
 
 def _tensor_group_type(name: str, group_type: int | None) -> int:
@@ -674,7 +653,6 @@ def npu_grouped_matmul(
     weight_dtype: int | None = None,
     scale_dtype: int | None = None,
     per_token_scale_dtype: int | None = None,
-    matmul: IntMatmul = int_matmul,
 ) -> list[torch.Tensor]:
     """Grouped matrix product. For the rows r of expert e, with acc = int32(x[r] @ w[e]), exact:
 
@@ -707,7 +685,6 @@ def npu_grouped_matmul(
         act_type: with per_token_scale: 0 none, 1 relu, 2 gelu (tanh), 4 fast gelu, 5 silu.
         output_dtype: None means the dtype of x.
     """
-    name = "npu_grouped_matmul"
     options: dict[str, Any] = {
         "bias": bias,
         "scale": scale,
@@ -715,8 +692,7 @@ def npu_grouped_matmul(
         "antiquant_offset": antiquant_offset,
         "per_token_scale": per_token_scale,
     }
-    check = _remembered_check if matmul is fast_int_matmul else _check_tensor_overload
-    plan = check(
+    plan = _check_tensor_overload(
         x,
         weight,
         offset=offset,
@@ -735,15 +711,26 @@ def npu_grouped_matmul(
         per_token_scale_dtype=per_token_scale_dtype,
         **options,
     )
+    return _all_groups(plan, x, weight, group_list, group_type, group_list_type, act_type, int_matmul, **options)
+
+
+def _all_groups(
+    plan: _Plan,
+    x: Tensors,
+    weight: Tensors,
+    group_list: torch.Tensor | None,
+    group_type: int | None,
+    group_list_type: int | None,
+    act_type: int | None,
+    matmul: IntMatmul,
+    **options: Any,
+) -> list[torch.Tensor]:
+    name = "npu_grouped_matmul"
     bounds = None
     if len(x) == 1 and group_list is not None:
         bounds = group_bounds(name, group_list, group_list_type or 0, x[0].shape[0])
     outputs = _grouped_matmul(name, plan, x, weight, bounds, act_type or 0, matmul, **options)
-    return outputs if group_type == -1 else [_joined(outputs)]
-
-
-def _joined(outputs: list[torch.Tensor]) -> torch.Tensor:
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return outputs if group_type == -1 or len(outputs) == 1 else [torch.cat(outputs)]
 
 
 def _check_tensor_overload(
@@ -782,12 +769,99 @@ def _check_tensor_overload(
     return plan
 
 
-_remembered_check = remembered(_check_tensor_overload)
+_plans: dict[Any, tuple[_Plan, native.Product | None]] = {}
 
 
-def npu_grouped_matmul_fast(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
+def npu_grouped_matmul_fast(
+    x: list[torch.Tensor],
+    weight: list[torch.Tensor],
+    *,
+    bias: list[torch.Tensor] | None = None,
+    scale: list[torch.Tensor] | None = None,
+    antiquant_scale: list[torch.Tensor] | None = None,
+    antiquant_offset: list[torch.Tensor] | None = None,
+    per_token_scale: list[torch.Tensor] | None = None,
+    group_list: torch.Tensor | None = None,
+    split_item: int | None = 0,
+    group_type: int | None = None,
+    group_list_type: int | None = 0,
+    act_type: int | None = 0,
+    output_dtype: int | None = None,
+    **options: Any,
+) -> list[torch.Tensor]:
     """npu_grouped_matmul with all groups in one kernel; float products are the same up to the order of float32 sums."""
-    return npu_grouped_matmul(*args, **kwargs, matmul=fast_int_matmul)
+    key = (
+        forms(x),
+        forms(weight),
+        forms(bias),
+        forms(scale),
+        forms(antiquant_scale),
+        forms(antiquant_offset),
+        forms(per_token_scale),
+        form(group_list),
+        split_item,
+        group_type,
+        group_list_type,
+        act_type,
+        output_dtype,
+    )
+    known = None if options else _plans.get(key)
+    if known is None:
+        plan = _check_tensor_overload(
+            x,
+            weight,
+            bias=bias,
+            scale=scale,
+            antiquant_scale=antiquant_scale,
+            antiquant_offset=antiquant_offset,
+            per_token_scale=per_token_scale,
+            group_list=group_list,
+            split_item=split_item,
+            group_type=group_type,
+            group_list_type=group_list_type,
+            act_type=act_type,
+            output_dtype=output_dtype,
+            **options,
+        )
+        one_call = group_type == 0 and group_list is not None and not act_type
+        known = plan, _kernel(plan, x, weight, scale, antiquant_scale) if one_call else None
+        if not options:
+            remember(_plans, key, known)
+    plan, product = known
+    if product is None or group_list is None:
+        return _all_groups(
+            plan,
+            x,
+            weight,
+            group_list,
+            group_type,
+            group_list_type,
+            act_type,
+            fast_int_matmul,
+            bias=bias,
+            scale=scale,
+            antiquant_scale=antiquant_scale,
+            antiquant_offset=antiquant_offset,
+            per_token_scale=per_token_scale,
+        )
+    name, rows, factor = "npu_grouped_matmul", x[0], scale[0] if scale else None
+    if plan.needs_nz:
+        _require_nz(name, weight)
+    bounds = group_bounds(name, group_list, group_list_type or 0, rows.shape[0])
+    if factor is not None:
+        factor = (factor.float() if plan.form is _Form.INT8 else float_bits(factor)).contiguous()
+    out = product(
+        rows,
+        weight[0],
+        groups=bounds,
+        scale=factor,
+        bias=native.bias(bias[0]) if bias else None,
+        token_scale=per_token_scale[0].contiguous() if per_token_scale else None,
+        antiquant_scale=antiquant_scale[0].contiguous() if antiquant_scale else None,
+        antiquant_offset=antiquant_offset[0].contiguous() if antiquant_offset else None,
+    )
+    _leave_garbage(plan, rows, out, bounds)
+    return [out]
 
 
 def npu_grouped_matmul_fake(x: list[torch.Tensor], weight: list[torch.Tensor], **options: Any) -> list[torch.Tensor]:

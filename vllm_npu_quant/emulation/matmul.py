@@ -18,9 +18,10 @@ import torch
 
 from vllm_npu_quant.emulation import native
 from vllm_npu_quant.emulation.checks import (
+    form,
     is_plain_or_transposed,
     refuse,
-    remembered,
+    remember,
     require,
     require_absent,
     require_dim,
@@ -341,7 +342,7 @@ def npu_quant_matmul(
     return _quant_matmul(plan, x1, x2, scale, offset, pertoken_scale, bias, matmul)
 
 
-_quant_matmul_plan = remembered(_check_quant_matmul)
+_products: dict[Any, tuple[_QuantMatmul, native.Product | None]] = {}
 
 
 def npu_quant_matmul_fast(
@@ -352,25 +353,41 @@ def npu_quant_matmul_fast(
     offset: torch.Tensor | None = None,
     pertoken_scale: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    output_dtype: int | None = None,
     **options: Any,
 ) -> torch.Tensor:
     """npu_quant_matmul with the integer product and the scaling in one kernel: the same numbers, bit for bit."""
-    plan = _quant_matmul_plan(x1, x2, scale, offset=offset, pertoken_scale=pertoken_scale, bias=bias, **options)
-    plain = plan.form is _Form.INT8 and len(plan.out_shape) == 2 and plan.out_dtype is not torch.int8
-    if not (plain and x1.is_contiguous() and x2.is_contiguous() and native.available()):
+    key = (form(x1), form(x2), form(scale), form(offset), form(pertoken_scale), form(bias), output_dtype)
+    known = None if options else _products.get(key)
+    if known is None:
+        plan = _check_quant_matmul(
+            x1,
+            x2,
+            scale,
+            offset=offset,
+            pertoken_scale=pertoken_scale,
+            bias=bias,
+            output_dtype=output_dtype,
+            **options,
+        )
+        plain = plan.form is _Form.INT8 and len(plan.out_shape) == 2 and plan.out_dtype is not torch.int8
+        kernel = plain and x1.is_contiguous() and x2.is_contiguous() and native.available()
+        known = plan, native.Product(native.Kind.INT8, x1, x2, plan.out_dtype, scale) if kernel else None
+        if not options:
+            remember(_products, key, known)
+    plan, product = known
+    if product is None:
         return _quant_matmul(plan, x1, x2, scale, offset, pertoken_scale, bias, fast_int_matmul)
     if plan.out_dtype is torch.float16 and pertoken_scale is None:
         factor = split_quant_param(scale)[0] if scale.dtype == torch.int64 else keep_19_bits(scale)
     else:
-        factor = scale.to(torch.float32)
-    return native.product(
-        native.Kind.INT8,
+        factor = scale.float().contiguous()
+    return product(
         x1,
         x2,
-        plan.out_dtype,
         scale=factor,
         token_scale=None if pertoken_scale is None else pertoken_scale.contiguous(),
-        bias=native.bias(bias),
+        bias=None if bias is None else native.bias(bias),
     )
 
 
@@ -710,7 +727,7 @@ def npu_weight_quant_batchmatmul(
     return round_to_int(signed_9_bits(out * factor) + offset9, INT8).to(torch.int8)
 
 
-_weight_quant_matmul_plan = remembered(_check_weight_quant_batchmatmul)
+_weight_only_products: dict[Any, native.Product] = {}
 
 
 def npu_weight_quant_batchmatmul_fast(
@@ -726,29 +743,25 @@ def npu_weight_quant_batchmatmul_fast(
     **more: Any,
 ) -> torch.Tensor:
     """npu_weight_quant_batchmatmul that dequantizes in the product: the same up to the order of float32 sums."""
-    arguments = (
+    if options or more or quant_scale is not None or quant_offset is not None:
+        operands = (x, weight, antiquant_scale, antiquant_offset, quant_scale, quant_offset, bias, antiquant_group_size)
+        return npu_weight_quant_batchmatmul(*operands, *options, **more, matmul=fast_float_matmul)
+    key = (form(x), form(weight), form(antiquant_scale), form(antiquant_offset), form(bias), antiquant_group_size)
+    product = _weight_only_products.get(key)
+    if product is None:
+        operands = (x, weight, antiquant_scale, antiquant_offset, None, None, bias, antiquant_group_size)
+        if not (x.is_contiguous() and weight.is_contiguous() and native.available()):
+            return npu_weight_quant_batchmatmul(*operands, matmul=fast_float_matmul)
+        plan = _check_weight_quant_batchmatmul(*operands)
+        kind, group_size = native.Kind.WEIGHT_ONLY, antiquant_group_size
+        product = native.Product(kind, x, weight, plan.out_dtype, antiquant_scale, group_size)
+        remember(_weight_only_products, key, product)
+    return product(
         x,
         weight,
-        antiquant_scale,
-        antiquant_offset,
-        quant_scale,
-        quant_offset,
-        bias,
-        antiquant_group_size,
-        *options,
-    )
-    plan = _weight_quant_matmul_plan(*arguments, **more)
-    if quant_scale is not None or not (x.is_contiguous() and weight.is_contiguous() and native.available()):
-        return npu_weight_quant_batchmatmul(*arguments, **more, matmul=fast_float_matmul)
-    return native.product(
-        native.Kind.WEIGHT_ONLY,
-        x,
-        weight,
-        plan.out_dtype,
         antiquant_scale=antiquant_scale.contiguous(),
         antiquant_offset=None if antiquant_offset is None else antiquant_offset.contiguous(),
-        bias=native.bias(bias),
-        group_size=antiquant_group_size,
+        bias=None if bias is None else native.bias(bias),
     )
 
 

@@ -11,13 +11,17 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import itertools
 import logging
+import math
 import os
 import platform
 import shutil
 import stat
+import struct
 import subprocess
 import tempfile
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -26,7 +30,7 @@ import torch
 
 from vllm_npu_quant.emulation.numerics import INT8, int_matmul, round_to_int
 
-__all__ = ["Kind", "available", "bias", "build", "dynamic_quant", "library", "product"]
+__all__ = ["DynamicQuant", "Kind", "Product", "available", "bias", "build", "dynamic_quant", "library", "product"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,38 +61,10 @@ class Kind:
     INT4 = 3
 
 
-class _Product(ctypes.Structure):
-    _fields_ = [
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                "x",
-                "weight",
-                "scale",
-                "bias_int",
-                "bias_float",
-                "token_scale",
-                "antiquant_scale",
-                "antiquant_offset",
-                "out",
-                "groups",
-            )
-        ),
-        *(
-            (name, ctypes.c_int64)
-            for name in (
-                "count",
-                "depth",
-                "width",
-                "int4",
-                "x_dtype",
-                "out_dtype",
-                "group_size",
-                "scale_step",
-                "kind",
-            )
-        ),
-    ]
+#: ``Product`` of native.c, field for field: what changes from call to call (ten addresses, the number of groups), and what
+#: does not.
+_ADDRESSES: Final = struct.Struct("10Qq")
+_CONSTANTS: Final = struct.Struct("8q")
 
 
 # ---------------------------------------------------------------------------------------------------------------- building
@@ -226,31 +202,107 @@ def reproduces_the_reference(found: ctypes.CDLL) -> bool:
 # ------------------------------------------------------------------------------------------------------------------- calls
 
 
-def _address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+class DynamicQuant:
+    """``dynamic_quant`` of inputs of one shape and dtype; what follows from these is worked out once."""
+
+    def __init__(self, x: torch.Tensor, found: ctypes.CDLL | None = None) -> None:
+        found = found or library()
+        assert found is not None
+        *self.rows, columns = x.shape
+        self._sizes = _CODES[x.dtype], math.prod(self.rows), columns
+        self._run = found.nq_dynamic_quant
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # One number per dimension, or a tensor to be like: torch.empty takes twice as long for a tuple.
+        y, scale = torch.empty_like(x, dtype=torch.int8), torch.empty(*self.rows, dtype=torch.float32)
+        self._run(x.data_ptr(), *self._sizes, y.data_ptr(), scale.data_ptr())
+        return y, scale
 
 
 def dynamic_quant(x: torch.Tensor, found: ctypes.CDLL | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric int8 with a scale for every row, as ``quantize.quantize_rows``.
 
     Args:
-        x: bfloat16 or float16 [..., K], contiguous.
+        x: bfloat16 or float16 [..., K], contiguous, at least 2 dimensions.
 
     Returns:
         int8 [..., K], float32 [...].
     """
-    found = found or library()
-    assert found is not None
-    y, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[:-1], dtype=torch.float32)
-    found.nq_dynamic_quant(x.data_ptr(), _CODES[x.dtype], scale.numel(), x.shape[-1], y.data_ptr(), scale.data_ptr())
-    return y, scale
+    return DynamicQuant(x, found)(x)
 
 
 def bias(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """A bias as ``product`` takes it: int32 as it is, floats in float32."""
     if tensor is None:
         return None
-    return (tensor if tensor.dtype == torch.int32 else tensor.to(torch.float32)).contiguous()
+    return (tensor if tensor.dtype == torch.int32 else tensor.float()).contiguous()
+
+
+class Product:
+    """``product`` of operands of one combination of shapes and dtypes; what follows from these is worked out once."""
+
+    def __init__(
+        self,
+        kind: int,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        out_dtype: torch.dtype,
+        scales: torch.Tensor | None,
+        group_size: int = 0,
+        found: ctypes.CDLL | None = None,
+    ) -> None:
+        """
+        Args:
+            scales: scale or antiquant_scale, whichever there is.
+        """
+        found = found or library()
+        assert found is not None
+        rows, int4 = x.shape[0], weight.dtype == torch.int32
+        depth, width = weight.shape[-2], weight.shape[-1] * (8 if int4 else 1)
+        step = scales is not None and scales.numel() > 1
+        codes = _CODES[x.dtype], _CODES[out_dtype]
+        self._constants = _CONSTANTS.pack(depth, width, int4, *codes, group_size or depth, step, kind)
+        self._all_rows = array("q", (0, 0, rows))
+        self._run = found.nq_product
+        self._shape, self._dtype = (rows, width), out_dtype
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        *,
+        groups: Sequence[tuple[int, int, int]] | None = None,
+        scale: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        token_scale: torch.Tensor | None = None,
+        antiquant_scale: torch.Tensor | None = None,
+        antiquant_offset: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        out = torch.empty(*self._shape, dtype=self._dtype)
+        if groups is None:
+            numbers = self._all_rows
+        elif groups:
+            numbers = array("q", itertools.chain.from_iterable(groups))
+        else:
+            return out
+        address, length = numbers.buffer_info()
+        int_bias = bias is not None and bias.dtype == torch.int32
+        addresses = _ADDRESSES.pack(
+            x.data_ptr(),
+            weight.data_ptr(),
+            0 if scale is None else scale.data_ptr(),
+            bias.data_ptr() if bias is not None and int_bias else 0,
+            0 if bias is None or int_bias else bias.data_ptr(),
+            0 if token_scale is None else token_scale.data_ptr(),
+            0 if antiquant_scale is None else antiquant_scale.data_ptr(),
+            0 if antiquant_offset is None else antiquant_offset.data_ptr(),
+            out.data_ptr(),
+            address,
+            length // 3,
+        )
+        if not self._run(addresses + self._constants):
+            raise MemoryError("no memory for the scratch space of a matrix product")
+        return out
 
 
 def product(
@@ -259,15 +311,11 @@ def product(
     weight: torch.Tensor,
     out_dtype: torch.dtype,
     *,
-    out: torch.Tensor | None = None,
-    groups: Sequence[tuple[int, int, int]] | None = None,
-    scale: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    token_scale: torch.Tensor | None = None,
-    antiquant_scale: torch.Tensor | None = None,
-    antiquant_offset: torch.Tensor | None = None,
     group_size: int = 0,
     found: ctypes.CDLL | None = None,
+    scale: torch.Tensor | None = None,
+    antiquant_scale: torch.Tensor | None = None,
+    **options: Any,
 ) -> torch.Tensor:
     """Rows times the weight of their group, all contiguous:
 
@@ -279,47 +327,16 @@ def product(
     Args:
         x: int8, bfloat16 or float16 [M, K]; INT4: int32 [M, K/8].
         weight: int8 [K, N] or [E, K, N]; int4 as int32, N/8 in the place of N.
-        out: [M, N] in ``out_dtype``; made where it is None.
-        groups: (expert, first row, end) of every group; None: all rows times the one weight.
+        group_size: inputs per scale; 0 for all of them.
         scale: float32, [1], [N] or [E, N]; INT8_INT4 and INT4: [E, G, N] for G groups of inputs.
+        antiquant_scale, antiquant_offset: x's dtype, [N], [G, N], [E, N] or [E, G, N]; or one number.
+        groups: (expert, first row, end) of every group; None: all rows times the one weight.
         bias: int32 or float32 [N] or [E, N].
         token_scale: float32 [M].
-        antiquant_scale, antiquant_offset: x's dtype, [N], [G, N], [E, N] or [E, G, N]; or one number.
-        group_size: inputs per scale; 0 for all of them.
+
+    Returns:
+        [M, N] in ``out_dtype``; rows that no group covers hold anything.
     """
-    found = found or library()
-    assert found is not None
-    rows = x.shape[0]
-    int4 = weight.dtype == torch.int32
-    depth, width = weight.shape[-2], weight.shape[-1] * (8 if int4 else 1)
-    if out is None:
-        out = torch.empty((rows, width), dtype=out_dtype)
-    flat = (0, 0, rows) if groups is None else [number for group in groups for number in group]
-    if not flat:
-        return out
-    numbers = (ctypes.c_int64 * len(flat))(*flat)
     scales = antiquant_scale if scale is None else scale
-    call = _Product(
-        x.data_ptr(),
-        weight.data_ptr(),
-        _address(scale),
-        _address(bias) if bias is not None and bias.dtype == torch.int32 else None,
-        _address(bias) if bias is not None and bias.dtype != torch.int32 else None,
-        _address(token_scale),
-        _address(antiquant_scale),
-        _address(antiquant_offset),
-        out.data_ptr(),
-        ctypes.addressof(numbers),
-        len(flat) // 3,
-        depth,
-        width,
-        int4,
-        _CODES[x.dtype],
-        _CODES[out_dtype],
-        group_size or depth,
-        scales is not None and scales.numel() > 1,
-        kind,
-    )
-    if not found.nq_product(ctypes.addressof(call)):
-        raise MemoryError("no memory for the scratch space of a matrix product")
-    return out
+    prepared = Product(kind, x, weight, out_dtype, scales, group_size, found)
+    return prepared(x, weight, scale=scale, antiquant_scale=antiquant_scale, **options)

@@ -14,7 +14,9 @@ import torch
 
 from vllm_npu_quant.emulation import native
 from vllm_npu_quant.emulation.checks import (
+    form,
     refuse,
+    remember,
     require,
     require_dim,
     require_dtype,
@@ -268,6 +270,10 @@ def quantize_rows(x: torch.Tensor, limits: tuple[int, int]) -> tuple[torch.Tenso
     return y, (largest / float(limits[1])).squeeze(-1)
 
 
+#: The native kernel, if there is one, for the calls without smoothing that passed their check.
+_quantizers: dict[Any, tuple[native.DynamicQuant | None]] = {}
+
+
 def npu_dynamic_quant_fast(
     input: torch.Tensor,
     *,
@@ -278,10 +284,16 @@ def npu_dynamic_quant_fast(
     dst_type_max: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """npu_dynamic_quant in one pass over the rows, the same numbers; with smoothing or to int4, the reference."""
-    plain = smooth_scales is None and group_index is None and dst_type in (None, 1)
-    if plain and input.is_contiguous() and input.numel() and native.available():
-        check_dynamic_quant("npu_dynamic_quant", input, None, None, dst_type, quant_mode, dst_type_max)
-        return native.dynamic_quant(input)
+    if smooth_scales is None and group_index is None:
+        key = (form(input), dst_type, quant_mode, dst_type_max)
+        known = _quantizers.get(key)
+        if known is None:
+            packed = check_dynamic_quant("npu_dynamic_quant", input, None, None, dst_type, quant_mode, dst_type_max)
+            plain = not packed and input.is_contiguous() and input.numel() > 0 and native.available()
+            known = remember(_quantizers, key, (native.DynamicQuant(input) if plain else None,))
+        (quantizer,) = known
+        if quantizer is not None:
+            return quantizer(input)
     return npu_dynamic_quant(
         input,
         smooth_scales=smooth_scales,

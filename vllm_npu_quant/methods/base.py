@@ -18,6 +18,7 @@ __all__ = [
     "MAX_OUTPUTS",
     "NpuLinearMethod",
     "PrepareContext",
+    "as_shaped",
     "bad_zero_points",
     "numbered",
     "permuted_inputs",
@@ -125,7 +126,12 @@ def to_nz(weight: torch.Tensor) -> torch.Tensor:
 
 def tokens_of(x: torch.Tensor) -> torch.Tensor:
     """[..., K] as [M, K] in contiguous memory, which the operators ask for; almost always a view."""
-    return x.reshape(-1, x.shape[-1]).contiguous()
+    return (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
+
+
+def as_shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """[M, N] as [..., N], with the tokens in the places that they have in ``x``; no operation where x is [M, K]."""
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def split_outputs(outputs: int, limit: int = MAX_OUTPUTS, multiple: int = 64) -> list[tuple[int, int]]:

@@ -234,7 +234,8 @@ class FusedExperts:
         tokens, k = topk_ids.shape
         if tokens == 0:
             return x.new_empty((0, self.hidden))
-        padded = F.pad(x, (0, self.w13_sizes.inputs - self.hidden)).contiguous()
+        missing = self.w13_sizes.inputs - self.hidden
+        padded = (F.pad(x, (0, missing)) if missing else x).contiguous()
         rows, row_index, counts, row_scale = self.routed(padded, topk_ids.to(torch.int32), placement, self.w13.takes)
         inner, inner_scale = self.inner(layer, rows, row_scale, counts, x.dtype)
         y = self.down(layer, inner, inner_scale, counts, x.dtype)

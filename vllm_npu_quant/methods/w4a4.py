@@ -15,6 +15,7 @@ from vllm_npu_quant.methods import operators
 from vllm_npu_quant.methods.base import (
     MAX_INPUTS,
     PrepareContext,
+    as_shaped,
     bad_zero_points,
     numbered,
     permuted_inputs,
@@ -133,7 +134,7 @@ class W4A4DynamicLinear(TransformingLinear):
                 )
             results.append(result[:, : stop - start].contiguous())
         y = results[0] if len(results) == 1 else torch.cat(results, dim=-1)
-        y = y.reshape(*x.shape[:-1], self.outputs)
+        y = as_shaped(y, x)
         return y if bias is None else y + bias
 
 

@@ -16,6 +16,7 @@ from vllm_npu_quant.methods import operators
 from vllm_npu_quant.methods.base import (
     MAX_INPUTS,
     PrepareContext,
+    as_shaped,
     bad_zero_points,
     numbered,
     permuted_inputs,
@@ -150,7 +151,7 @@ class W4A8DynamicLinear(TransformingLinear):
                 result = torch.ops.npu_quant.int8_int4_linear(tokens, weights, scales, assists)
             results.append(result[:, : stop - start].contiguous())
         y = results[0] if len(results) == 1 else torch.cat(results, dim=-1)
-        y = y.reshape(*x.shape[:-1], self.outputs)
+        y = as_shaped(y, x)
         return y if bias is None else y + bias
 
 

@@ -15,6 +15,7 @@ from vllm_npu_quant.methods import operators
 from vllm_npu_quant.methods.base import (
     MAX_INPUTS,
     PrepareContext,
+    as_shaped,
     bad_zero_points,
     numbered,
     permuted_inputs,
@@ -94,7 +95,7 @@ class W8A8DynamicLinear(_Int8Linear):
         tokens = self.input_tokens(layer, x)
         quantized, token_scale = torch.ops.npu.npu_dynamic_quant(tokens)
         y = self.matmul(layer, quantized, bias, pertoken_scale=token_scale, output_dtype=x.dtype)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return as_shaped(y, x)
 
 
 class W8A8DynamicAsymmetricLinear(_Int8Linear):
@@ -125,7 +126,7 @@ class W8A8DynamicAsymmetricLinear(_Int8Linear):
         product = self.matmul(layer, quantized, None, output_dtype=torch.int32)
         y = (product - offset.unsqueeze(-1) * layer.row_sums) * (token_scale.unsqueeze(-1) * layer.scales)
         y = (y if bias is None else y + bias).to(x.dtype)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return as_shaped(y, x)
 
 
 class W8A8DynamicGroupedLinear(_Int8Linear):
@@ -165,7 +166,7 @@ class W8A8DynamicGroupedLinear(_Int8Linear):
             for number in range(len(self.pieces))
         ]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        y = y.reshape(*x.shape[:-1], self.outputs)
+        y = as_shaped(y, x)
         return y if bias is None else y + bias
 
 
@@ -216,4 +217,4 @@ class W8A8StaticLinear(_Int8Linear):
             tokens, layer.input_scale_reciprocal, layer.input_offset, torch.qint8, -1, False
         )
         y = self.matmul(layer, quantized, getattr(layer, "quant_bias", None), output_dtype=x.dtype)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return as_shaped(y, x)

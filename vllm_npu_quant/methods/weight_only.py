@@ -18,6 +18,7 @@ from vllm_npu_quant.methods.base import (
     MAX_INPUTS,
     NpuLinearMethod,
     PrepareContext,
+    as_shaped,
     numbered,
     split_outputs,
     tokens_of,
@@ -136,6 +137,8 @@ class WeightOnlyLinear(NpuLinearMethod):
     def __init__(self) -> None:
         self.group_size = 0
         self.pieces: list[tuple[int, int]] = []
+        #: Which of the tensors that not every layer has this one has: a Module takes long to say that it lacks one.
+        self.gathers_columns = self.has_offset = False
         self.filled = False
 
     def prepare(self, linear: CanonicalLinear, context: PrepareContext) -> dict[str, torch.Tensor]:
@@ -169,7 +172,9 @@ class WeightOnlyLinear(NpuLinearMethod):
             tensors[numbered("weight_scale", number)] = F.pad(scale[:, start:stop], (0, fill)).contiguous()
             if offset is not None:
                 tensors[numbered("weight_offset", number)] = F.pad(offset[:, start:stop], (0, fill)).contiguous()
+        self.has_offset = offset is not None
         gather = self._gather(linear, grouping)
+        self.gathers_columns = gather is not None
         if gather is not None:
             tensors["input_index"] = gather
         return tensors
@@ -195,9 +200,8 @@ class WeightOnlyLinear(NpuLinearMethod):
 
     def compute(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         tokens = tokens_of(x)
-        index = getattr(layer, "input_index", None)
-        if index is not None:
-            tokens = (F.pad(tokens, (0, 1)) if self.filled else tokens).index_select(1, index)
+        if self.gathers_columns:
+            tokens = (F.pad(tokens, (0, 1)) if self.filled else tokens).index_select(1, layer.input_index)
         parts = []
         for number, (start, stop) in enumerate(self.pieces):
             weight_scale = getattr(layer, numbered("weight_scale", number))
@@ -209,13 +213,13 @@ class WeightOnlyLinear(NpuLinearMethod):
                 tokens,
                 getattr(layer, numbered("weight", number)),
                 antiquant_scale=weight_scale,
-                antiquant_offset=getattr(layer, numbered("weight_offset", number), None),
+                antiquant_offset=getattr(layer, numbered("weight_offset", number)) if self.has_offset else None,
                 bias=part_bias,
                 antiquant_group_size=self.group_size,
             )
             parts.append(part[:, : stop - start].contiguous() if fill else part)
         y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        return y.reshape(*x.shape[:-1], self.outputs)
+        return as_shaped(y, x)
 
 
 def _bad_group(group: int) -> Finding:
