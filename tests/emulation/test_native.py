@@ -100,8 +100,9 @@ def test_every_weight_is_dequantized_with_the_devices_roundings(dtype: torch.dty
 
 
 @built
-def test_experts_are_multiplied_by_their_own_weights() -> None:
-    counts = torch.tensor([3, 0, 1, 300, 5], dtype=torch.int64)
+@pytest.mark.parametrize("sizes", [[3, 0, 1, 300, 5], [0, 0, 2, 4, 0]], ids=["most", "few"])
+def test_experts_are_multiplied_by_their_own_weights(sizes: list[int]) -> None:
+    counts = torch.tensor(sizes)
     rows, depth, width = int(counts.sum()) + 2, 70, 40
     options = {"group_list": counts, "split_item": 2, "group_type": 0, "group_list_type": 1, "output_dtype": 15}
     calls: list[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]] = [

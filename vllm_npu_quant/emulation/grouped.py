@@ -622,6 +622,16 @@ def _kernel(
     return native.Product(_KINDS[plan.form], x[0], weight[0], plan.out_dtype, factor, group_size)
 
 
+def _float_scale(scale: torch.Tensor, bounds: list[tuple[int, int, int]]) -> torch.Tensor:
+    """``float_bits``, contiguous, of the experts that have rows; what it holds for the others is not read."""
+    if 2 * len(bounds) >= scale.shape[0]:
+        return float_bits(scale).contiguous()
+    chosen = torch.empty(*scale.shape)
+    for expert, _, _ in bounds:
+        chosen[expert] = float_bits(scale[expert])
+    return chosen
+
+
 def _tensor_group_type(name: str, group_type: int | None) -> int:
     # The document prints a default of -1; the registered default is None, which the operator refuses.
     if group_type not in (-1, 0):
@@ -849,7 +859,7 @@ def npu_grouped_matmul_fast(
         _require_nz(name, weight)
     bounds = group_bounds(name, group_list, group_list_type or 0, rows.shape[0])
     if factor is not None:
-        factor = (factor.float() if plan.form is _Form.INT8 else float_bits(factor)).contiguous()
+        factor = factor.float().contiguous() if plan.form is _Form.INT8 else _float_scale(factor, bounds)
     out = product(
         rows,
         weight[0],

@@ -446,7 +446,7 @@ def _quant_matmul(
 
 def float_bits(scale: torch.Tensor) -> torch.Tensor:
     """The float32 whose bits are the low words of an int64 tensor."""
-    return (scale & 0xFFFFFFFF).to(torch.int32).view(torch.float32)
+    return scale.to(torch.int32).view(torch.float32)
 
 
 def _grouped_int4_matmul(
