@@ -45,8 +45,8 @@ LAYERS = {
         frozenset[str](),
         2,
     ),
-    "compressed-tensors W4A16 g32, int4": (
-        LayerSpec("W4A16", Layout.CT_PACKED, WeightSpec(4, granularity=Granularity.GROUP, group_size=32)),
+    "compressed-tensors W4A16 g128, int4": (
+        LayerSpec("W4A16", Layout.CT_PACKED, WeightSpec(4, granularity=Granularity.GROUP, group_size=128)),
         frozenset[str](),
         2,
     ),

@@ -28,6 +28,8 @@ INT4_PER_INT32 = 8
 
 #: Elements that a block of rows may have while a weight is rearranged: 4 MiB of int8 and a few temporaries of it.
 BLOCK_ELEMENTS = 1 << 22
+#: Rows of such a block: a copy that transposes more of them at a time is four times slower, for want of cache lines.
+BLOCK_ROWS = 256
 
 
 def pack_pairs(values: torch.Tensor) -> torch.Tensor:
@@ -52,7 +54,7 @@ def unpack_rows(packed: torch.Tensor) -> torch.Tensor:
 
 def row_blocks(rows: int, columns: int, multiple: int = INT4_PER_INT32) -> list[tuple[int, int]]:
     """Cut a matrix into blocks of rows [start, stop), each but the last a multiple of ``multiple`` high."""
-    height = max(BLOCK_ELEMENTS // max(columns, 1) // multiple, 1) * multiple
+    height = max(min(BLOCK_ELEMENTS // max(columns, 1), BLOCK_ROWS) // multiple, 1) * multiple
     return [(start, min(start + height, rows)) for start in range(0, rows, height)]
 
 
