@@ -3,9 +3,9 @@
 
 Every configuration is an engine in a process of its own; all stay loaded and take turns (A B C A B C ...), and medians are
 compared, because a machine is not equally fast all the time. "own" is vLLM without the plugin (VLLM_NPU_QUANT=0) on the
-very same files.
+very same files; "compiled" is with torch.compile, vLLM's default, the others are eager.
 
-    python benchmarks/engine.py [--configs bf16 w8a8 ct-w8a8 ct-w8a8:own ...] [--rounds 5] [--compile] [--json FILE]
+    python benchmarks/engine.py [--configs bf16 ct-w8a8 ct-w8a8:own ct-w8a8:compiled ...] [--rounds 5] [--json FILE]
 """
 
 from __future__ import annotations
@@ -46,12 +46,18 @@ SLOWEST = 20.0
 SHAPES: dict[str, Shape] = {"prefill": (8, 512, 1), "decode 1": (1, 8, 65), "decode 16": (16, 8, 33)}
 
 
-def model_folder(name: str) -> Path:
+def parts(config: str) -> list[str]:
+    """A configuration is the name of a checkpoint, and after colons: "own", "compiled"."""
+    return config.split(":")
+
+
+def model_folder(config: str) -> Path:
     """The checkpoint of a configuration, made in the cache the first time."""
     from artifacts import build_once, cache_root
     from smollm2 import smollm2_bf16, smollm2_modelslim
     from writers import FORMATS, write
 
+    name = parts(config)[0]
     if name in FORMATS:
         return build_once(
             cache_root() / f"smollm2-135m-instruct-{name}", lambda target: write(smollm2_bf16(), target, name)
@@ -65,7 +71,7 @@ def model_folder(name: str) -> Path:
     return smollm2_modelslim("W8A16")
 
 
-def serve(name: str, compiled: bool, shapes: dict[str, Shape]) -> None:
+def serve(config: str, shapes: dict[str, Shape]) -> None:
     """The worker: load the engine, then measure the shapes that the lines of stdin hold and answer with the seconds."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what vLLM prints is no reply
@@ -74,8 +80,8 @@ def serve(name: str, compiled: bool, shapes: dict[str, Shape]) -> None:
     longest = max(length + new for _, length, new in shapes.values())
     started = time.perf_counter()
     llm = LLM(
-        model=str(model_folder(name)),
-        enforce_eager=not compiled,
+        model=str(model_folder(config)),
+        enforce_eager="compiled" not in parts(config),
         max_model_len=longest + 8,
         max_num_seqs=16,
         max_num_batched_tokens=4096,
@@ -94,13 +100,13 @@ def serve(name: str, compiled: bool, shapes: dict[str, Shape]) -> None:
 
 
 def engine_environment(config: str) -> dict[str, str]:
-    """The environment of a process with one engine; "NAME:own" is without the plugin."""
+    """The environment of a process with one engine."""
     return {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         **os.environ,
-        "VLLM_NPU_QUANT": "0" if config.endswith(":own") else "auto",
+        "VLLM_NPU_QUANT": "0" if "own" in parts(config) else "auto",
     }
 
 
@@ -113,11 +119,11 @@ def last_error(lines: Iterable[str]) -> str:
 class Worker:
     """One engine in its process."""
 
-    def __init__(self, config: str, compiled: bool, shapes: dict[str, Shape]) -> None:
-        command = [sys.executable, __file__, "--worker", config.partition(":")[0], "--shapes", json.dumps(shapes)]
+    def __init__(self, config: str, shapes: dict[str, Shape]) -> None:
+        command = [sys.executable, __file__, "--worker", config, "--shapes", json.dumps(shapes)]
         self.errors = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            command + ["--compile"] * compiled,
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -156,14 +162,14 @@ def rate(shape: Shape, seconds: list[float]) -> float:
     return prompts * (length if new == 1 else new) / statistics.median(seconds)
 
 
-def measure(configs: list[str], rounds: int, compiled: bool, shapes: dict[str, Shape]) -> dict[str, dict[str, Any]]:
+def measure(configs: list[str], rounds: int, shapes: dict[str, Shape]) -> dict[str, dict[str, Any]]:
     """Config -> measurement -> tokens per second, or {"error": reason} where the engine refused the checkpoint."""
     for config in configs:
-        model_folder(config.partition(":")[0])
+        model_folder(config)
     results: dict[str, dict[str, Any]] = {}
     workers = {}
     for config in configs:
-        worker = Worker(config, compiled, shapes)
+        worker = Worker(config, shapes)
         results[config] = worker.reply()
         if "error" in results[config]:
             worker.close()
@@ -200,12 +206,12 @@ def measure(configs: list[str], rounds: int, compiled: bool, shapes: dict[str, S
 
 
 def table(results: dict[str, dict[str, Any]], shapes: dict[str, Shape]) -> str:
-    lines = [f"{'tokens/s':<14}" + "".join(f"{shape:>12}" for shape in shapes)]
+    lines = [f"{'tokens/s':<22}" + "".join(f"{shape:>12}" for shape in shapes)]
     for config, result in results.items():
         if "error" in result:
-            lines.append(f"{config:<14}  not served: {result['error']}")
+            lines.append(f"{config:<22}  not served: {result['error']}")
         else:
-            lines.append(f"{config:<14}" + "".join(f"{result[shape]:12.1f}" for shape in shapes))
+            lines.append(f"{config:<22}" + "".join(f"{result[shape]:12.1f}" for shape in shapes))
     return "\n".join(lines)
 
 
@@ -213,18 +219,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--configs", nargs="+", default=list(CONFIGS))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="with torch.compile, vLLM's default; else eager")
     parser.add_argument("--shapes", type=json.loads, default=SHAPES, help="another set of measurements, as JSON")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        serve(arguments.worker, arguments.compile, arguments.shapes)
+        serve(arguments.worker, arguments.shapes)
         return
-    results = measure(arguments.configs, arguments.rounds, arguments.compile, arguments.shapes)
+    results = measure(arguments.configs, arguments.rounds, arguments.shapes)
     print(table(results, arguments.shapes))
     if arguments.json:
-        arguments.json.write_text(json.dumps({"compiled": arguments.compile, "results": results}, indent=2))
+        arguments.json.write_text(json.dumps({"results": results}, indent=2))
 
 
 if __name__ == "__main__":

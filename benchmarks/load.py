@@ -45,8 +45,8 @@ LAYERS = {
         frozenset[str](),
         2,
     ),
-    "compressed-tensors W4A16 g128, int4": (
-        LayerSpec("W4A16", Layout.CT_PACKED, WeightSpec(4, granularity=Granularity.GROUP, group_size=128)),
+    "compressed-tensors W4A16 g256, int4": (
+        LayerSpec("W4A16", Layout.CT_PACKED, WeightSpec(4, granularity=Granularity.GROUP, group_size=256)),
         frozenset[str](),
         2,
     ),
@@ -94,7 +94,7 @@ def start(name: str) -> None:
 def engine_starts(configs: list[str], rounds: int) -> dict[str, dict[str, Any]]:
     """Config -> medians, or {"error": reason} where the engine refused the checkpoint."""
     for config in configs:
-        model_folder(config.partition(":")[0])
+        model_folder(config)
     taken: dict[str, list[dict[str, float]]] = {config: [] for config in configs}
     results: dict[str, dict[str, Any]] = {}
     for number in range(rounds + 1):

@@ -26,7 +26,11 @@ PARTS = {
     "experts": ["moe_load.py"],
     "load": ["load.py"],
     "engine": ["engine.py"],
-    "compiled": ["engine.py", "--compile", "--configs", "bf16", "ct-w8a8", "ct-w8a8:own", "ct-w4a16", "awq"],
+    "compiled": [
+        "engine.py",
+        "--configs",
+        *(name + end for name in ("bf16", "ct-w8a8", "ct-w8a8:own", "ct-w4a16") for end in ("", ":compiled")),
+    ],
 }
 
 
@@ -63,18 +67,19 @@ def rates(results: dict[str, Any], part: str) -> dict[str, dict[str, float]]:
 
 def ratios(results: dict[str, Any]) -> list[tuple[str, str, float]]:
     """(what, shape, how many times as fast): each format to bfloat16 and to vLLM's own method, and compiled to eager."""
-    eager, compiled = rates(results, "engine"), rates(results, "compiled")
-    pairs = [
-        (f"{part}: {config} to {other}", one, engines[other])
-        for part, engines in (("eager", eager), ("compiled", compiled))
-        for config, one in engines.items()
-        for other in ("bf16", f"{config}:own")
-        if config != other and other in engines
-    ]
-    pairs += [
-        (f"compiled to eager: {config}", one, eager[config]) for config, one in compiled.items() if config in eager
-    ]
-    return [(what, shape, one[shape] / other[shape]) for what, one, other in pairs for shape in SHAPES]
+    found = []
+    for part in ("engine", "compiled"):
+        engines = rates(results, part)
+        for config, one in engines.items():
+            name, *how = config.split(":")
+            end = ":compiled" if "compiled" in how else ""
+            others = [f"bf16{end}", f"{name}:own{end}"] + [config.removesuffix(end)] * bool(end)
+            for other in others:
+                if other != config and other in engines:
+                    found += [
+                        (f"{part}: {config} to {other}", shape, one[shape] / engines[other][shape]) for shape in SHAPES
+                    ]
+    return found
 
 
 def bars(results: dict[str, Any]) -> list[tuple[str, float]]:
@@ -109,7 +114,7 @@ def main() -> int:
             failed += 1
             continue
         results[part] = json.loads(file.read_text())
-    compared = [f"{what:<44}{shape:>10}{ratio:7.2f}" for what, shape, ratio in ratios(results)]
+    compared = [f"{what:<54}{shape:>10}{ratio:7.2f}" for what, shape, ratio in ratios(results)]
     if compared:
         text.append("\n".join(["== ratios", *compared]))
         print(text[-1])
