@@ -47,6 +47,42 @@ def test_integer_products_are_exact(rows: int, depth: int) -> None:
         assert torch.equal(product, int_matmul(x, weight)), width
 
 
+#: vpdpbusd by its definition: unsigned times signed bytes, four products added to each 32-bit sum, without saturation.
+VNNI = """
+#include <immintrin.h>
+#include <string.h>
+static inline __m256i dpbusd(__m256i sums, __m256i left, __m256i right) {
+    int sum[8];
+    unsigned char u[32];
+    signed char s[32];
+    memcpy(sum, &sums, 32), memcpy(u, &left, 32), memcpy(s, &right, 32);
+    for (int i = 0; i < 32; i++) sum[i / 4] += u[i] * s[i];
+    memcpy(&sums, sum, 32);
+    return sums;
+}
+#define DOT4 dpbusd
+"""
+
+
+@built
+def test_products_are_exact_with_the_instruction_that_this_host_may_lack(tmp_path: Path) -> None:
+    header = tmp_path / "vnni.h"
+    header.write_text(VNNI)
+    library = native.load(native.build(native.SOURCE, (*native.FLAGS, "-include", str(header))))
+    assert native.reproduces_the_reference(library)
+    for rows, depth in itertools.product((3, 17, 40), (37, 700)):
+        x, weight = integers(rows, depth), integers(depth, 129, seed=1)
+        assert torch.equal(
+            native.product(native.Kind.INT8, x, weight, torch.int32, found=library), int_matmul(x, weight)
+        )
+    x, weight = packed(20, 8), packed(64, 5)  # sums of int4, without the instruction in 16 bits
+    options = {"scale": positive(4, 40), "token_scale": positive(20), "group_size": 16}
+    one, other = (
+        native.product(native.Kind.INT4, x, weight, BF16, found=found, **options) for found in (library, None)
+    )
+    assert torch.equal(one, other)
+
+
 @built
 @pytest.mark.parametrize("rows", [1, 3, 4, 11, 16])
 def test_few_rows_of_wide_layers_are_exact(rows: int) -> None:

@@ -241,7 +241,8 @@ ALWAYS_INLINE __m128i weights_tail(const uint8_t *row, i64 j, int int4, i64 n) {
 
 // --------------------------------------------------------------------------------------------------------------- integers
 
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#if defined(DOT4) // a test brings its own
+#elif defined(__AVX512VNNI__) && defined(__AVX512VL__)
 #define DOT4 _mm256_dpbusd_epi32
 #elif defined(__AVXVNNI__)
 #define DOT4 _mm256_dpbusd_avx_epi32
@@ -420,16 +421,6 @@ ALWAYS_INLINE void block_int(const int8_t *x, i64 stride, const int8_t *panel, i
     }
 }
 
-static void block_int8(const int8_t *x, i64 stride, const int8_t *panel, i64 depth, int32_t *sums, i64 rows, i64 cols,
-                       int fresh) {
-    block_int(x, stride, panel, depth, sums, rows, cols, 0, fresh);
-}
-
-static void block_int4(const int8_t *x, i64 stride, const int8_t *panel, i64 depth, int32_t *sums, i64 rows, i64 cols,
-                       int fresh) {
-    block_int(x, stride, panel, depth, sums, rows, cols, 1, fresh);
-}
-
 // Inputs of a panel: parts of nearly equal size.
 static i64 chunk_of(i64 depth) {
     i64 parts = (depth + CHUNK - 1) / CHUNK;
@@ -456,9 +447,8 @@ static int copy_inputs(const int8_t *x, i64 depth, int8_t *to) {
 
 // What `copy_inputs` left out of the sums of one row: its -128 count once more.
 static void add_least_inputs(const int8_t *x, const Expert *e, i64 depth, i64 first, i64 cols, int32_t *sums) {
-    for (i64 k = 0; k < depth; k++) {
-        if (x[k] != -128) continue;
-        const int8_t *row = (const int8_t *)e->weight + k * e->row_bytes + first;
+    for (const int8_t *at = x; (at = memchr(at, 0x80, x + depth - at)); at++) {
+        const int8_t *row = (const int8_t *)e->weight + (at - x) * e->row_bytes + first;
         for (i64 j = 0; j < cols; j++) sums[j] -= row[j];
     }
 }
@@ -502,14 +492,19 @@ static void finish_int8(const Product *p, const Expert *e, const int32_t *sums, 
 
 // --------------------------------------------------------------------------------------------------------- scratch memory
 
-// A thread's memory, kept for its next task: x [rows] of `stride` bytes, and by offset what SCRATCH_BYTES is made of.
+// A thread's memory, kept for its next task.
 typedef struct {
     char *memory;
     i64 bytes;
-    char *x, *panel;
-    int32_t *sums; // [2 * MOST_ROWS][BLOCK], or float [MOST_ROWS][MAX_COLS]
+    void *panel;   // int8 [CHUNK * BLOCK], or float [KF][MAX_COLS]
+    int32_t *sums; // [2 * MOST_ROWS][BLOCK]; float [MOST_ROWS][MAX_COLS] for products of floats
     float *totals; // [2 * MOST_ROWS][BLOCK]
+    void *x;       // what `get_scratch` was asked for
 } Scratch;
+
+_Static_assert(KF * MAX_COLS * 4 <= CHUNK * BLOCK && MAX_COLS <= 2 * BLOCK, "products of floats use the same memory");
+_Static_assert(CHUNK / 4 * 2 * 8 * 8 <= INT16_MAX, "int4 sums of a panel stay in 16 bits");
+_Static_assert(FEW_INTEGERS * MOST_COLS <= FEW_SUMS, "experts with few rows beside others with many");
 
 static __thread Scratch scratch;
 
@@ -540,7 +535,7 @@ static int int8_few(const Product *p, const Expert *e, i64 start, i64 rows, i64 
     Scratch *s = get_scratch(rows * stride);
     if (!s) return 0;
     const int8_t *from = (const int8_t *)p->x + start * p->depth;
-    int8_t *x = (int8_t *)s->x;
+    int8_t *x = s->x;
     int least[FEW_INTEGERS];
     for (i64 m = 0; m < rows; m++) least[m] = copy_inputs(from + m * p->depth, p->depth, x + m * stride);
     memset(sums, 0, rows * wide * sizeof sums[0]);
@@ -561,14 +556,14 @@ static int int8_many(const Product *p, const Expert *e, i64 start, i64 rows, i64
     Scratch *s = get_scratch((rows + 3) * stride);
     if (!s) return 0;
     const int8_t *from = (const int8_t *)p->x + start * p->depth;
-    int8_t *x = (int8_t *)s->x, least[MOST_ROWS];
+    int8_t *x = s->x, least[MOST_ROWS];
     for (i64 m = 0; m < rows; m++) least[m] = copy_inputs(from + m * p->depth, p->depth, x + m * stride);
     for (i64 j = first; j < first + cols; j += BLOCK) {
         i64 n = MIN(first + cols - j, BLOCK);
         for (i64 k = 0; k < p->depth; k += chunk) {
             i64 depth = MIN(p->depth - k, chunk);
-            pack_int(e->weight + k * e->row_bytes, e->row_bytes, depth, j, n, 0, (int8_t *)s->panel);
-            block_int8(x + k, stride, (int8_t *)s->panel, depth, s->sums, rows, n, k == 0);
+            pack_int(e->weight + k * e->row_bytes, e->row_bytes, depth, j, n, 0, s->panel);
+            block_int(x + k, stride, s->panel, depth, s->sums, rows, n, 0, k == 0);
         }
         for (i64 m = 0; m < rows; m++) {
             int32_t *row = s->sums + m * BLOCK;
@@ -613,7 +608,7 @@ static int packed_int4(const Product *p, const Expert *e, i64 start, i64 rows, i
     i64 stride = stride_of(p->depth), chunk = chunk_of(p->group_size), all = halves ? 2 * rows : rows;
     Scratch *s = get_scratch((all + 3) * stride);
     if (!s) return 0;
-    int8_t *x = (int8_t *)s->x;
+    int8_t *x = s->x;
     for (i64 m = 0; m < rows; m++) {
         if (halves) {
             split_inputs((const int8_t *)p->x + (start + m) * p->depth, p->depth, x + m * stride, x + (rows + m) * stride);
@@ -628,8 +623,8 @@ static int packed_int4(const Product *p, const Expert *e, i64 start, i64 rows, i
         for (i64 g = 0; g < e->groups; g++) {
             for (i64 inner = 0; inner < p->group_size; inner += chunk) {
                 i64 depth = MIN(p->group_size - inner, chunk), k = g * p->group_size + inner;
-                pack_int(e->weight + k * e->row_bytes, e->row_bytes, depth, j, n, 1, (int8_t *)s->panel);
-                block_int4(x + k, stride, (int8_t *)s->panel, depth, s->sums, all, n, inner == 0);
+                pack_int(e->weight + k * e->row_bytes, e->row_bytes, depth, j, n, 1, s->panel);
+                block_int(x + k, stride, s->panel, depth, s->sums, all, n, 1, inner == 0);
             }
             add_group(s->sums, e->scale + g * p->width, s->totals, all, j, n, halves, g == 0);
         }
@@ -946,7 +941,7 @@ ALWAYS_INLINE int weight_only_many(const Product *p, const Expert *e, i64 start,
                                    int int4, int has_offset) {
     Scratch *s = get_scratch(rows * KF * 4);
     if (!s) return 0;
-    float *x = (float *)s->x, *panel = (float *)s->panel, *sums = (float *)s->sums;
+    float *x = s->x, *panel = s->panel, *sums = (float *)s->sums;
     for (i64 k = 0; k < p->depth; k += KF) {
         i64 depth = MIN(p->depth - k, KF);
         for (i64 m = 0; m < rows; m++)

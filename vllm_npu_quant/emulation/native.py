@@ -30,7 +30,18 @@ import torch
 
 from vllm_npu_quant.emulation.numerics import INT8, int_matmul, round_to_int
 
-__all__ = ["DynamicQuant", "Kind", "Product", "available", "bias", "build", "dynamic_quant", "library", "product"]
+__all__ = [
+    "DynamicQuant",
+    "Kind",
+    "Product",
+    "available",
+    "bias",
+    "build",
+    "dynamic_quant",
+    "library",
+    "load",
+    "product",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -140,17 +151,28 @@ def _own_folder() -> Path:
 _kept: list[Any] = []
 
 
+def load(path: Path) -> ctypes.CDLL:
+    """A library built from ``SOURCE``, its functions declared.
+
+    Raises:
+        OSError: it cannot be loaded.
+        AttributeError: it lacks a function.
+    """
+    found = ctypes.CDLL(str(path))
+    found.nq_dynamic_quant.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p, ctypes.c_void_p]
+    found.nq_dynamic_quant.restype = None
+    found.nq_product.argtypes = [ctypes.c_void_p]
+    found.nq_product.restype = ctypes.c_int64
+    return found
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The library, built at the first call; None where it cannot be had or does not reproduce the reference."""
     if platform.machine() not in ("x86_64", "AMD64") or torch.backends.cpu.get_cpu_capability() == "DEFAULT":
         return None
     try:
-        found = ctypes.CDLL(str(build(SOURCE)))
-        found.nq_dynamic_quant.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p, ctypes.c_void_p]
-        found.nq_dynamic_quant.restype = None
-        found.nq_product.argtypes = [ctypes.c_void_p]
-        found.nq_product.restype = ctypes.c_int64
+        found = load(build(SOURCE))
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         logger.warning("the emulated operators go through torch, which is slow on this host: %s", error)
         return None
