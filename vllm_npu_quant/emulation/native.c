@@ -741,14 +741,6 @@ ALWAYS_INLINE void weight_only_few(const Product *p, const Expert *e, const floa
     }
 }
 
-// The scales (or offsets) of 64 columns as float32: columns j and 32 + j side by side.
-static void in_pairs(const char *from, i64 at, i64 step, float *to) {
-    for (i64 j = 0; j < 32; j++) {
-        to[2 * j] = load1(from, at + step * j, BF16);
-        to[2 * j + 1] = load1(from, at + step * (32 + j), BF16);
-    }
-}
-
 // Sixteen rows of 64 int4 -> for each byte of a row, sixteen rows side by side: register i has the columns 2 i and 2 i + 1 in
 // its first half, and 32 + 2 i and 33 + 2 i in its second.
 ALWAYS_INLINE void transposed(const uint8_t *row, i64 row_bytes, __m256i *to) {
@@ -773,24 +765,84 @@ ALWAYS_INLINE void transposed(const uint8_t *row, i64 row_bytes, __m256i *to) {
     for (int i = 0; i < 16; i++) to[i] = a[i];
 }
 
+// The values of a column's sixteen codes in bfloat16, of two columns: the low and the high bytes in the order of the codes.
+typedef struct {
+    __m256i low, high;
+} Values;
+
+// float32 -> bfloat16 in the high half; the low half holds anything.
+ALWAYS_INLINE __m256i rounded_high(__m256 v) {
+    __m256i bits = _mm256_castps_si256(v);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+}
+
+ALWAYS_INLINE __m256i even_and_odd(__m256i even, __m256i odd) {
+    return _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa);
+}
+
+// One number for each half.
+ALWAYS_INLINE __m256 halves(float first, float second) {
+    return _mm256_blend_ps(_mm256_set1_ps(first), _mm256_set1_ps(second), 0xf0);
+}
+
+ALWAYS_INLINE __m256 twice(float a, float b, float c, float d) { return _mm256_setr_ps(a, b, c, d, a, b, c, d); }
+
+ALWAYS_INLINE Values values_of(__m256 scale, __m256 offset) {
+#define OF(...) rounded_high(_mm256_mul_ps(_mm256_add_ps(twice(__VA_ARGS__), offset), scale))
+    __m256i a = even_and_odd(OF(0, 2, 4, 6), OF(1, 3, 5, 7)), b = even_and_odd(OF(-8, -6, -4, -2), OF(-7, -5, -3, -1));
+#undef OF
+    const __m256i bytes = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+    a = _mm256_shuffle_epi8(a, bytes), b = _mm256_shuffle_epi8(b, bytes);
+    return (Values){_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b)};
+}
+
+// The same for finite scales and no offset: eight magnitudes and a sign.
+ALWAYS_INLINE Values symmetric_values(__m256 scale) {
+    __m256i words = even_and_odd(rounded_high(_mm256_mul_ps(twice(1, 3, 5, 7), scale)),
+                                 rounded_high(_mm256_mul_ps(twice(2, 4, 6, 8), scale)));
+    const __m256i low =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(-128, 0, 2, 4, 6, 8, 10, 12, 14, 12, 10, 8, 6, 4, 2, 0));
+    const __m256i high =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(-128, 1, 3, 5, 7, 9, 11, 13, 15, 13, 11, 9, 7, 5, 3, 1));
+    const __m256i sign = _mm256_set_epi64x((i64)0x8080808080808080, 0, (i64)0x8080808080808080, 0);
+    return (Values){_mm256_shuffle_epi8(words, low), _mm256_xor_si256(_mm256_shuffle_epi8(words, high), sign)};
+}
+
+// The scales or offsets of 64 columns. Returns whether all are finite.
+ALWAYS_INLINE int to_float64(const char *from, i64 at, i64 step, float *to) {
+    const __m256i exponent = _mm256_set1_epi32(0x7f800000);
+    __m256i special = _mm256_setzero_si256();
+    for (i64 j = 0; j < 64; j += 8) {
+        __m256 v = step ? load8(from, at + j, BF16) : _mm256_set1_ps(load1(from, at, BF16));
+        __m256i bits = _mm256_and_si256(_mm256_castps_si256(v), exponent);
+        special = _mm256_or_si256(special, _mm256_cmpeq_epi32(bits, exponent));
+        _mm256_storeu_ps(to + j, v);
+    }
+    return _mm256_testz_si256(special, special);
+}
+
+// Adds the products of sixteen inputs to the sums of two columns.
+ALWAYS_INLINE void look_up(const float *x, __m256i code, Values of, __m256 *even, __m256 *odd) {
+    const __m256i top = _mm256_set1_epi32((int)0xffff0000);
+    __m256i l = _mm256_shuffle_epi8(of.low, code), h = _mm256_shuffle_epi8(of.high, code);
+    __m256i w0 = _mm256_unpacklo_epi8(l, h), w1 = _mm256_unpackhi_epi8(l, h);
+#define FOUR(I) _mm256_broadcast_ps((const __m128 *)(x + 4 * I))
+    *even = _mm256_fmadd_ps(FOUR(0), _mm256_castsi256_ps(_mm256_slli_epi32(w0, 16)), *even);
+    *odd = _mm256_fmadd_ps(FOUR(1), _mm256_castsi256_ps(_mm256_and_si256(w0, top)), *odd);
+    *even = _mm256_fmadd_ps(FOUR(2), _mm256_castsi256_ps(_mm256_slli_epi32(w1, 16)), *even);
+    *odd = _mm256_fmadd_ps(FOUR(3), _mm256_castsi256_ps(_mm256_and_si256(w1, top)), *odd);
+#undef FOUR
+}
+
 // One row of x times int4 weights in bfloat16; 64 divides `cols`, and 16 the depth and the group size. A column of a group
 // has sixteen values at most: they are computed once, and inputs are looked up by their codes, sixteen of two columns at a
 // time. x: in the order of `in_lookup_order`.
-ALWAYS_INLINE void int4_row(const Product *p, const Expert *e, const float *x, i64 row_of_x, i64 first, i64 cols,
-                            int has_offset) {
+static void int4_row(const Product *p, const Expert *e, const float *x, i64 row_of_x, i64 first, i64 cols) {
     enum { STRIPE = 64, DEPTH = 128, STEP = 16 };
-    const __m256i nibble = _mm256_set1_epi8(15), byte = _mm256_set1_epi16(255), one = _mm256_set1_epi32(1);
-    const __m256i half = _mm256_set1_epi32(0x7fff), top = _mm256_set1_epi32((int)0xffff0000);
-    const __m256i by_column = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
-    __m256 codes[4]; // four integers in the order of their codes, for either column
-    for (int i = 0; i < 4; i++) {
-        float from = (float)(i < 2 ? 4 * i : 4 * i - 16);
-        __m128 four = _mm_setr_ps(from, from + 1, from + 2, from + 3);
-        codes[i] = _mm256_set_m128(four, four);
-    }
+    const __m256i nibble = _mm256_set1_epi8(15);
     __m256 sums[FEW_COLS / 2]; // of a stripe's columns j and 32 + j
     for (i64 j = 0; j < cols / 2; j++) sums[j] = _mm256_setzero_ps();
-    float scales[STRIPE], offsets[STRIPE];
     for (i64 k = 0, stop; k < p->depth; k = stop) {
         i64 group = k / p->group_size;
         stop = MIN(MIN((group + 1) * p->group_size, p->depth), k + DEPTH);
@@ -798,49 +850,34 @@ ALWAYS_INLINE void int4_row(const Product *p, const Expert *e, const float *x, i
         __m256 *sum = sums;
         for (i64 stripe = first; stripe < first + cols; stripe += STRIPE) {
             i64 at = p->scale_step ? group * p->width + stripe : 0;
-            in_pairs(e->antiquant_scale, at, p->scale_step, scales);
-            if (has_offset) in_pairs(e->antiquant_offset, at, p->scale_step, offsets);
+            float scale[STRIPE], offset[STRIPE] = {0};
+            Values values[STRIPE / 2];
+            if (to_float64(e->antiquant_scale, at, p->scale_step, scale) && !e->antiquant_offset) {
+                for (int j = 0; j < STRIPE / 2; j++) values[j] = symmetric_values(halves(scale[j], scale[32 + j]));
+            } else {
+                if (e->antiquant_offset) to_float64(e->antiquant_offset, at, p->scale_step, offset);
+                for (int j = 0; j < STRIPE / 2; j++)
+                    values[j] = values_of(halves(scale[j], scale[32 + j]), halves(offset[j], offset[32 + j]));
+            }
             __m256i rows[DEPTH / STEP][16];
             const uint8_t *row = e->weight + k * e->row_bytes + stripe / 2;
             for (i64 s = 0; s < steps; s++, row += STEP * e->row_bytes) {
                 for (int i = 0; i < STEP; i++) // the lines of the next block of inputs
-                    _mm_prefetch((const char *)row + (stop - k + i) * e->row_bytes, _MM_HINT_T0);
+                    _mm_prefetch((const char *)row + (stop - k + i) * e->row_bytes, _MM_HINT_T1);
                 transposed(row, e->row_bytes, rows[s]);
             }
-            for (int j = 0; j < STRIPE / 2; j++, sum++) {
-                __m256 scale = _mm256_castpd_ps(_mm256_broadcast_sd((const double *)(scales + 2 * j))), offset;
-                scale = _mm256_permutevar_ps(scale, by_column);
-                if (has_offset) {
-                    offset = _mm256_castpd_ps(_mm256_broadcast_sd((const double *)(offsets + 2 * j)));
-                    offset = _mm256_permutevar_ps(offset, by_column);
-                }
-                __m256i value[4]; // bfloat16
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; i++) {
-                    __m256 exact = has_offset ? _mm256_mul_ps(_mm256_add_ps(codes[i], offset), scale)
-                                              : _mm256_mul_ps(codes[i], scale);
-                    __m256i bits = _mm256_castps_si256(exact);
-                    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), one);
-                    value[i] = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, half), odd), 16);
-                }
-                __m256i a = _mm256_packus_epi32(value[0], value[1]), b = _mm256_packus_epi32(value[2], value[3]);
-                __m256i low = _mm256_packus_epi16(_mm256_and_si256(a, byte), _mm256_and_si256(b, byte));
-                __m256i high = _mm256_packus_epi16(_mm256_srli_epi16(a, 8), _mm256_srli_epi16(b, 8));
-                __m256 s0 = *sum, s1 = _mm256_setzero_ps(), s2 = s1, s3 = s1;
+            for (int j = 0; j < STRIPE / 2; j += 2, sum += 2) {
+                Values a = values[j], b = values[j + 1];
+                __m256 a0 = sum[0], a1 = _mm256_setzero_ps(), b0 = sum[1], b1 = a1;
                 const float *inputs = x + k;
+#pragma GCC unroll 2
                 for (i64 s = 0; s < steps; s++, inputs += STEP) {
-                    __m256i code = rows[s][j / 2];
-                    code = _mm256_and_si256(j % 2 ? _mm256_srli_epi16(code, 4) : code, nibble);
-                    __m256i l = _mm256_shuffle_epi8(low, code), h = _mm256_shuffle_epi8(high, code);
-                    __m256i w0 = _mm256_unpacklo_epi8(l, h), w1 = _mm256_unpackhi_epi8(l, h);
-#define FOUR(I) _mm256_broadcast_ps((const __m128 *)(inputs + 4 * I))
-                    s0 = _mm256_fmadd_ps(FOUR(0), _mm256_castsi256_ps(_mm256_slli_epi32(w0, 16)), s0);
-                    s1 = _mm256_fmadd_ps(FOUR(1), _mm256_castsi256_ps(_mm256_and_si256(w0, top)), s1);
-                    s2 = _mm256_fmadd_ps(FOUR(2), _mm256_castsi256_ps(_mm256_slli_epi32(w1, 16)), s2);
-                    s3 = _mm256_fmadd_ps(FOUR(3), _mm256_castsi256_ps(_mm256_and_si256(w1, top)), s3);
-#undef FOUR
+                    __m256i codes = rows[s][j / 2];
+                    look_up(inputs, _mm256_and_si256(codes, nibble), a, &a0, &a1);
+                    look_up(inputs, _mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble), b, &b0, &b1);
                 }
-                *sum = _mm256_add_ps(_mm256_add_ps(s0, s1), _mm256_add_ps(s2, s3));
+                sum[0] = _mm256_add_ps(a0, a1);
+                sum[1] = _mm256_add_ps(b0, b1);
             }
         }
     }
@@ -999,10 +1036,7 @@ static int weight_only_rows(const Product *p, const Expert *e, WeightOnlyTask ta
         i64 whole = cols / 64 * 64;
         float *ordered = wide + rows * p->depth;
         in_lookup_order(x[0], p->depth, ordered);
-        if (p->antiquant_offset)
-            int4_row(p, e, ordered, start, first, whole, 1);
-        else
-            int4_row(p, e, ordered, start, first, whole, 0);
+        int4_row(p, e, ordered, start, first, whole);
         first += whole;
         cols -= whole;
     }
