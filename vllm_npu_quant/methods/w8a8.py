@@ -64,16 +64,10 @@ class _Int8Linear(TransformingLinear):
         """npu_quant_matmul over the pieces; x int8 [M, K] -> [M, N]."""
         parts = []
         for number, (start, stop) in enumerate(self.pieces):
-            part_bias = bias if bias is None or len(self.pieces) == 1 else bias[start:stop]
-            parts.append(
-                torch.ops.npu.npu_quant_matmul(
-                    x,
-                    getattr(layer, numbered("weight", number)),
-                    getattr(layer, numbered("weight_scale", number)),
-                    bias=part_bias,
-                    **options,
-                )
-            )
+            if bias is not None:
+                options["bias"] = bias if len(self.pieces) == 1 else bias[start:stop]
+            weight, scale = (getattr(layer, numbered(name, number)) for name in ("weight", "weight_scale"))
+            parts.append(torch.ops.npu.npu_quant_matmul(x, weight, scale, **options))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
