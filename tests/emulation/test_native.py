@@ -136,6 +136,52 @@ def test_every_weight_is_dequantized_with_the_devices_roundings(dtype: torch.dty
 
 
 @built
+@pytest.mark.parametrize("offset", [None, -1.5], ids=["symmetric", "offset"])
+def test_every_code_of_every_scale_is_looked_up(offset: float | None) -> None:
+    """All sixteen codes times scales of every sign and size, denormal ones among them, in one row at a time."""
+    depth, width, group_size = 96, 2048, 32
+    codes = (torch.arange(depth)[:, None] + torch.arange(width)) % 16 - 8
+    weight = matmul.pack_int4(codes.to(torch.int32))
+    bits = torch.randint(-(2**15), 2**15, (depth // group_size, width), generator=torch.Generator().manual_seed(3))
+    scale = bits.to(torch.int16).view(BF16)
+    scale = torch.where(scale.abs().float() < 2.0**120, scale, 3.0)  # times 8, and finite
+    some_offset = None if offset is None else torch.full_like(scale, offset)
+    expected = matmul.dequantize_weight(codes.to(torch.int8), scale, some_offset, BF16, group_size)
+    for row in range(depth):
+        x = torch.eye(depth, dtype=BF16)[row : row + 1].contiguous()
+        fast = matmul.npu_weight_quant_batchmatmul_fast(x, weight, scale, some_offset, antiquant_group_size=group_size)
+        assert torch.equal(fast[0], expected[row]), row
+
+
+@built
+def test_scales_that_are_not_finite_spoil_what_they_spoil_in_the_reference() -> None:
+    weight, x = packed(64, 16), torch.randn(1, 64, generator=torch.Generator().manual_seed(4)).to(BF16)
+    weight[:, 0] = 0  # eight columns of zeros: 0 * inf is NaN
+    for special in (float("inf"), float("-inf"), float("nan")):
+        scale = positive(128, dtype=BF16)
+        scale[::3] = special
+        fast = matmul.npu_weight_quant_batchmatmul_fast(x, weight, scale)
+        slow = matmul.npu_weight_quant_batchmatmul(x, weight, scale)
+        assert torch.equal(fast.isfinite(), slow.isfinite())
+        assert torch.equal(fast.isnan(), slow.isnan())
+
+
+@built
+@pytest.mark.parametrize("threads", [1, 3, 16])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_any_number_of_threads_may_share_the_inputs(rows: int, threads: int) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for depth, width in ((5, 16384), (40, 4099), (8200, 33)):
+            x, weight = integers(rows, depth), integers(depth, width, seed=1)
+            product = native.product(native.Kind.INT8, x, weight, torch.int32)
+            assert torch.equal(product, int_matmul(x, weight)), (depth, width)
+    finally:
+        torch.set_num_threads(before)
+
+
+@built
 @pytest.mark.parametrize("sizes", [[3, 0, 1, 300, 5], [0, 0, 2, 4, 0]], ids=["most", "few"])
 def test_experts_are_multiplied_by_their_own_weights(sizes: list[int]) -> None:
     counts = torch.tensor(sizes)

@@ -622,13 +622,16 @@ def _kernel(
     return native.Product(_KINDS[plan.form], x[0], weight[0], plan.out_dtype, factor, group_size)
 
 
-def _float_scale(scale: torch.Tensor, bounds: list[tuple[int, int, int]]) -> torch.Tensor:
-    """``float_bits``, contiguous, of the experts that have rows; what it holds for the others is not read."""
+def _float_scale(plan: _Plan, scale: torch.Tensor, bounds: list[tuple[int, int, int]]) -> torch.Tensor:
+    """The scales in float32, contiguous, of the experts that have rows; what it holds for the others is not read."""
+    if plan.form is _Form.INT8 and scale.dtype == torch.float32:
+        return scale.contiguous()
+    as_float = torch.Tensor.float if plan.form is _Form.INT8 else float_bits
     if 2 * len(bounds) >= scale.shape[0]:
-        return float_bits(scale).contiguous()
+        return as_float(scale).contiguous()
     chosen = torch.empty(*scale.shape)
     for expert, _, _ in bounds:
-        chosen[expert] = float_bits(scale[expert])
+        chosen[expert] = as_float(scale[expert])
     return chosen
 
 
@@ -859,7 +862,7 @@ def npu_grouped_matmul_fast(
         _require_nz(name, weight)
     bounds = group_bounds(name, group_list, group_list_type or 0, rows.shape[0])
     if factor is not None:
-        factor = factor.float().contiguous() if plan.form is _Form.INT8 else _float_scale(factor, bounds)
+        factor = _float_scale(plan, factor, bounds)
     out = product(
         rows,
         weight[0],
