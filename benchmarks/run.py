@@ -29,7 +29,7 @@ PARTS = {
     "compiled": [
         "engine.py",
         "--configs",
-        *(name + end for name in ("bf16", "ct-w8a8", "ct-w8a8:own", "ct-w4a16") for end in ("", ":compiled")),
+        *("bf16:compiled", "ct-w8a8", "ct-w8a8:compiled", "ct-w8a8:own:compiled", "ct-w4a16", "ct-w4a16:compiled"),
     ],
 }
 
