@@ -29,7 +29,12 @@ PARTS = {
     "compiled": [
         "engine.py",
         "--configs",
-        *("bf16:compiled", "ct-w8a8", "ct-w8a8:compiled", "ct-w8a8:own:compiled", "ct-w4a16", "ct-w4a16:compiled"),
+        "bf16:compiled",
+        "ct-w8a8",
+        "ct-w8a8:compiled",
+        "ct-w8a8:own:compiled",
+        "ct-w4a16",
+        "ct-w4a16:compiled",
     ],
 }
 

@@ -2,7 +2,7 @@
 // Integer and dequantizing matrix products for x86-64 with AVX2, built on the host by native.py.
 //
 // Weights are read as the operators take them, [K, N] with N innermost, so nothing is kept twice. A task is a range of
-// columns of one group of rows (an expert; a dense product is one group):
+// columns of one group of rows (an expert; a dense product is one group), or a range of inputs (int8_by_inputs):
 //
 //   few rows    the weight streams past once; integer sums stay in the first cache, float sums in registers
 //   many rows   a panel of the weight is put into cache (int8: the four inputs of a column side by side; else dequantized
@@ -30,7 +30,8 @@ enum { BF16 = 0, F16 = 1, F32 = 2, I32 = 3 };
 #define LANES 32         // columns of integers that are interleaved at a time
 #define FEW_INTEGERS 16  // rows of integers that are "few"
 #define FEW_SUMS 8192    // their sums in a task: a first cache
-#define ROWS_BY_INPUTS 2 // rows of integers whose weight is cut along its inputs
+#define ROWS_BY_INPUTS 2  // rows of integers whose weight may be cut along its inputs
+#define INPUTS_OF_SUMS 64 // inputs that a thread must have for each row, or it spends its time on its sums
 #define TILE 12          // rows of an integer tile: a register of sums for each
 #define BLOCK 128        // columns of an integer panel
 #define CHUNK 640        // inputs of an integer panel, at most
@@ -552,8 +553,8 @@ static int int8_few(const Product *p, const Expert *e, i64 start, i64 rows, i64 
     return 1;
 }
 
-// A few rows of one group: every thread goes through whole rows of its part of the weight, because reading half of each row
-// wastes what the processor fetches beyond it. Returns 0 where memory is short.
+// One or two rows of one group: every thread goes through whole rows of its part of the weight, because reading half of each
+// row wastes what the processor fetches beyond it. Returns 0 where memory is short.
 static int int8_by_inputs(const Product *p, const Expert *e, i64 start, i64 rows, int threads) {
     i64 wide = (p->width + LANES - 1) / LANES * LANES, whole = p->width / LANES * LANES, stride = stride_of(p->depth);
     Scratch *s = get_scratch(rows * (stride + threads * wide * 4));
@@ -561,7 +562,7 @@ static int int8_by_inputs(const Product *p, const Expert *e, i64 start, i64 rows
     const int8_t *from = (const int8_t *)p->x + start * p->depth;
     int8_t *x = s->x;
     int32_t *sums = (int32_t *)(x + rows * stride); // [threads][rows][wide]
-    int least[FEW_INTEGERS];
+    int least[ROWS_BY_INPUTS];
     for (i64 m = 0; m < rows; m++) least[m] = copy_inputs(from + m * p->depth, p->depth, x + m * stride);
 #pragma omp parallel num_threads(threads)
     {
@@ -836,7 +837,7 @@ ALWAYS_INLINE Values values_of(__m256 scale, __m256 offset) {
     return (Values){_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b)};
 }
 
-// The same for finite scales and no offset: eight magnitudes and a sign.
+// The same for finite scales and no offset: eight magnitudes, and a sign for the codes of -8 to -1.
 ALWAYS_INLINE Values symmetric_values(__m256 scale) {
     __m256i words = even_and_odd(rounded_high(_mm256_mul_ps(twice(1, 3, 5, 7), scale)),
                                  rounded_high(_mm256_mul_ps(twice(2, 4, 6, 8), scale)));
@@ -1132,7 +1133,8 @@ i64 nq_product(const Product *p) {
     }
     int threads = work < 65536 ? 1 : omp_get_max_threads(), integers = p->kind != WEIGHT_ONLY;
     int few = p->kind == INT8 ? most_rows <= FEW_INTEGERS : p->kind == WEIGHT_ONLY && most_rows <= FEW;
-    if (p->kind == INT8 && parts == 1 && most_rows <= ROWS_BY_INPUTS && threads > 1) {
+    if (p->kind == INT8 && parts == 1 && most_rows <= ROWS_BY_INPUTS && threads > 1 &&
+        p->depth >= most_rows * threads * INPUTS_OF_SUMS) {
         Expert e = expert_of(p, part[0][0]);
         i64 start = part[0][1];
         free(part);
