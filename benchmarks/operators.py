@@ -12,6 +12,7 @@ weight bytes / bandwidth and products / rate; its share is that of the same roun
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import itertools
 import json
@@ -98,26 +99,47 @@ def compare(calls: dict[str, Call], rounds: int, limits: Limits, products: int, 
     }
 
 
-def vllm_peers(weights: list[torch.Tensor], x: torch.Tensor, scale: torch.Tensor) -> dict[str, Call]:
-    """vLLM's oneDNN int8 product, where this CPU's build has it; weights int8 [K, N], x bfloat16 [M, K]."""
+def vllm_peers(weights: list[torch.Tensor], packed: list[torch.Tensor], x: torch.Tensor) -> dict[str, Call]:
+    """vLLM's own CPU products, those that its build has for this CPU.
+
+    Args:
+        weights: int8 [K, N].
+        packed: int32 [K, N/8]; random, so that any layout is as good.
+        x: bfloat16 [M, K].
+    """
     try:
         from vllm import _custom_ops as ops
         from vllm.platforms import current_platform
 
         current_platform.import_kernels()
+    except (ImportError, AttributeError, RuntimeError):
+        return {}
+    depth, width = weights[0].shape
+    calls: dict[str, Call] = {}
+    with contextlib.suppress(AttributeError, RuntimeError):
+        scale = torch.rand(width)
         handlers = [
             ops.create_onednn_scaled_mm(weight.t().contiguous().t(), scale, torch.bfloat16, True, False, 32)
             for weight in weights
         ]
-    except (ImportError, AttributeError, RuntimeError):
-        return {}
-    quantized, token_scale, _ = ops.onednn_scaled_int8_quant(x, None, None, True)
-    out = torch.empty(x.shape[0], weights[0].shape[1], dtype=torch.bfloat16)
+        quantized, token_scale, _ = ops.onednn_scaled_int8_quant(x, None, None, True)
+        out = torch.empty(x.shape[0], width, dtype=torch.bfloat16)
 
-    def call(turn: int) -> None:
-        ops.onednn_scaled_mm(handlers[turn % len(handlers)], quantized, out, token_scale, None, None, None)
+        def onednn(turn: int) -> None:
+            ops.onednn_scaled_mm(handlers[turn % len(handlers)], quantized, out, token_scale, None, None, None)
 
-    return {"vllm onednn": call}
+        calls["vllm onednn"] = onednn
+    with contextlib.suppress(AttributeError, RuntimeError):
+        blocks = [weight.view(width // 16, 2 * depth) for weight in packed]  # sixteen columns together
+        scales = torch.rand(depth // GROUP, width).to(torch.bfloat16)
+        hint = "amx" if torch.cpu._is_amx_tile_supported() else "vec"
+
+        def wna16(turn: int) -> None:
+            ops.cpu_gemm_wna16(x, blocks[turn % len(blocks)], scales, None, None, 8, hint)
+
+        wna16(0)
+        calls["vllm wna16"] = wna16
+    return calls
 
 
 def dense(rows: int, depth: int, width: int) -> dict[str, Call]:
@@ -139,7 +161,7 @@ def dense(rows: int, depth: int, width: int) -> dict[str, Call]:
             x, packed[turn % count], scales, antiquant_group_size=GROUP
         ),
         "npu_dynamic_quant": lambda turn: npu.npu_dynamic_quant(x),
-        **vllm_peers(weights, x, scale),
+        **vllm_peers(weights, packed, x),
     }
     if 2 * rows * depth * width < 2e9:
         linears = [weight.t().contiguous().to(torch.bfloat16) for weight in weights]
