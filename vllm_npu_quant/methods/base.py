@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -147,7 +146,6 @@ def split_outputs(outputs: int, limit: int = MAX_OUTPUTS, multiple: int = 64) ->
     return [(start, min(start + width, outputs)) for start in range(0, outputs, width)]
 
 
-@functools.cache
 def numbered(name: str, number: int) -> str:
     """The attribute of a layer that holds a tensor of the piece with this number; the first keeps the plain name."""
     return f"{name}_{number}" if number else name
