@@ -129,7 +129,7 @@ def vllm_peers(weights: list[torch.Tensor], packed: list[torch.Tensor], x: torch
             ops.onednn_scaled_mm(handlers[turn % len(handlers)], quantized, out, token_scale, None, None, None)
 
         calls["vllm onednn"] = onednn
-    with contextlib.suppress(AttributeError, RuntimeError):
+    if hasattr(torch.ops._C, "cpu_gemm_wna16"):
         blocks = [weight.view(width // 16, 2 * depth) for weight in packed]  # sixteen columns together
         scales = torch.rand(depth // GROUP, width).to(torch.bfloat16)
         hint = "amx" if torch.cpu._is_amx_tile_supported() else "vec"
@@ -137,7 +137,6 @@ def vllm_peers(weights: list[torch.Tensor], packed: list[torch.Tensor], x: torch
         def wna16(turn: int) -> None:
             ops.cpu_gemm_wna16(x, blocks[turn % len(blocks)], scales, None, None, 8, hint)
 
-        wna16(0)
         calls["vllm wna16"] = wna16
     return calls
 

@@ -30,8 +30,8 @@ enum { BF16 = 0, F16 = 1, F32 = 2, I32 = 3 };
 #define LANES 32         // columns of integers that are interleaved at a time
 #define FEW_INTEGERS 16  // rows of integers that are "few"
 #define FEW_SUMS 8192    // their sums in a task: a first cache
-#define ROWS_BY_INPUTS 2  // rows of integers whose weight may be cut along its inputs
-#define INPUTS_OF_SUMS 64 // inputs that a thread must have for each row, or it spends its time on its sums
+#define BY_INPUTS 2      // rows of integers whose weight may be cut along its inputs
+#define LEAST_INPUTS 64  // of a thread for each row then, or it spends its time on its sums
 #define TILE 12          // rows of an integer tile: a register of sums for each
 #define BLOCK 128        // columns of an integer panel
 #define CHUNK 640        // inputs of an integer panel, at most
@@ -66,12 +66,16 @@ ALWAYS_INLINE float load1(const void *p, i64 at, int dtype) {
     return value;
 }
 
-// float32 rounded to bfloat16, half to even, still in float32. NaN stays NaN.
-ALWAYS_INLINE __m256 round_bf16(__m256 v) {
+// float32 -> bfloat16, half to even, in the high half; the low half holds anything. NaN stays NaN.
+ALWAYS_INLINE __m256i rounded_high(__m256 v) {
     __m256i bits = _mm256_castps_si256(v);
     __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-    return _mm256_castsi256_ps(_mm256_and_si256(up, _mm256_set1_epi32((int)0xffff0000)));
+    return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+}
+
+// float32 rounded to bfloat16, still in float32.
+ALWAYS_INLINE __m256 round_bf16(__m256 v) {
+    return _mm256_castsi256_ps(_mm256_and_si256(rounded_high(v), _mm256_set1_epi32((int)0xffff0000)));
 }
 
 ALWAYS_INLINE __m256 round_f16(__m256 v) { return _mm256_cvtph_ps(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
@@ -562,7 +566,7 @@ static int int8_by_inputs(const Product *p, const Expert *e, i64 start, i64 rows
     const int8_t *from = (const int8_t *)p->x + start * p->depth;
     int8_t *x = s->x;
     int32_t *sums = (int32_t *)(x + rows * stride); // [threads][rows][wide]
-    int least[ROWS_BY_INPUTS];
+    int least[BY_INPUTS];
     for (i64 m = 0; m < rows; m++) least[m] = copy_inputs(from + m * p->depth, p->depth, x + m * stride);
 #pragma omp parallel num_threads(threads)
     {
@@ -809,13 +813,6 @@ ALWAYS_INLINE void transposed(const uint8_t *row, i64 row_bytes, __m256i *to) {
 typedef struct {
     __m256i low, high;
 } Values;
-
-// float32 -> bfloat16 in the high half; the low half holds anything.
-ALWAYS_INLINE __m256i rounded_high(__m256 v) {
-    __m256i bits = _mm256_castps_si256(v);
-    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-}
 
 ALWAYS_INLINE __m256i even_and_odd(__m256i even, __m256i odd) {
     return _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa);
@@ -1133,8 +1130,8 @@ i64 nq_product(const Product *p) {
     }
     int threads = work < 65536 ? 1 : omp_get_max_threads(), integers = p->kind != WEIGHT_ONLY;
     int few = p->kind == INT8 ? most_rows <= FEW_INTEGERS : p->kind == WEIGHT_ONLY && most_rows <= FEW;
-    if (p->kind == INT8 && parts == 1 && most_rows <= ROWS_BY_INPUTS && threads > 1 &&
-        p->depth >= most_rows * threads * INPUTS_OF_SUMS) {
+    if (p->kind == INT8 && parts == 1 && most_rows <= BY_INPUTS && threads > 1 &&
+        p->depth >= most_rows * threads * LEAST_INPUTS) {
         Expert e = expert_of(p, part[0][0]);
         i64 start = part[0][1];
         free(part);
