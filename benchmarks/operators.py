@@ -26,6 +26,7 @@ import torch
 
 from vllm_npu_quant import emulation
 from vllm_npu_quant.emulation import native
+from vllm_npu_quant.emulation.matmul import FRACTAL_NZ
 
 SHAPES = ((2048, 2048), (4096, 11008))
 ROWS = (1, 16, 256)
@@ -170,10 +171,10 @@ def dense(rows: int, depth: int, width: int) -> dict[str, Call]:
 
 
 def experts(rows: int) -> dict[str, Call]:
-    """Rows for each expert in turn; one row meets another expert in every call."""
+    """Rows for each expert in turn, as W8A8DynamicExperts calls it; one row meets another expert in every call."""
     count, depth, width = EXPERTS
-    weight = torch.randint(-128, 128, (count, depth, width), dtype=torch.int8)
-    scale = torch.rand(count, width).to(torch.bfloat16)
+    weight = torch.ops.npu.npu_format_cast(torch.randint(-128, 128, (count, depth, width), dtype=torch.int8), FRACTAL_NZ)
+    scale = torch.rand(count, width)
     x = torch.randint(-128, 128, (rows, depth), dtype=torch.int8)
     token_scale = torch.ones(rows)
     counts = [torch.bincount((torch.arange(rows) + first) % count, minlength=count) for first in range(count)]
@@ -198,6 +199,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     emulation.register()
+    emulation.build_kernels()
     limits = Limits()
     results: dict[str, Any] = {"threads": torch.get_num_threads(), "calls": {}}
 
@@ -205,14 +207,15 @@ def main() -> None:
         found = results["calls"][title] = compare(calls, arguments.rounds, limits, products, weight_bytes)
         report(title, found, products)
 
-    for depth, width in SHAPES:
+    with torch.inference_mode():  # as vLLM's workers
+        for depth, width in SHAPES:
+            for rows in ROWS:
+                products, weight_bytes = rows * depth * width, depth * width
+                measured(f"M={rows} {depth}x{width}", dense(rows, depth, width), products, weight_bytes)
+        count, depth, width = EXPERTS
         for rows in ROWS:
-            products, weight_bytes = rows * depth * width, depth * width
-            measured(f"M={rows} {depth}x{width}", dense(rows, depth, width), products, weight_bytes)
-    count, depth, width = EXPERTS
-    for rows in ROWS:
-        products, weight_bytes = rows * depth * width, min(rows, count) * depth * width
-        measured(f"M={rows} {count}x{depth}x{width}", experts(rows), products, weight_bytes)
+            products, weight_bytes = rows * depth * width, min(rows, count) * depth * width
+            measured(f"M={rows} {count}x{depth}x{width}", experts(rows), products, weight_bytes)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2))
 

@@ -7,6 +7,14 @@ arithmetic is what Huawei's documents, tests and kernels say, and each function 
 
 from __future__ import annotations
 
-from vllm_npu_quant.emulation.registry import OPERATORS, Operator, install_kernels, is_emulated, mode, register
+from vllm_npu_quant.emulation.registry import (
+    OPERATORS,
+    Operator,
+    build_kernels,
+    install_kernels,
+    is_emulated,
+    mode,
+    register,
+)
 
-__all__ = ["OPERATORS", "Operator", "install_kernels", "is_emulated", "mode", "register"]
+__all__ = ["OPERATORS", "Operator", "build_kernels", "install_kernels", "is_emulated", "mode", "register"]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from vllm_npu_quant.emulation import native
+from vllm_npu_quant.emulation import calls, native
 from vllm_npu_quant.emulation.checks import (
     dtype_name,
     form,
@@ -456,6 +456,8 @@ def group_bounds(name: str, group_list: torch.Tensor, group_list_type: int, rows
     if group_list_type == 2:
         first_empty = counts.index(0) if 0 in counts else len(counts)
         require(not any(counts[first_empty:]), name, "group_list", "pairs with a count before those without", numbers)
+        known = all(0 <= expert < len(numbers) for expert, _ in numbers[:first_empty])
+        require(known, name, "group_list", f"experts below {len(numbers)}", numbers)
     total = sum(counts)
     require(total <= rows, name, "group_list", f"at most {rows} rows in all groups", numbers)
     bounds, start = [], 0
@@ -861,6 +863,25 @@ def npu_grouped_matmul_fast(
     if plan.needs_nz:
         _require_nz(name, weight)
     bounds = group_bounds(name, group_list, group_list_type or 0, rows.shape[0])
+    lists = {
+        "x": ("x", x),
+        "weight": ("weight", weight),
+        "scale": ("scale", scale),
+        "bias": ("bias", bias),
+        "token_scale": ("per_token_scale", per_token_scale),
+        "antiquant_scale": ("antiquant_scale", antiquant_scale),
+        "antiquant_offset": ("antiquant_offset", antiquant_offset),
+    }
+    calls.remember_product(
+        name,
+        product,
+        {operand: (argument, given[0]) for operand, (argument, given) in lists.items() if given},
+        rows=rows.shape[0],
+        group_list=group_list,
+        group_list_type=group_list_type or 0,
+        spoils_x=plan.form is _Form.INT8_INT4,
+        needs_nz=plan.needs_nz,
+    )
     if factor is not None:
         factor = _float_scale(plan, factor, bounds)
     out = product(

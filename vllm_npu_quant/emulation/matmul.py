@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from vllm_npu_quant.emulation import native
+from vllm_npu_quant.emulation import calls, native
 from vllm_npu_quant.emulation.checks import (
     form,
     is_plain_or_transposed,
@@ -382,6 +382,18 @@ def npu_quant_matmul_fast(
         factor = split_quant_param(scale)[0] if scale.dtype == torch.int64 else keep_19_bits(scale)
     else:
         factor = scale.float().contiguous()
+        calls.remember_product(
+            "npu_quant_matmul",
+            product,
+            {
+                "x": ("x1", x1),
+                "weight": ("x2", x2),
+                "scale": ("scale", scale),
+                "token_scale": ("pertoken_scale", pertoken_scale),
+                "bias": ("bias", bias),
+            },
+            rows=x1.shape[0],
+        )
     return product(
         x1,
         x2,
@@ -756,6 +768,18 @@ def npu_weight_quant_batchmatmul_fast(
         kind, group_size = native.Kind.WEIGHT_ONLY, antiquant_group_size
         product = native.Product(kind, x, weight, plan.out_dtype, antiquant_scale, group_size)
         remember(_weight_only_products, key, product)
+    calls.remember_product(
+        "npu_weight_quant_batchmatmul",
+        product,
+        {
+            "x": ("x", x),
+            "weight": ("weight", weight),
+            "antiquant_scale": ("antiquant_scale", antiquant_scale),
+            "antiquant_offset": ("antiquant_offset", antiquant_offset),
+            "bias": ("bias", bias),
+        },
+        rows=x.shape[0],
+    )
     return product(
         x,
         weight,

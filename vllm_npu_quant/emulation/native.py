@@ -59,6 +59,8 @@ FLAGS: Final = (
     "-shared",
 )
 COMPILER_SECONDS: Final = 300
+#: Suffix of a source -> language, environment variable that names a compiler, and its usual names.
+_COMPILERS: Final = {".c": ("C", "CC", "gcc", "clang", "cc"), ".cpp": ("C++", "CXX", "g++", "clang++", "c++")}
 
 _CODES: Final = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int32: 3, torch.int8: -1}
 
@@ -82,7 +84,7 @@ _CONSTANTS: Final = struct.Struct("8q")
 
 
 def build(source: Path, flags: Sequence[str] = FLAGS) -> Path:
-    """Compile a C file into a shared library in the user's cache, unless it is there.
+    """Compile a C or C++ file into a shared library in the user's cache, unless it is there.
 
     Returns:
         The library's path.
@@ -90,9 +92,10 @@ def build(source: Path, flags: Sequence[str] = FLAGS) -> Path:
     Raises:
         OSError: no compiler, or it failed.
     """
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC") or "gcc", "gcc", "clang", "cc"))), None)
+    language, variable, *names = _COMPILERS[source.suffix]
+    compiler = next(filter(None, map(shutil.which, (os.environ.get(variable) or names[0], *names))), None)
     if compiler is None:
-        raise FileNotFoundError("no C compiler (gcc, clang, cc or $CC)")
+        raise FileNotFoundError(f"no {language} compiler ({', '.join(names)} or ${variable})")
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=COMPILER_SECONDS, check=False).stdout
     parts = (source.read_bytes(), " ".join(flags).encode(), compiler.encode(), version, _cpu().encode())
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
@@ -102,7 +105,8 @@ def build(source: Path, flags: Sequence[str] = FLAGS) -> Path:
     descriptor, unfinished = tempfile.mkstemp(suffix=".so", dir=target.parent)
     os.close(descriptor)
     try:
-        command = [compiler, *flags, str(source), "-o", unfinished]
+        # The libraries of the flags are looked for in what stands before them.
+        command = [compiler, str(source), "-o", unfinished, *flags]
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILER_SECONDS, check=False)
         if done.returncode:
             raise OSError(f"{compiler}: {done.stderr.strip()[-2000:]}")
@@ -231,13 +235,14 @@ class DynamicQuant:
         found = found or library()
         assert found is not None
         *self.rows, columns = x.shape
-        self._sizes = _CODES[x.dtype], math.prod(self.rows), columns
+        #: The code of the dtype, rows, columns.
+        self.sizes = _CODES[x.dtype], math.prod(self.rows), columns
         self._run = found.nq_dynamic_quant
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # One number per dimension, or a tensor to be like: torch.empty takes twice as long for a tuple.
         y, scale = torch.empty_like(x, dtype=torch.int8), torch.empty(*self.rows, dtype=torch.float32)
-        self._run(x.data_ptr(), *self._sizes, y.data_ptr(), scale.data_ptr())
+        self._run(x.data_ptr(), *self.sizes, y.data_ptr(), scale.data_ptr())
         return y, scale
 
 
@@ -283,7 +288,8 @@ class Product:
         depth, width = weight.shape[-2], weight.shape[-1] * (8 if int4 else 1)
         step = scales is not None and scales.numel() > 1
         codes = _CODES[x.dtype], _CODES[out_dtype]
-        self._constants = _CONSTANTS.pack(depth, width, int4, *codes, group_size or depth, step, kind)
+        #: The part of native.c's ``Product`` that does not change from call to call.
+        self.constants = _CONSTANTS.pack(depth, width, int4, *codes, group_size or depth, step, kind)
         self._all_rows = array("q", (0, 0, rows))
         self._run = found.nq_product
         self._shape, self._dtype = (rows, width), out_dtype
@@ -322,7 +328,7 @@ class Product:
             address,
             length // 3,
         )
-        if not self._run(addresses + self._constants):
+        if not self._run(addresses + self.constants):
             raise MemoryError("no memory for the scratch space of a matrix product")
         return out
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vllm_npu_quant.emulation import native
+from vllm_npu_quant.emulation import calls, native
 from vllm_npu_quant.emulation.checks import (
     form,
     refuse,
@@ -293,6 +293,7 @@ def npu_dynamic_quant_fast(
             known = remember(_quantizers, key, (native.DynamicQuant(input) if plain else None,))
         (quantizer,) = known
         if quantizer is not None:
+            calls.remember_dynamic_quant("npu_dynamic_quant", quantizer)
             return quantizer(input)
     return npu_dynamic_quant(
         input,

@@ -12,10 +12,20 @@ from typing import Any
 
 import torch
 
-from vllm_npu_quant.emulation import activation, grouped, grouped_swiglu, matmul, mx, norm, quantize, routing
+from vllm_npu_quant.emulation import activation, calls, grouped, grouped_swiglu, matmul, mx, norm, quantize, routing
 from vllm_npu_quant.emulation.schemas import SCHEMAS
 
-__all__ = ["MODE_VARIABLE", "NAMESPACE", "OPERATORS", "Operator", "install_kernels", "is_emulated", "mode", "register"]
+__all__ = [
+    "MODE_VARIABLE",
+    "NAMESPACE",
+    "OPERATORS",
+    "Operator",
+    "build_kernels",
+    "install_kernels",
+    "is_emulated",
+    "mode",
+    "register",
+]
 
 NAMESPACE = "npu"
 #: ``reference``: plain torch, obviously right. ``fast``, the default: the same numbers by the CPU's own instructions.
@@ -122,8 +132,20 @@ OPERATORS: dict[str, Operator] = _table(
     }
 )
 
+#: The operators that layers call for every token.
+_CALLED_PER_TOKEN = (
+    "npu_dynamic_quant",
+    "npu_quant_matmul",
+    "npu_weight_quant_batchmatmul",
+    "npu_grouped_matmul",
+)
+#: Where their Python kernels are when calls.cpp stands before them.
+_PYTHON_NAMESPACE = "npu_emulated_in_python"
+
 #: Registrations live as long as their Library objects.
 _libraries: list[torch.library.Library] = []
+#: The Library of each fast Python kernel that calls.cpp may replace.
+_replaceable: dict[str, torch.library.Library] = {}
 _emulated = False
 
 
@@ -156,10 +178,39 @@ def register() -> bool:
     _libraries.append(library)
     for name, operator in OPERATORS.items():
         library.define(operator.schema.removeprefix(f"{NAMESPACE}::"))
-        library.impl(name, operator.kernel(chosen), "CPU")
+        _register_kernel(name, operator, chosen)
         torch.library.register_fake(f"{NAMESPACE}::{name}", operator.fake, lib=library)
     _emulated = True
     return True
+
+
+def _register_kernel(name: str, operator: Operator, chosen: str) -> None:
+    library = torch.library.Library(NAMESPACE, "IMPL")
+    library.impl(name, operator.kernel(chosen), "CPU")
+    _libraries.append(library)
+    if name in _CALLED_PER_TOKEN and chosen == "fast":
+        _replaceable[name] = library
+
+
+def build_kernels() -> None:
+    """Build what the fast kernels use, and let repeated calls of the operators of every token go without Python.
+
+    It takes 15 s with two cores where the user's cache lacks the built files, else a tenth of one. Without this, the first
+    call of a fast kernel builds what it needs, and all calls go through Python: the same numbers. No effect where the
+    operators are not emulated, in the mode ``reference``, or a second time. Not from within a kernel.
+    """
+    if not _replaceable or calls.library() is None:
+        return
+    python = torch.library.Library(_PYTHON_NAMESPACE, "FRAGMENT")
+    _libraries.append(python)
+    for name, library in _replaceable.items():
+        schema = str(getattr(torch.ops.npu, name).default._schema).removeprefix(f"{NAMESPACE}::")
+        python.define(schema)
+        python.impl(name, OPERATORS[name].kernel("fast"), "CPU")
+        library._destroy()  # type: ignore[attr-defined]
+        if not calls.install(NAMESPACE, name, f"{_PYTHON_NAMESPACE}::{name}"):
+            _register_kernel(name, OPERATORS[name], "fast")
+    _replaceable.clear()
 
 
 def is_emulated() -> bool:
@@ -183,7 +234,7 @@ def install_kernels(names: Iterable[str] | None = None) -> tuple[str, ...]:
     faked = []
     for name in OPERATORS if names is None else names:
         operator = OPERATORS[name]
-        library.impl(name, operator.kernel(mode()), "CPU")
+        _register_kernel(name, operator, mode())
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "Meta"):
             library.impl(name, operator.fake, "Meta")
             faked.append(name)
