@@ -173,7 +173,9 @@ def dense(rows: int, depth: int, width: int) -> dict[str, Call]:
 def experts(rows: int) -> dict[str, Call]:
     """Rows for each expert in turn, as W8A8DynamicExperts calls it; one row meets another expert in every call."""
     count, depth, width = EXPERTS
-    weight = torch.ops.npu.npu_format_cast(torch.randint(-128, 128, (count, depth, width), dtype=torch.int8), FRACTAL_NZ)
+    weight = torch.ops.npu.npu_format_cast(
+        torch.randint(-128, 128, (count, depth, width), dtype=torch.int8), FRACTAL_NZ
+    )
     scale = torch.rand(count, width)
     x = torch.randint(-128, 128, (rows, depth), dtype=torch.int8)
     token_scale = torch.ones(rows)

@@ -321,12 +321,17 @@ ALWAYS_INLINE void interleaved(const uint8_t *row, i64 row_bytes, i64 depth, i64
 // The weight streams past once; the sums stay in the first cache.
 ALWAYS_INLINE void stream_int(const int8_t *x, i64 x_stride, const uint8_t *weight, i64 row_bytes, i64 depth, i64 first,
                               i64 cols, i64 n, i64 rows, int32_t *sums, i64 stride) {
-    enum { STEP = 8 };
+    enum { STEP = 8, AHEAD = 16384 };
+    // The next rows are fetched in the order of the memory where that is possible and they fit into half of a first cache; or
+    // else a line of each, because a row may be a page away from the one before.
+    const int in_order = row_bytes - cols < LANES && STEP * row_bytes <= AHEAD;
     for (i64 k = 0; k < depth; k += STEP) {
+        const char *ahead = (const char *)weight + (k + STEP) * row_bytes + first;
         for (i64 j = 0; j < cols; j += LANES) {
             const uint8_t *row = weight + k * row_bytes;
-            if (j % 64 == 0) // the next rows' lines: a row may be a page away from the one before
-                for (int i = STEP; i < 2 * STEP; i++) _mm_prefetch((const char *)row + i * row_bytes + first + j, _MM_HINT_T0);
+            if (j % 64 == 0)
+                for (int i = 0; i < STEP; i++)
+                    _mm_prefetch(in_order ? ahead + STEP * j + 64 * i : ahead + i * row_bytes + j, _MM_HINT_T0);
             __m256i w[2][4];
             if (depth - k >= STEP) {
                 interleaved(row, row_bytes, 4, first + j, 0, n, w[0]);

@@ -16,6 +16,7 @@ from torch import nn
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.utils import PPMissingLayer
 
+from vllm_npu_quant import settings
 from vllm_npu_quant.engine.config import NpuQuantConfig
 from vllm_npu_quant.engine.linear import UNWITNESSED_LOADS
 from vllm_npu_quant.engine.norm import NormBiasMethod
@@ -25,7 +26,10 @@ __all__ = ["check_loaded", "wrap_load_model"]
 
 
 def wrap_load_model() -> None:
-    """Let vLLM's model loaders run ``check_loaded`` once per model, before the layers are prepared. Idempotent."""
+    """Let vLLM's model loaders run ``check_loaded`` once per model, before the layers are prepared. Idempotent.
+
+    Where the operators are emulated their kernels are built before the first model is loaded.
+    """
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
     original = BaseModelLoader.load_model
@@ -35,7 +39,13 @@ def wrap_load_model() -> None:
     @functools.wraps(original)
     def load_model(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
         config = vllm_config.quant_config
-        if not isinstance(config, NpuQuantConfig) or vllm_config.load_config.load_format in UNWITNESSED_LOADS:
+        if not isinstance(config, NpuQuantConfig):
+            return original(self, vllm_config, *args, **kwargs)
+        if not settings.ascend_host():
+            from vllm_npu_quant import emulation
+
+            emulation.build_kernels()
+        if vllm_config.load_config.load_format in UNWITNESSED_LOADS:
             return original(self, vllm_config, *args, **kwargs)
         # vLLM's own tracking takes every parameter of a quantized layer for one that the checkpoint must hold. Where the
         # user asked for that, it stays.
