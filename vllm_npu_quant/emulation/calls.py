@@ -51,7 +51,6 @@ def flags() -> tuple[str, ...]:
         "-O2",
         "-fPIC",
         "-shared",
-        "-Wno-attributes",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         f"-DBUILT_FOR_TORCH_{torch.version.git_version}",  # part of the built file's name
         f"-I{torch_folder / 'include'}",

@@ -16,6 +16,7 @@ from vllm_npu_quant.emulation import activation, calls, grouped, grouped_swiglu,
 from vllm_npu_quant.emulation.schemas import SCHEMAS
 
 __all__ = [
+    "CALLED_PER_TOKEN",
     "MODE_VARIABLE",
     "NAMESPACE",
     "OPERATORS",
@@ -133,7 +134,7 @@ OPERATORS: dict[str, Operator] = _table(
 )
 
 #: The operators that layers call for every token.
-_CALLED_PER_TOKEN = (
+CALLED_PER_TOKEN = (
     "npu_dynamic_quant",
     "npu_quant_matmul",
     "npu_weight_quant_batchmatmul",
@@ -188,7 +189,7 @@ def _register_kernel(name: str, operator: Operator, chosen: str) -> None:
     library = torch.library.Library(NAMESPACE, "IMPL")
     library.impl(name, operator.kernel(chosen), "CPU")
     _libraries.append(library)
-    if name in _CALLED_PER_TOKEN and chosen == "fast":
+    if name in CALLED_PER_TOKEN and chosen == "fast":
         _replaceable[name] = library
 
 
