@@ -56,6 +56,9 @@ def test_transposed_weights(outputs: int, inputs: int, block: int, monkeypatch: 
     rows = lambda start, stop: values[start:stop]  # noqa: E731
     packed = int4.transposed_int4(rows, 0, outputs, inputs)
     np.testing.assert_array_equal(packed.numpy(), packed_by_numpy(values.numpy().T))
+    if inputs % 2 == 0:
+        pairs = lambda start, stop: int4.pack_pairs(values[start:stop])  # noqa: E731
+        assert torch.equal(int4.transposed_int4(rows, 0, outputs, inputs, pairs=pairs), packed)
     assert torch.equal(int4.transposed_int8(rows, 0, outputs, inputs), values.t())
 
 
@@ -69,6 +72,10 @@ def test_a_part_of_the_outputs_with_inputs_moved(block: int, monkeypatch: pytest
     rows = lambda start, stop: values[start:stop]  # noqa: E731
     packed = int4.transposed_int4(rows, 8, 27, 12, positions, 16)
     np.testing.assert_array_equal(packed.numpy(), packed_by_numpy(wide))
+    pairs = lambda start, stop: int4.pack_pairs(values[start:stop])  # noqa: E731
+    assert torch.equal(int4.transposed_int4(rows, 8, 27, 12, positions, 16, pairs), packed)
+    deep = int4.transposed_int4(rows, 8, 27, 12, None, 16, pairs)
+    np.testing.assert_array_equal(deep.numpy(), packed_by_numpy(np.pad(values.numpy()[8:27].T, ((0, 4), (0, 0)))))
     np.testing.assert_array_equal(int4.transposed_int8(rows, 8, 27, 12, positions, 16).numpy(), wide)
 
 

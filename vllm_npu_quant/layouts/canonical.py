@@ -26,6 +26,8 @@ class CanonicalWeight:
         bits: bits per integer.
         float_rows: gives rows [start, stop) as float32 [stop - start, K], exactly as the checkpoint means them, where the
             integers are an approximation: FP8 that was requantized. None where the integers are exact.
+        pairs: gives rows [start, stop) of 4-bit integers as ``int4.pack_pairs`` packs them, int8 [stop - start, K/2], where
+            they are stored nearly so; else None.
     """
 
     outputs: int
@@ -36,6 +38,7 @@ class CanonicalWeight:
     group_size: int = 0
     bits: int = 8
     float_rows: Callable[[int, int], torch.Tensor] | None = None
+    pairs: Callable[[int, int], torch.Tensor] | None = None
 
     @classmethod
     def of(

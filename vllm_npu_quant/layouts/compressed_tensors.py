@@ -220,7 +220,12 @@ def packed_to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) ->
     def rows(start: int, stop: int) -> torch.Tensor:
         return unpack_inputs(packed[start:stop], bits)[:, :inputs]
 
+    def pairs(start: int, stop: int) -> torch.Tensor:
+        return (packed[start:stop] ^ _SIGNS).view(torch.int8)[:, : inputs // 2]
+
     weight = CanonicalWeight(packed.shape[0], inputs, rows, scale, zero, _group_size(spec, scale), bits)
+    if bits == 4 and inputs % 2 == 0:
+        weight = replace(weight, pairs=pairs)
     return CanonicalLinear(weight, bias=tensors.get("bias"))
 
 

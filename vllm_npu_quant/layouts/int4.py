@@ -65,6 +65,7 @@ def transposed_int4(
     inputs: int,
     positions: torch.Tensor | None = None,
     depth: int | None = None,
+    pairs: Callable[[int, int], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Rows [start, stop) of a weight [N, K] as the operators take it: [K, N/8] int32, eight outputs in an element.
 
@@ -76,6 +77,7 @@ def transposed_int4(
         inputs: K.
         positions: int64 [K], the row of the result where each input goes; None for its own.
         depth: rows of the result, the others being zero; None for K.
+        pairs: gives rows [a, b) as ``pack_pairs`` packs them, int8 [b - a, K/2], where they are stored so; half the time.
 
     Returns:
         int32 [depth, ceil((stop - start) / 8)].
@@ -85,10 +87,20 @@ def transposed_int4(
     packed = torch.zeros(depth or inputs, width, dtype=torch.int32, device=first.device)
     as_bytes = packed.view(torch.int8)
     for low, high in row_blocks(stop - start, inputs):
-        block = rows(start + low, start + high)
+        block = (pairs or rows)(start + low, start + high)
         if (high - low) % 2:
             block = torch.nn.functional.pad(block, (0, 0, 0, 1))
-        _place(as_bytes[:, low // 2 : (high + 1) // 2], pack_rows(block), positions)
+        target = as_bytes[:, low // 2 : (high + 1) // 2]
+        if pairs is None:
+            _place(target, pack_rows(block), positions)
+            continue
+        above, below = block[0::2], block[1::2]
+        halves = (above & 15) | (below << 4), ((above >> 4) & 15) | (below & -16)
+        for odd, half in enumerate(halves):
+            if positions is None:
+                target[odd:inputs:2].copy_(half.t())
+            else:
+                _place(target, half, positions[odd::2])
     return packed
 
 

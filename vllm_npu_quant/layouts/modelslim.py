@@ -145,7 +145,10 @@ def _weight(
         def pairs_of_columns(start: int, stop: int) -> torch.Tensor:
             return unpack_pairs(stored[start:stop])
 
-        return CanonicalWeight(rows, 2 * columns, pairs_of_columns, scale, zero, group, bits)
+        def stored_pairs(start: int, stop: int) -> torch.Tensor:
+            return stored[start:stop]
+
+        return CanonicalWeight(rows, 2 * columns, pairs_of_columns, scale, zero, group, bits, pairs=stored_pairs)
     if bits < 8:
         low, high = (int(value) for value in torch.aminmax(stored))
         if low < -(1 << (bits - 1)) or high >= 1 << (bits - 1):

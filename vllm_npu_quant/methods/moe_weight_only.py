@@ -19,7 +19,7 @@ __all__ = ["FloatExperts", "WeightOnlyExperts", "place_int4"]
 def place_int4(target: torch.Tensor, shard: int, sizes: GroupedSizes, weight: CanonicalWeight) -> None:
     """Write a weight [N, K] of 4-bit integers transposed into the columns of a shard of int32 [depth, shards * N/8]."""
     width = sizes.outputs // INT4_PER_INT32
-    packed = transposed_int4(weight.rows, 0, weight.outputs, weight.inputs)
+    packed = transposed_int4(weight.rows, 0, weight.outputs, weight.inputs, pairs=weight.pairs)
     first = shard * width
     target[: weight.inputs, first : first + packed.shape[1]].copy_(packed)
 

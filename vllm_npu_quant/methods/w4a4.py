@@ -78,7 +78,7 @@ class W4A4DynamicLinear(TransformingLinear):
             fill = -(stop - start) % INT4_PER_INT32
             own = F.pad(scale[:, start:stop], (0, fill))
             if self.grouped:
-                packed = transposed_int4(weight.rows, start, stop, weight.inputs, depth=self.depth)
+                packed = transposed_int4(weight.rows, start, stop, weight.inputs, depth=self.depth, pairs=weight.pairs)
                 tensors[numbered("weight", number)] = packed.unsqueeze(0)
                 tensors[numbered("scale", number)] = as_int64_bits(own).unsqueeze(0)
             else:

@@ -122,7 +122,7 @@ class W4A8DynamicLinear(TransformingLinear):
             self.halves_dtype = torch.float16 if float(largest) < torch.finfo(torch.float16).max else torch.bfloat16
         tensors = self.prepare_input(linear, context)
         for number, (start, stop) in enumerate(self.pieces):
-            packed = transposed_int4(weight.rows, start, stop, weight.inputs, depth=depth)
+            packed = transposed_int4(weight.rows, start, stop, weight.inputs, depth=depth, pairs=weight.pairs)
             fill = packed.shape[1] * INT4_PER_INT32 - (stop - start)
             for part, (low, high) in enumerate(self.parts):
                 first, last = (low * scale.shape[0] // depth, -(-high * scale.shape[0] // depth))

@@ -166,7 +166,10 @@ class WeightOnlyLinear(NpuLinearMethod):
         tensors: dict[str, torch.Tensor] = {}
         for number, (start, stop) in enumerate(self.pieces):
             arranged = (weight.rows, start, stop, weight.inputs, grouping.positions, grouping.depth)
-            tensors[numbered("weight", number)] = (transposed_int4 if packed else transposed_int8)(*arranged)
+            if packed:
+                tensors[numbered("weight", number)] = transposed_int4(*arranged, pairs=weight.pairs)
+            else:
+                tensors[numbered("weight", number)] = transposed_int8(*arranged)
             fill = -(stop - start) % INT4_PER_INT32 if packed else 0
             # Outputs that only fill up have the weight 0 and the scale 0.
             tensors[numbered("weight_scale", number)] = F.pad(scale[:, start:stop], (0, fill)).contiguous()
