@@ -171,20 +171,17 @@ def dense(rows: int, depth: int, width: int) -> dict[str, Call]:
 
 
 def experts(rows: int) -> dict[str, Call]:
-    """Rows for each expert in turn, as W8A8DynamicExperts calls it; one row meets another expert in every call."""
+    """Rows for each expert in turn, as the methods of W8A8 and W4A8 call it; calls with few rows meet other experts every time."""
     count, depth, width = EXPERTS
-    weight = torch.ops.npu.npu_format_cast(
-        torch.randint(-128, 128, (count, depth, width), dtype=torch.int8), FRACTAL_NZ
-    )
-    scale = torch.rand(count, width)
-    x = torch.randint(-128, 128, (rows, depth), dtype=torch.int8)
-    token_scale = torch.ones(rows)
-    counts = [torch.bincount((torch.arange(rows) + first) % count, minlength=count) for first in range(count)]
-    return {
-        "npu_grouped_matmul": lambda turn: torch.ops.npu.npu_grouped_matmul(
+    counts = [torch.bincount((torch.arange(rows) + turn * rows) % count, minlength=count) for turn in range(count)]
+
+    def call(weight: torch.Tensor, **operands: list[torch.Tensor]) -> Call:
+        x = torch.randint(-128, 128, (rows, depth), dtype=torch.int8)
+        token_scale = torch.ones(rows)
+        return lambda turn: torch.ops.npu.npu_grouped_matmul(
             [x],
             [weight],
-            scale=[scale],
+            **operands,
             per_token_scale=[token_scale],
             group_list=counts[turn % count],
             split_item=2,
@@ -192,6 +189,13 @@ def experts(rows: int) -> dict[str, Call]:
             group_list_type=1,
             output_dtype=torch.bfloat16,
         )
+
+    int8 = torch.randint(-128, 128, (count, depth, width), dtype=torch.int8)
+    int4 = torch.randint(-(2**31), 2**31 - 1, (count, depth, width // 8)).to(torch.int32)
+    bits = torch.rand(count, 1, width).view(torch.int32).to(torch.int64)
+    return {
+        "npu_grouped_matmul": call(torch.ops.npu.npu_format_cast(int8, FRACTAL_NZ), scale=[torch.rand(count, width)]),
+        "npu_grouped_matmul int8 x int4": call(int4, scale=[bits], bias=[torch.rand(count, width)]),
     }
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import os
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ from test_native import REMEMBERED, integers, packed, positive
 
 from vllm_npu_quant import emulation
 from vllm_npu_quant.emulation import calls, native
-from vllm_npu_quant.emulation.registry import CALLED_PER_TOKEN
+from vllm_npu_quant.emulation.registry import CALLED_MOST
 
 BF16, F16 = torch.bfloat16, torch.float16
 npu = torch.ops.npu
@@ -53,9 +54,7 @@ def assert_same(found: Any, expected: Any) -> None:
         assert torch.equal(one.contiguous().view(torch.int8), other.contiguous().view(torch.int8))
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in CASES if case.operator in CALLED_PER_TOKEN], ids=lambda case: case.id
-)
+@pytest.mark.parametrize("case", [case for case in CASES if case.operator in CALLED_MOST], ids=lambda case: case.id)
 def test_every_case_gives_what_the_python_kernel_gives(case: Case) -> None:
     fast = emulation.OPERATORS[case.operator].fast
     assert fast is not None
@@ -290,6 +289,73 @@ def test_many_forms_in_any_order_are_kept_apart() -> None:
         found = npu.npu_quant_matmul(**given, output_dtype=dtype[0])
         assert_same(found, reference(**given, output_dtype=dtype[1]))
     assert rounds / 10 < calls.computed_here() - before < rounds
+
+
+@pytest.mark.parametrize("scale", [positive(9, 16, dtype=BF16), positive(9, 16)])
+def test_few_of_many_experts(scale: torch.Tensor) -> None:
+    """Only the scales and biases of experts that have rows are converted; other rows are met in the same form."""
+    weight = nz(integers(9, 32, 16, seed=1))
+    given = grouped(weight=[weight], scale=[scale], bias=[positive(9, 16, dtype=BF16)])
+    operator, reference = getattr(npu, given.pop("operator")), emulation.OPERATORS["npu_grouped_matmul"].reference
+    for counts in (
+        [0, 0, 4, 0, 0, 0, 0, 0, 0],
+        [1, 0, 0, 0, 0, 0, 0, 1, 2],
+        [0] * 8 + [4],
+        [1, 1, 1, 1, 0, 0, 0, 0, 0],
+    ):
+        given["group_list"] = torch.tensor(counts)
+        expected = reference(**given | {"output_dtype": 15})
+        operator(**given)
+        found, count = without_python(lambda: operator(**given))
+        assert count == 1
+        assert_same(found, expected)
+
+
+def test_a_matrix_without_elements_stays_with_python() -> None:
+    for depth, width in ((0, 16), (32, 0)):
+        given = grouped(
+            x=[integers(4, depth)], weight=[integers(3, depth, width)], scale=[positive(3, width, dtype=BF16)]
+        )
+        operator = getattr(npu, given.pop("operator"))
+        expected = emulation.OPERATORS["npu_grouped_matmul"].reference(**given | {"output_dtype": 15})
+        for _ in range(2):
+            assert_same(operator(**given), expected)
+
+
+def test_no_more_forms_are_known_than_allowed() -> None:
+    library = calls.library()
+    most = ctypes.c_int64.in_dll(library, "nq_most_forms")
+    kept, most.value = most.value, 4
+    try:
+        # A thread of its own has nothing to lose.
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(_meet_many_forms).result() == [0] * 9 + [1] * 4 + [0] * 5
+    finally:
+        most.value = kept
+
+
+def _meet_many_forms() -> list[int]:
+    sizes = [1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 9, 9, 1, 2, 3, 4, 5]
+    return [without_python(lambda: npu.npu_dynamic_quant(positive(size, 8, dtype=BF16)))[1] for size in sizes]  # noqa: B023
+
+
+def test_a_call_without_memory_is_left_to_python() -> None:
+    library, kernels = calls.library(), native.library()
+    assert library is not None
+    assert kernels is not None
+    given = quant(x1=integers(5, 48), x2=integers(48, 24), scale=positive(24), pertoken_scale=positive(5))
+    operator = getattr(npu, given.pop("operator"))
+    expected = operator(**given)
+    never = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(lambda call: 0)
+    quantizer = ctypes.cast(kernels.nq_dynamic_quant, ctypes.c_void_p)
+    library.nq_use_kernels(ctypes.cast(never, ctypes.c_void_p), quantizer)
+    try:
+        found, count = without_python(lambda: operator(**given))
+    finally:
+        library.nq_use_kernels(ctypes.cast(kernels.nq_product, ctypes.c_void_p), quantizer)
+    assert count == 0
+    assert_same(found, expected)
+    assert without_python(lambda: operator(**given))[1] == 1
 
 
 def test_outputs_take_part_in_inference_mode() -> None:

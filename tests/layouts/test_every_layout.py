@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_npu_quant.layouts.canonical import CanonicalLinear
+from vllm_npu_quant.layouts.int4 import unpack_pairs
 from vllm_npu_quant.layouts.tables import LAYOUTS, tensors_of
 from vllm_npu_quant.spec import ActivationSpec, Granularity, LayerSpec, Layout, NumberKind, WeightSpec
 
@@ -293,6 +294,11 @@ def test_numbers_come_back(case: tuple[Layout, Numbers, bool]) -> None:
     integers = np.empty_like(numbers.values)
     integers[:, order[kept].numpy()] = weight.values.numpy()[:, kept.numpy()]
     np.testing.assert_array_equal(integers, numbers.values)
+    if weight.pairs is not None:
+        for start in (0, weight.outputs // 2):
+            assert torch.equal(unpack_pairs(weight.pairs(start, weight.outputs)), weight.rows(start, weight.outputs))
+    elif layout is Layout.CT_PACKED:
+        assert numbers.bits != 4 or weight.inputs % 2
     floats = np.empty(integers.shape, np.float32)
     floats[:, order[kept].numpy()] = weight.dequantize().numpy()[:, kept.numpy()]
     np.testing.assert_array_equal(floats, numbers.weight())

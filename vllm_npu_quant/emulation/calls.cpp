@@ -2,9 +2,10 @@
 // Operators of which a repeated call goes from torch's dispatcher to native.c without Python. Built on the host by calls.py.
 //
 // Whether a call is allowed, and which product it is, follows from the dtypes, shapes and strides of its tensors and from its
-// other arguments, together its form. Python works that out with the argument rules of the reference, computes the call, and
-// says what it was (nq_remember_*); from then on calls of that form are computed here. Every other call goes to the Python
-// kernel as it is, so that there is one set of rules, and errors are Python's own.
+// other arguments, together its form. Python works that out with the argument rules of the reference, computes the call, and,
+// if native.c computes such calls alone, says what it was (nq_remember_*): from then on calls of that form are computed here.
+// Every other call goes to the Python kernel as it is, so that there is one set of rules, and errors are Python's own. Group
+// lists, and the format of a weight where a rule asks for it, are no part of a form and are looked at in every call.
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
@@ -17,11 +18,17 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <optional>
 #include <string>
 #include <unordered_map>
 #include <utility>
 #include <vector>
+
+// Forms that a thread knows at most: those of a few thousand numbers of tokens, for each shape of a model's layers.
+extern "C" {
+int64_t nq_most_forms = 1 << 16;
+}
 
 namespace {
 
@@ -32,8 +39,7 @@ using Arguments = c10::ArrayRef<c10::IValue>;
 i64 (*run_product)(const void *call);
 void (*run_dynamic_quant)(const void *x, i64 dtype, i64 rows, i64 columns, void *y, void *scale);
 
-constexpr size_t MOST_FORMS = 8192; // a server meets a few thousand numbers of tokens
-constexpr int GARBAGE = 0x7f;       // numerics.fill_garbage
+constexpr int GARBAGE = 0x7f; // numerics.fill_garbage
 
 // ---------------------------------------------------------------------------------------------------------------- forms
 
@@ -98,22 +104,20 @@ struct ProductCall {
     i64 spoils_x;                    // the device splits x in place
     i64 nz_storage;                  // the StorageImpl of a weight that has to be FRACTAL_NZ, and is; else 0
 };
+static_assert(sizeof(ProductCall) == 232, "calls.py packs it");
 
 struct QuantCall {
     i64 dtype, rows, columns;
 };
 
-using WeakStorage = c10::weak_intrusive_ptr<c10::StorageImpl>;
-
 struct Known {
     std::optional<QuantCall> quant;
-    ProductCall product{};
-    // The format belongs to the storage. While a weak reference is held no other storage can have its address.
-    std::unordered_map<c10::StorageImpl *, WeakStorage> nz_storages;
+    ProductCall product;
 };
 
-using KnownCalls = std::unordered_map<Form, Known, Hash>;
-thread_local KnownCalls known_calls;
+thread_local std::unordered_map<Form, Known, Hash> known_calls;
+// Weights that are FRACTAL_NZ. While a weak reference is held no other storage can have its address.
+thread_local std::unordered_map<c10::StorageImpl *, c10::weak_intrusive_ptr<c10::StorageImpl>> nz_storages;
 // The form of the call that Python computes at this moment, and of which operator; null if that form cannot be known.
 thread_local const Form *asked = nullptr;
 thread_local const std::string *asked_operator = nullptr;
@@ -132,8 +136,8 @@ bool group_bounds(const at::Tensor &list, i64 type, i64 rows, std::vector<i64> &
         i64 expert = type == 2 ? numbers[2 * at] : at;
         i64 count = type == 2 ? numbers[2 * at + 1] : type == 1 ? numbers[at] : numbers[at] - before;
         before = numbers[at];
-        if (count < 0 || count > rows - start || expert < 0 || expert >= experts) return false;
-        if (type == 2 && ended && count) return false;
+        if (count < 0 || count > rows - start) return false;
+        if (type == 2 && count && (ended || expert < 0 || expert >= experts)) return false;
         ended = ended || !count;
         if (count) bounds.insert(bounds.end(), {expert, start, start + count});
         start += count;
@@ -148,10 +152,29 @@ void fill_garbage(const at::Tensor &tensor) {
         std::memset(tensor.mutable_data_ptr(), GARBAGE, tensor.nbytes());
 }
 
+// An operand as native.c takes it: of the experts that have rows, where these are few.
+at::Tensor converted(const at::Tensor &given, i64 conversion, bool of_experts, const std::vector<i64> &bounds) {
+    at::ScalarType dtype = conversion == TO_FLOAT ? at::kFloat : at::kInt;
+    if (!of_experts || 2 * static_cast<i64>(bounds.size() / 3) >= given.size(0)) return given.to(dtype);
+    at::Tensor chosen(at::detail::empty_cpu(given.sizes(), dtype));
+    for (size_t at = 0; at < bounds.size(); at += 3) chosen.select(0, bounds[at]).copy_(given.select(0, bounds[at]));
+    return chosen;
+}
+
 // A computed product, or nothing where Python has to look at the call.
 std::optional<at::Tensor> compute(const Known &known, Arguments arguments) {
     static constexpr at::ScalarType DTYPES[] = {at::kBFloat16, at::kHalf, at::kFloat, at::kInt};
     const ProductCall &call = known.product;
+    if (call.nz_storage) {
+        const at::Tensor &weight = tensor_of(arguments[call.operands[WEIGHT].argument]);
+        if (!nz_storages.count(weight.storage().unsafeGetStorageImpl())) return std::nullopt;
+    }
+    bool grouped = call.group_list >= 0;
+    std::vector<i64> bounds;
+    if (!grouped)
+        bounds = {0, 0, call.rows};
+    else if (!group_bounds(arguments[call.group_list].toTensor(), call.group_list_type, call.rows, bounds))
+        return std::nullopt;
     std::array<at::Tensor, OPERANDS> held;
     // native.c's Product: the operands' addresses, output, groups, their number, constants.
     std::array<i64, OPERANDS + 3 + 8> native{};
@@ -159,29 +182,16 @@ std::optional<at::Tensor> compute(const Known &known, Arguments arguments) {
         auto [argument, conversion] = call.operands[at];
         if (argument < 0) continue;
         const at::Tensor &given = tensor_of(arguments[argument]);
-        if (conversion == TO_FLOAT)
-            held[at] = given.to(at::kFloat);
-        else if (conversion == FLOAT_BITS)
-            held[at] = given.to(at::kInt);
-        const at::Tensor &taken = conversion == AS_IT_IS ? given : held[at];
-        native[at] = reinterpret_cast<i64>(taken.const_data_ptr());
+        if (conversion != AS_IT_IS) held[at] = converted(given, conversion, grouped, bounds);
+        native[at] = reinterpret_cast<i64>((conversion == AS_IT_IS ? given : held[at]).const_data_ptr());
     }
-    if (call.nz_storage) {
-        const at::Tensor &weight = tensor_of(arguments[call.operands[WEIGHT].argument]);
-        if (!known.nz_storages.count(weight.storage().unsafeGetStorageImpl())) return std::nullopt;
-    }
-    std::vector<i64> bounds;
-    if (call.group_list < 0)
-        bounds = {0, 0, call.rows};
-    else if (!group_bounds(arguments[call.group_list].toTensor(), call.group_list_type, call.rows, bounds))
-        return std::nullopt;
     at::Tensor out(at::detail::empty_cpu({call.rows, call.constants[1]}, DTYPES[call.constants[4]]));
     native[OPERANDS] = reinterpret_cast<i64>(out.mutable_data_ptr());
     native[OPERANDS + 1] = reinterpret_cast<i64>(bounds.data());
     native[OPERANDS + 2] = static_cast<i64>(bounds.size() / 3);
     std::copy(std::begin(call.constants), std::end(call.constants), native.begin() + OPERANDS + 3);
     if (!bounds.empty() && !run_product(native.data())) return std::nullopt; // no memory: Python says so
-    if (call.group_list >= 0) {
+    if (grouped) {
         i64 covered = bounds.empty() ? 0 : bounds.back();
         if (covered < call.rows) fill_garbage(out.narrow(0, covered, call.rows - covered));
         if (call.spoils_x) fill_garbage(tensor_of(arguments[call.operands[X].argument]));
@@ -201,14 +211,14 @@ std::pair<at::Tensor, at::Tensor> quantize(const QuantCall &call, const at::Tens
 // The CPU kernel of one operator.
 class Entry final : public c10::OperatorKernel {
   public:
-    Entry(std::string name, c10::OperatorHandle python) : name_(std::move(name)), python_(std::move(python)) {}
+    Entry(std::string name, i64 number, c10::OperatorHandle python)
+        : name_(std::move(name)), number_(number), python_(std::move(python)) {}
 
-    void operator()(const c10::OperatorHandle &op, c10::DispatchKeySet, torch::jit::Stack *stack) {
+    void operator()(const c10::OperatorHandle &op, c10::DispatchKeySet keys, torch::jit::Stack *stack) {
         size_t count = op.schema().arguments().size();
         bool listed = op.schema().returns()[0].type()->kind() == c10::TypeKind::ListType;
         static thread_local Form form;
-        form.clear();
-        for (char letter : name_) form.push_back(letter);
+        form.assign(1, number_);
         bool knowable = true;
         for (const c10::IValue &value : torch::jit::last(*stack, count)) knowable = knowable && append(form, value);
         if (knowable) {
@@ -216,15 +226,14 @@ class Entry final : public c10::OperatorKernel {
             if (found != known_calls.end() && computed(found->second, *stack, count, listed)) return;
         }
         // The Python kernel may call operators, this one too.
-        Form kept = form;
-        const Form *outer_form = std::exchange(asked, knowable ? &kept : nullptr);
-        const std::string *outer_operator = std::exchange(asked_operator, &name_);
+        Form kept;
+        if (knowable) kept = form;
         struct Restore {
             const Form *form;
             const std::string *name;
             ~Restore() { asked = form, asked_operator = name; }
-        } restore{outer_form, outer_operator};
-        python_.callBoxed(stack);
+        } restore{std::exchange(asked, knowable ? &kept : nullptr), std::exchange(asked_operator, &name_)};
+        python_.redispatchBoxed(keys, stack);
     }
 
   private:
@@ -248,14 +257,22 @@ class Entry final : public c10::OperatorKernel {
     }
 
     std::string name_;
+    i64 number_;
     c10::OperatorHandle python_;
 };
 
-// The entry for the form that was asked, to be filled; null if there is none, or not of this operator.
-Known *remembered(const char *name) {
-    if (!asked || *asked_operator != name) return nullptr;
-    if (known_calls.size() >= MOST_FORMS) known_calls.clear();
-    return &known_calls[*asked];
+// Without memory the call is not remembered: nothing may be thrown through Python.
+void remember(const char *name, const Known &known) noexcept {
+    if (!asked || *asked_operator != name) return;
+    try {
+        if (auto *storage = reinterpret_cast<c10::StorageImpl *>(known.quant ? 0 : known.product.nz_storage)) {
+            if (static_cast<i64>(nz_storages.size()) >= nq_most_forms) nz_storages.clear();
+            nz_storages.emplace(storage, c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(storage));
+        }
+        if (static_cast<i64>(known_calls.size()) >= nq_most_forms && !known_calls.count(*asked)) known_calls.clear();
+        known_calls.insert_or_assign(*asked, known);
+    } catch (const std::bad_alloc &) {
+    }
 }
 
 } // namespace
@@ -267,14 +284,25 @@ void nq_use_kernels(void *product, void *dynamic_quant) {
     run_dynamic_quant = reinterpret_cast<decltype(run_dynamic_quant)>(dynamic_quant);
 }
 
-// Makes an Entry the CPU kernel of an operator. `python`: an operator of the same schema whose CPU kernel is Python's.
-// Returns 0, or 1 where torch refuses.
+// Defines an operator for a Python kernel, and makes an Entry before it the CPU kernel of another of the same schema. What is
+// made is never freed: at the end of a process the dispatcher may be gone first. They return 0, or 1 where torch refuses.
+int nq_define(const char *space, const char *schema) {
+    try {
+        auto *library = new torch::Library(torch::Library::FRAGMENT, space, std::nullopt, __FILE__, __LINE__);
+        library->def(schema);
+        return 0;
+    } catch (const std::exception &) {
+        return 1;
+    }
+}
+
 int nq_install(const char *space, const char *name, const char *python) {
+    static i64 installed = 0;
     try {
         c10::OperatorHandle handle = c10::Dispatcher::singleton().findSchemaOrThrow(python, "");
-        // Never freed: at the end of a process the dispatcher may be gone before it.
         auto *library = new torch::Library(torch::Library::IMPL, space, c10::DispatchKey::CPU, __FILE__, __LINE__);
-        library->impl(name, torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Entry>(name, std::move(handle))));
+        auto entry = std::make_unique<Entry>(name, installed++, std::move(handle));
+        library->impl(name, torch::CppFunction::makeFromBoxedFunctor(std::move(entry)));
         return 0;
     } catch (const std::exception &) {
         return 1;
@@ -282,17 +310,13 @@ int nq_install(const char *space, const char *name, const char *python) {
 }
 
 void nq_remember_product(const char *name, const void *packed) {
-    Known *known = remembered(name);
-    if (!known) return;
-    std::memcpy(&known->product, packed, sizeof known->product);
-    if (auto *storage = reinterpret_cast<c10::StorageImpl *>(known->product.nz_storage)) {
-        if (known->nz_storages.size() >= MOST_FORMS) known->nz_storages.clear();
-        known->nz_storages.emplace(storage, WeakStorage(c10::intrusive_ptr<c10::StorageImpl>::reclaim_copy(storage)));
-    }
+    Known known{};
+    std::memcpy(&known.product, packed, sizeof known.product);
+    remember(name, known);
 }
 
 void nq_remember_dynamic_quant(const char *name, i64 dtype, i64 rows, i64 columns) {
-    if (Known *known = remembered(name)) known->quant = QuantCall{dtype, rows, columns};
+    remember(name, Known{QuantCall{dtype, rows, columns}, {}});
 }
 
 // How many calls of this thread were computed without Python.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Repeated calls without Python: ``calls.cpp``, built like ``native.c``, between torch's dispatcher and those kernels.
 
-A fast kernel that has checked and computed a call says what it was (``remember_*``); calls of that form do not come to
-Python again. Without a C++ compiler, or torch's headers, they all do.
+A fast kernel that has checked a call which native.c computes alone says what it is (``remember_*``); calls of that form do
+not come to Python again. Without a C++ compiler, or torch's headers, they all do.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 from vllm_npu_quant.emulation import native
 
-__all__ = ["computed_here", "install", "library", "remember_dynamic_quant", "remember_product"]
+__all__ = ["computed_here", "define", "install", "library", "remember_dynamic_quant", "remember_product"]
 
 logger = logging.getLogger(__name__)
 
@@ -68,15 +68,17 @@ _listener: ctypes.CDLL | None = None
 def library() -> ctypes.CDLL | None:
     """The library, built at the first call together with native.c's; None where either cannot be had."""
     global _listener
+    if not native.supported():
+        return None
+    # Two compilers at once: half the wait of a host's first start.
+    with ThreadPoolExecutor(1) as pool:
+        building = pool.submit(native.build, SOURCE, flags())
+        kernels = native.library()
+    if kernels is None:
+        return None
     try:
-        # Two compilers at once: half the wait of a host's first start.
-        with ThreadPoolExecutor(1) as pool:
-            building = pool.submit(native.build, SOURCE, flags())
-            kernels = native.library()
-            path = building.result()
-        if kernels is None:
-            return None
-        found = ctypes.CDLL(str(path))
+        found = ctypes.CDLL(str(building.result()))
+        found.nq_define.argtypes = [ctypes.c_char_p] * 2
         found.nq_install.argtypes = [ctypes.c_char_p] * 3
         found.nq_remember_product.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
         found.nq_remember_product.restype = found.nq_remember_dynamic_quant.restype = None
@@ -91,6 +93,19 @@ def library() -> ctypes.CDLL | None:
         return None
     _listener = found
     return found
+
+
+def define(namespace: str, schema: str) -> bool:
+    """Define an operator that lives as long as the process; its kernels are registered in Python.
+
+    Args:
+        schema: without the namespace.
+
+    Returns:
+        Whether it is defined; not where the library cannot be had.
+    """
+    found = library()
+    return found is not None and found.nq_define(namespace.encode(), schema.encode()) == 0
 
 
 def install(namespace: str, name: str, python: str) -> bool:

@@ -613,7 +613,13 @@ def _kernel(
     plan: _Plan, x: Tensors, weight: Tensors, scale: Tensors | None, antiquant_scale: Tensors | None
 ) -> native.Product | None:
     """The native kernel that computes all groups in one call, if there is one."""
-    if len(weight) != 1 or weight[0].dim() != 3 or not weight[0].is_contiguous() or len(x) != 1:
+    if (
+        len(weight) != 1
+        or weight[0].dim() != 3
+        or not weight[0].is_contiguous()
+        or len(x) != 1
+        or not weight[0].numel()
+    ):
         return None
     if plan.form not in _KINDS or plan.out_dtype is torch.int8 or not native.available():
         return None

@@ -505,7 +505,7 @@ MANY_ROWS = 64
 
 def fast_int_matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """``int_matmul`` by the fastest exact way that this host has."""
-    if right.dim() != 2:
+    if right.dim() != 2 or not right.numel():
         return int_matmul(left, right)
     rows = left.reshape(-1, left.shape[-1]).contiguous()
     own = has_int8_dot() and int8_dot_is_exact()

@@ -8,7 +8,9 @@ operands. Nothing here is called in the mode ``reference``.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import itertools
@@ -22,7 +24,7 @@ import struct
 import subprocess
 import tempfile
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,6 +43,7 @@ __all__ = [
     "library",
     "load",
     "product",
+    "supported",
 ]
 
 logger = logging.getLogger(__name__)
@@ -99,9 +102,29 @@ def build(source: Path, flags: Sequence[str] = FLAGS) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=COMPILER_SECONDS, check=False).stdout
     parts = (source.read_bytes(), " ".join(flags).encode(), compiler.encode(), version, _cpu().encode())
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
-    target = _folder() / f"{source.stem}-{digest}.so"
+    name = f"{source.stem}-{digest}.so"
+    target = _folder() / name
     if target.is_file():
         return target
+    if not os.access(target.parent, os.W_OK):
+        target = _own_folder() / name
+    with _one_at_a_time(target.with_name(f"{source.stem}.lock")):
+        if not target.is_file():
+            _compile(compiler, source, flags, target)
+    return target
+
+
+@contextlib.contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """The workers of a tensor-parallel engine start together; one of them compiles, the others wait for it."""
+    with path.open("w") as file:
+        # A file system without locks: each compiles for itself.
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(compiler: str, source: Path, flags: Sequence[str], target: Path) -> None:
     descriptor, unfinished = tempfile.mkstemp(suffix=".so", dir=target.parent)
     os.close(descriptor)
     try:
@@ -110,13 +133,11 @@ def build(source: Path, flags: Sequence[str] = FLAGS) -> Path:
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILER_SECONDS, check=False)
         if done.returncode:
             raise OSError(f"{compiler}: {done.stderr.strip()[-2000:]}")
-        # A process beside this one may do the same; the last wins, and both files are equal.
         os.replace(unfinished, target)
     except subprocess.TimeoutExpired as error:
         raise OSError(f"{compiler} took more than {COMPILER_SECONDS} s") from error
     finally:
         Path(unfinished).unlink(missing_ok=True)
-    return target
 
 
 def _cpu() -> str:
@@ -131,10 +152,12 @@ def _cpu() -> str:
 
 def _folder() -> Path:
     """A folder that only this user can write: what lies in it is executed."""
-    base = os.environ.get("VLLM_NPU_QUANT_CACHE")
-    root = Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-npu-quant"
-    folder = root.expanduser().absolute() / "native"
     try:
+        base = os.environ.get("VLLM_NPU_QUANT_CACHE")
+        root = (
+            Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-npu-quant"
+        )
+        folder = root.expanduser().absolute() / "native"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = folder.stat()
         if status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -170,10 +193,15 @@ def load(path: Path) -> ctypes.CDLL:
     return found
 
 
+def supported() -> bool:
+    """Whether native.c is written for this CPU."""
+    return platform.machine() in ("x86_64", "AMD64") and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The library, built at the first call; None where it cannot be had or does not reproduce the reference."""
-    if platform.machine() not in ("x86_64", "AMD64") or torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+    if not supported():
         return None
     try:
         found = load(build(SOURCE))

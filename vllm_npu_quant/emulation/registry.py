@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from vllm_npu_quant.emulation import activation, calls, grouped, grouped_swiglu,
 from vllm_npu_quant.emulation.schemas import SCHEMAS
 
 __all__ = [
-    "CALLED_PER_TOKEN",
+    "CALLED_MOST",
     "MODE_VARIABLE",
     "NAMESPACE",
     "OPERATORS",
@@ -133,8 +134,8 @@ OPERATORS: dict[str, Operator] = _table(
     }
 )
 
-#: The operators that layers call for every token.
-CALLED_PER_TOKEN = (
+#: Products and quantization: the operators that layers call most.
+CALLED_MOST = (
     "npu_dynamic_quant",
     "npu_quant_matmul",
     "npu_weight_quant_batchmatmul",
@@ -148,6 +149,7 @@ _libraries: list[torch.library.Library] = []
 #: The Library of each fast Python kernel that calls.cpp may replace.
 _replaceable: dict[str, torch.library.Library] = {}
 _emulated = False
+_building = threading.Lock()
 
 
 def mode() -> str:
@@ -189,29 +191,31 @@ def _register_kernel(name: str, operator: Operator, chosen: str) -> None:
     library = torch.library.Library(NAMESPACE, "IMPL")
     library.impl(name, operator.kernel(chosen), "CPU")
     _libraries.append(library)
-    if name in CALLED_PER_TOKEN and chosen == "fast":
+    if name in CALLED_MOST and chosen == "fast":
         _replaceable[name] = library
 
 
 def build_kernels() -> None:
-    """Build what the fast kernels use, and let repeated calls of the operators of every token go without Python.
+    """Build what the fast kernels use, and let repeated calls of the operators in CALLED_MOST go without Python.
 
     It takes 15 s with two cores where the user's cache lacks the built files, else a tenth of one. Without this, the first
     call of a fast kernel builds what it needs, and all calls go through Python: the same numbers. No effect where the
-    operators are not emulated, in the mode ``reference``, or a second time. Not from within a kernel.
+    operators are not emulated, in the mode ``reference``, or a second time. Not while operators are called.
     """
-    if not _replaceable or calls.library() is None:
-        return
-    python = torch.library.Library(_PYTHON_NAMESPACE, "FRAGMENT")
-    _libraries.append(python)
-    for name, library in _replaceable.items():
-        schema = str(getattr(torch.ops.npu, name).default._schema).removeprefix(f"{NAMESPACE}::")
-        python.define(schema)
-        python.impl(name, OPERATORS[name].kernel("fast"), "CPU")
-        library._destroy()  # type: ignore[attr-defined]
-        if not calls.install(NAMESPACE, name, f"{_PYTHON_NAMESPACE}::{name}"):
-            _register_kernel(name, OPERATORS[name], "fast")
-    _replaceable.clear()
+    with _building:
+        while _replaceable and calls.library() is not None:
+            name, library = _replaceable.popitem()
+            kernel, python = OPERATORS[name].kernel("fast"), f"{_PYTHON_NAMESPACE}::{name}"
+            schema = str(getattr(torch.ops.npu, name).default._schema).removeprefix(f"{NAMESPACE}::")
+            if not calls.define(_PYTHON_NAMESPACE, schema):
+                continue
+            behind = torch.library.Library(_PYTHON_NAMESPACE, "IMPL")
+            behind.impl(name, kernel, "CPU")
+            _libraries.append(behind)
+            library._destroy()  # type: ignore[attr-defined]
+            if not calls.install(NAMESPACE, name, python):
+                _libraries.append(torch.library.Library(NAMESPACE, "IMPL"))
+                _libraries[-1].impl(name, kernel, "CPU")
 
 
 def is_emulated() -> bool:
@@ -235,7 +239,7 @@ def install_kernels(names: Iterable[str] | None = None) -> tuple[str, ...]:
     faked = []
     for name in OPERATORS if names is None else names:
         operator = OPERATORS[name]
-        _register_kernel(name, operator, mode())
+        library.impl(name, operator.kernel(mode()), "CPU")
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "Meta"):
             library.impl(name, operator.fake, "Meta")
             faked.append(name)

@@ -27,7 +27,7 @@ class CanonicalWeight:
         float_rows: gives rows [start, stop) as float32 [stop - start, K], exactly as the checkpoint means them, where the
             integers are an approximation: FP8 that was requantized. None where the integers are exact.
         pairs: gives rows [start, stop) of 4-bit integers as ``int4.pack_pairs`` packs them, int8 [stop - start, K/2], where
-            they are stored nearly so; else None.
+            they are stored so but for their signs; else None, and for an odd K.
     """
 
     outputs: int
