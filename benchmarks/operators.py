@@ -171,7 +171,7 @@ def dense(rows: int, depth: int, width: int) -> dict[str, Call]:
 
 
 def experts(rows: int) -> dict[str, Call]:
-    """Rows for each expert in turn, as the methods of W8A8 and W4A8 call it; calls with few rows meet other experts every time."""
+    """Rows for each expert in turn, as the methods of W8A8 and W4A8 call it. Few rows meet other experts in every call."""
     count, depth, width = EXPERTS
     counts = [torch.bincount((torch.arange(rows) + turn * rows) % count, minlength=count) for turn in range(count)]
 
