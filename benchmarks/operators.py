@@ -31,6 +31,7 @@ from vllm_npu_quant.emulation.matmul import FRACTAL_NZ
 SHAPES = ((2048, 2048), (4096, 11008))
 ROWS = (1, 16, 256)
 EXPERTS = (64, 2048, 1408)
+EXPERTS_ROWS = (1, 6, 16, 256)
 GROUP = 128
 #: Bytes of the weights that calls go through in turns; no CPU of today keeps that in its caches.
 COLD = 256 << 20
@@ -219,7 +220,7 @@ def main() -> None:
                 products, weight_bytes = rows * depth * width, depth * width
                 measured(f"M={rows} {depth}x{width}", dense(rows, depth, width), products, weight_bytes)
         count, depth, width = EXPERTS
-        for rows in ROWS:
+        for rows in EXPERTS_ROWS:
             products, weight_bytes = rows * depth * width, min(rows, count) * depth * width
             measured(f"M={rows} {count}x{depth}x{width}", experts(rows), products, weight_bytes)
     if arguments.json:

@@ -11,6 +11,7 @@ import pytest
 from tests.e2e.twins import make_twin
 from tests.e2e.yardstick import Run, relative_error, run
 from tests.fixtures_index import fixture
+from vllm_npu_quant.emulation import calls
 
 pytestmark = pytest.mark.engine
 
@@ -52,6 +53,15 @@ def test_agrees_with_its_float_twin(name: str, twin_run) -> None:
     error = relative_error(result, twin_run(name))
     # Quantized activations leave a trace; weights alone may be equal to the twin's to the last bit.
     assert (0.001 if "W8A8" in method else 0) <= error <= limit
+
+
+def test_the_engines_repeated_calls_do_not_come_to_python() -> None:
+    if calls.library() is None:
+        pytest.skip("needs x86-64 with AVX2, a C compiler and a C++ compiler")
+    before = calls.computed_here()
+    run(fixture("msmodelslim-qwen3-w8a8-dynamic"))
+    # Eight layers quantize and multiply in every step.
+    assert calls.computed_here() - before >= 2 * 8
 
 
 @pytest.mark.parametrize("quantization", ["modelslim", "ascend"])

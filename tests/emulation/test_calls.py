@@ -7,8 +7,6 @@ import copy
 import ctypes
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 from op_cases import CASES, Case
-from test_emulated_operators import codes, outputs, run
-from test_native import REMEMBERED, integers, packed, positive
+from test_emulated_operators import CODES, assert_matches, codes, oracle, outputs, run
+from test_emulation_registry import python
+from test_native import REMEMBERED, assert_refused_alike, integers, packed, positive
 
 from vllm_npu_quant import emulation
 from vllm_npu_quant.emulation import calls, native
@@ -60,8 +59,9 @@ def test_every_case_gives_what_the_python_kernel_gives(case: Case) -> None:
     assert fast is not None
     expected = run(fast, codes(case))
     for _ in range(3):
-        args, kwargs = case.arguments()
-        assert_same(case.overload(*args, **kwargs), expected)
+        found = run(case.overload, case)
+        assert_same(found, expected)
+        assert_matches(found, oracle(case))
 
 
 def nz(weight: torch.Tensor) -> torch.Tensor:
@@ -168,8 +168,7 @@ def test_a_repeated_call_does_not_come_to_python(name: str) -> None:
     fast = emulation.OPERATORS[operator].fast
     assert fast is not None
     by_python = arguments()
-    dtype = given.get("output_dtype")
-    code = {} if dtype is None else {"output_dtype": {BF16: 15, F16: 5, torch.int32: 3}[dtype]}
+    code = {"output_dtype": CODES[given["output_dtype"]]} if "output_dtype" in given else {}
     expected = fast(**by_python | code)
     getattr(npu, operator)(**arguments())
     repeated = arguments()
@@ -195,12 +194,7 @@ def test_other_arguments_are_looked_at(operator: str) -> None:
         for changed in taken:
             as_python(changed)
         for changed in refused:
-            messages = []
-            for kernel in (call, fast):
-                with pytest.raises(RuntimeError) as error:
-                    kernel(*operands, **(given | changed))
-                messages.append(str(error.value))
-            assert messages[0] == messages[1]
+            assert_refused_alike((call, fast), operands, given | changed)
 
 
 @pytest.mark.parametrize(
@@ -226,10 +220,10 @@ def test_groups_that_cannot_be_are_refused_in_a_known_form(numbers: list[Any], k
     assert count == 1
     with pytest.raises(RuntimeError, match=r"npu_grouped_matmul: argument group_list: expected .*, found \[") as error:
         operator(**given | {"group_list": torch.tensor(numbers)})
-    for kernel in (emulation.OPERATORS["npu_grouped_matmul"].fast, emulation.OPERATORS["npu_grouped_matmul"].reference):
-        with pytest.raises(RuntimeError) as python:
-            kernel(**given | {"group_list": torch.tensor(numbers), "output_dtype": 15})  # type: ignore[misc]
-        assert str(python.value) == str(error.value)
+    reference = emulation.OPERATORS["npu_grouped_matmul"].reference
+    with pytest.raises(RuntimeError) as wanted:
+        reference(**given | {"group_list": torch.tensor(numbers), "output_dtype": CODES[BF16]})
+    assert str(error.value) == str(wanted.value)
 
 
 def test_the_format_of_every_weight_is_looked_at() -> None:
@@ -367,13 +361,6 @@ def test_outputs_take_part_in_inference_mode() -> None:
         assert not operator(**given).is_inference()
 
 
-def python(code: str, **variables: str) -> str:
-    environment = {**os.environ, **variables}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
-
-
 CALL_TWICE = """
 import logging, torch
 logging.basicConfig()
@@ -390,9 +377,15 @@ print("computed without Python:", calls.computed_here())
 """
 
 
+def log_of_two_calls(**variables: str) -> str:
+    done = python(CALL_TWICE, **variables)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
 def test_reference_mode_stays_in_python() -> None:
-    assert "computed without Python: 0\n" in python(CALL_TWICE, VLLM_NPU_QUANT_EMULATION="reference")
-    assert "computed without Python: 1\n" in python(CALL_TWICE)
+    assert "computed without Python: 0\n" in log_of_two_calls(VLLM_NPU_QUANT_EMULATION="reference")
+    assert "computed without Python: 1\n" in log_of_two_calls()
 
 
 def test_without_a_cpp_compiler_the_operators_stay_as_they_are(tmp_path: Path) -> None:
@@ -401,6 +394,6 @@ def test_without_a_cpp_compiler_the_operators_stay_as_they_are(tmp_path: Path) -
         if found is None:
             pytest.skip(f"no {tool}")
         (tmp_path / tool).symlink_to(found)
-    log = python(CALL_TWICE, PATH=str(tmp_path), CC="gcc", CXX="", VLLM_NPU_QUANT_CACHE=str(tmp_path / "cache"))
+    log = log_of_two_calls(PATH=str(tmp_path), CC="gcc", CXX="", VLLM_NPU_QUANT_CACHE=str(tmp_path / "cache"))
     assert "computed without Python: 0\n" in log
     assert "goes through Python, which takes longer: no C++ compiler (g++, clang++, c++ or $CXX)" in log

@@ -211,14 +211,13 @@ std::pair<at::Tensor, at::Tensor> quantize(const QuantCall &call, const at::Tens
 // The CPU kernel of one operator.
 class Entry final : public c10::OperatorKernel {
   public:
-    Entry(std::string name, i64 number, c10::OperatorHandle python)
-        : name_(std::move(name)), number_(number), python_(std::move(python)) {}
+    Entry(std::string name, c10::OperatorHandle python) : name_(std::move(name)), python_(std::move(python)) {}
 
     void operator()(const c10::OperatorHandle &op, c10::DispatchKeySet keys, torch::jit::Stack *stack) {
         size_t count = op.schema().arguments().size();
         bool listed = op.schema().returns()[0].type()->kind() == c10::TypeKind::ListType;
         static thread_local Form form;
-        form.assign(1, number_);
+        form.assign(1, reinterpret_cast<i64>(this));
         bool knowable = true;
         for (const c10::IValue &value : torch::jit::last(*stack, count)) knowable = knowable && append(form, value);
         if (knowable) {
@@ -257,7 +256,6 @@ class Entry final : public c10::OperatorKernel {
     }
 
     std::string name_;
-    i64 number_;
     c10::OperatorHandle python_;
 };
 
@@ -297,11 +295,10 @@ int nq_define(const char *space, const char *schema) {
 }
 
 int nq_install(const char *space, const char *name, const char *python) {
-    static i64 installed = 0;
     try {
         c10::OperatorHandle handle = c10::Dispatcher::singleton().findSchemaOrThrow(python, "");
         auto *library = new torch::Library(torch::Library::IMPL, space, c10::DispatchKey::CPU, __FILE__, __LINE__);
-        auto entry = std::make_unique<Entry>(name, installed++, std::move(handle));
+        auto entry = std::make_unique<Entry>(name, std::move(handle));
         library->impl(name, torch::CppFunction::makeFromBoxedFunctor(std::move(entry)));
         return 0;
     } catch (const std::exception &) {

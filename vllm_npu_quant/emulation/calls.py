@@ -49,6 +49,7 @@ def flags() -> tuple[str, ...]:
     return (
         "-std=c++20",
         "-O2",
+        "-fwrapv",  # a group list may hold any numbers
         "-fPIC",
         "-shared",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
@@ -141,7 +142,7 @@ def remember_product(
     group_list: torch.Tensor | None = None,
     group_list_type: int = 0,
     spoils_x: bool = False,
-    needs_nz: bool = False,
+    nz_weight: torch.Tensor | None = None,
 ) -> None:
     """The call that Python computes now is this product; without effect where nothing listens.
 
@@ -150,7 +151,7 @@ def remember_product(
             the tensor. A scale or bias in another dtype than native.c takes is converted in every call.
         rows: of x, M.
         group_list: the tensor of the argument ``group_list``. group_list_type: as in npu_grouped_matmul.
-        spoils_x: x holds garbage afterwards. needs_nz: the weight's format was seen to be FRACTAL_NZ, and has to be.
+        spoils_x: x holds garbage afterwards. nz_weight: the weight, where it has to be FRACTAL_NZ and was seen to be.
     """
     if _listener is None:
         return
@@ -175,7 +176,7 @@ def remember_product(
         -1 if group_list is None else places["group_list"],
         group_list_type,
         spoils_x,
-        operands["weight"][1].untyped_storage()._cdata if needs_nz else 0,  # type: ignore[union-attr]
+        0 if nz_weight is None else nz_weight.untyped_storage()._cdata,
     )
     _listener.nq_remember_product(operator.encode(), call)
 

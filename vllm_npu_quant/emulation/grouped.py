@@ -886,7 +886,7 @@ def npu_grouped_matmul_fast(
         group_list=group_list,
         group_list_type=group_list_type or 0,
         spoils_x=plan.form is _Form.INT8_INT4,
-        needs_nz=plan.needs_nz,
+        nz_weight=weight[0] if plan.needs_nz else None,
     )
     if factor is not None:
         factor = _float_scale(plan, factor, bounds)

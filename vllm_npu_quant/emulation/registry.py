@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import sys
 import threading
@@ -15,6 +16,8 @@ import torch
 
 from vllm_npu_quant.emulation import activation, calls, grouped, grouped_swiglu, matmul, mx, norm, quantize, routing
 from vllm_npu_quant.emulation.schemas import SCHEMAS
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "CALLED_MOST",
@@ -181,24 +184,26 @@ def register() -> bool:
     _libraries.append(library)
     for name, operator in OPERATORS.items():
         library.define(operator.schema.removeprefix(f"{NAMESPACE}::"))
-        _register_kernel(name, operator, chosen)
+        implemented = _implement(NAMESPACE, name, operator.kernel(chosen))
+        if name in CALLED_MOST and chosen == "fast":
+            _replaceable[name] = implemented
         torch.library.register_fake(f"{NAMESPACE}::{name}", operator.fake, lib=library)
     _emulated = True
     return True
 
 
-def _register_kernel(name: str, operator: Operator, chosen: str) -> None:
-    library = torch.library.Library(NAMESPACE, "IMPL")
-    library.impl(name, operator.kernel(chosen), "CPU")
+def _implement(namespace: str, name: str, kernel: Kernel) -> torch.library.Library:
+    """Register a CPU kernel in a Library of its own."""
+    library = torch.library.Library(namespace, "IMPL")
+    library.impl(name, kernel, "CPU")
     _libraries.append(library)
-    if name in CALLED_MOST and chosen == "fast":
-        _replaceable[name] = library
+    return library
 
 
 def build_kernels() -> None:
     """Build what the fast kernels use, and let repeated calls of the operators in CALLED_MOST go without Python.
 
-    It takes 15 s with two cores where the user's cache lacks the built files, else a tenth of one. Without this, the first
+    It takes 13 s with two cores where the user's cache lacks the built files, else a tenth of one. Without this, the first
     call of a fast kernel builds what it needs, and all calls go through Python: the same numbers. No effect where the
     operators are not emulated, in the mode ``reference``, or a second time. Not while operators are called.
     """
@@ -208,14 +213,14 @@ def build_kernels() -> None:
             kernel, python = OPERATORS[name].kernel("fast"), f"{_PYTHON_NAMESPACE}::{name}"
             schema = str(getattr(torch.ops.npu, name).default._schema).removeprefix(f"{NAMESPACE}::")
             if not calls.define(_PYTHON_NAMESPACE, schema):
+                logger.warning("calls of %s go through Python, which takes longer: torch refuses %s", name, python)
                 continue
-            behind = torch.library.Library(_PYTHON_NAMESPACE, "IMPL")
-            behind.impl(name, kernel, "CPU")
-            _libraries.append(behind)
+            _implement(_PYTHON_NAMESPACE, name, kernel)
+            # torch has no public way to take a kernel back; a second one in its place would make it warn.
             library._destroy()  # type: ignore[attr-defined]
             if not calls.install(NAMESPACE, name, python):
-                _libraries.append(torch.library.Library(NAMESPACE, "IMPL"))
-                _libraries[-1].impl(name, kernel, "CPU")
+                logger.warning("calls of %s go through Python, which takes longer: torch refuses another kernel", name)
+                _implement(NAMESPACE, name, kernel)
 
 
 def is_emulated() -> bool:
