@@ -36,8 +36,8 @@ from tests.e2e.simulation import simulated_int4_activations  # noqa: E402
 from tests.e2e.twins import make_twin  # noqa: E402
 from tests.e2e.yardstick import Run, relative_error, run  # noqa: E402
 from tests.fixtures_index import fixtures, shared_checkpoints  # noqa: E402
-from vllm_npu_quant.dispatch import ROWS  # noqa: E402
 from vllm_npu_quant.errors import NpuQuantError  # noqa: E402
+from vllm_npu_quant.serving.dispatch import ROWS  # noqa: E402
 
 KEPT = ROOT / "build" / "checkpoints"
 

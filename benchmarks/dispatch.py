@@ -20,9 +20,9 @@ import sys
 import time
 from collections.abc import Callable
 
-from vllm_npu_quant.dispatch import find_row
 from vllm_npu_quant.formats.modelslim import ModelSlimFormat
 from vllm_npu_quant.formats.resolve import LayerResolver
+from vllm_npu_quant.serving.dispatch import find_row
 from vllm_npu_quant.spec import LayerKind
 
 LAYERS, DENSE, EXPERTS = 61, 3, 256

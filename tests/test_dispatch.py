@@ -8,9 +8,9 @@ from importlib import import_module
 import pytest
 
 from vllm_npu_quant import emulation
-from vllm_npu_quant.dispatch import ROWS, Row, describe, find_row, select
 from vllm_npu_quant.errors import CODES, Finding, NpuQuantError, Severity, nearest_names, raise_findings
 from vllm_npu_quant.layouts.tables import LAYOUTS
+from vllm_npu_quant.serving.dispatch import ROWS, Row, describe, find_row, select
 from vllm_npu_quant.spec import FLOAT, ActivationSpec, Granularity, LayerKind, LayerSpec, Layout, WeightSpec
 
 TOKEN = ActivationSpec(8, dynamic=True, granularity=Granularity.TOKEN)

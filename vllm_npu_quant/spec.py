@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a quantized layer is, independent of frameworks: the vocabulary that formats and method classes share.
+"""The vocabulary that formats, the serving decision and method classes share. Standard library only.
 
-A format turns its configuration file into one ``LayerSpec`` per layer; the dispatch table turns a layer kind and a
-``LayerSpec`` into an NPU method class; the layout tells which tensors on disk hold the layer's numbers.
+A format describes each checkpoint layer by one ``LayerSpec``: what is stored, nothing else. ``serving.decide`` turns it into
+what this host computes with, and ``serving.dispatch`` finds the NPU method class for that. ``layouts.tables`` lists the
+tensors that hold a layout's numbers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 
 __all__ = [
@@ -20,8 +21,6 @@ __all__ = [
     "NumberKind",
     "TransformSpec",
     "WeightSpec",
-    "as_float",
-    "as_w4a16",
 ]
 
 
@@ -149,53 +148,26 @@ class TransformSpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One layer's quantization.
+    """One layer's numbers: as a checkpoint stores them, or as a method class computes with them.
 
     Attributes:
         scheme: the producer's name for it, for messages ("W8A8_DYNAMIC").
-        layout: how the numbers lie on disk.
-        weight: None where the layer is float (it then runs in the model's dtype).
-        activation: None where the input stays in the model's dtype.
-        stored: the weight as the checkpoint stores it, where it is served as another one: FP8 is requantized at load.
-        transform: what the layer's input is multiplied by first (FlatQuant, online rotations); None where nothing.
+        layout: how the numbers lie in the files: a member of ``Layout``, or the name of a registered layout.
+        weight: None for a float layer (it runs in the model's dtype).
+        activation: None if the input is not quantized.
+        transform: the matrices that the layer's input is multiplied by first (FlatQuant, online rotations); None if none.
     """
 
     scheme: str
     layout: Layout
     weight: WeightSpec | None = None
     activation: ActivationSpec | None = None
-    stored: WeightSpec | None = None
     transform: TransformSpec | None = None
 
     @property
     def is_float(self) -> bool:
         return self.weight is None
 
-    @property
-    def on_disk(self) -> WeightSpec | None:
-        """The weight as the checkpoint stores it."""
-        return self.stored or self.weight
-
 
 #: A layer that is not quantized.
 FLOAT = LayerSpec("FLOAT", Layout.FLOAT)
-
-
-def as_float(spec: LayerSpec) -> LayerSpec:
-    """The spec of a quantized layer that is dequantized at load to the model's dtype."""
-    return replace(
-        spec,
-        scheme=f"{spec.scheme} as float",
-        weight=WeightSpec(16, NumberKind.FLOAT),
-        activation=None,
-        stored=spec.on_disk,
-    )
-
-
-def as_w4a16(spec: LayerSpec) -> LayerSpec:
-    """The spec of a layer with 4-bit weights and 8-bit activations where its activations are left in the model's dtype; any
-    other spec, and one with an input transform, is returned as it is."""
-    weight, activation = spec.weight, spec.activation
-    if weight is None or activation is None or spec.transform is not None or (weight.bits, activation.bits) != (4, 8):
-        return spec
-    return replace(spec, scheme=f"{spec.scheme} as W4A16", activation=None)

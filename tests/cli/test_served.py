@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 from tests.cli.broken import Folder
 from tests.fixtures_index import fixture
-from vllm_npu_quant import dispatch
 from vllm_npu_quant.cli.app import app
 from vllm_npu_quant.errors import Severity
 from vllm_npu_quant.inspection import check, inspect
+from vllm_npu_quant.serving import dispatch
 
 EXPERTS = "msmodelslim-qwen3moe-w8a8-dynamic"
 DEQUANTIZED = next(row.remark for row in dispatch.ROWS if row.name == "W8A16 group, dequantized")

@@ -27,8 +27,8 @@ from tests.conformance.real_wheel import (  # noqa: E402
     schemas_in_yaml,
     unpacked,
 )
-from vllm_npu_quant.dispatch import ROWS  # noqa: E402
 from vllm_npu_quant.emulation import OPERATORS  # noqa: E402
+from vllm_npu_quant.serving.dispatch import ROWS  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from tests.methods.layers import random_weight
-from vllm_npu_quant import dispatch
-from vllm_npu_quant.dispatch import Row
 from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight, InputTransform, StaticActivation
 from vllm_npu_quant.methods.base import PrepareContext
 from vllm_npu_quant.methods.moe import Experts, FusedExperts, GroupedMethod, Placement
+from vllm_npu_quant.serving import dispatch
+from vllm_npu_quant.serving.dispatch import Row
 from vllm_npu_quant.spec import (
     ActivationSpec,
     Granularity,

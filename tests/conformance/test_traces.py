@@ -15,8 +15,8 @@ from tests.conformance.mutations import MUTATIONS
 from tests.conformance.rules import UNDOCUMENTED
 from tests.conformance.traces import Trace
 from tests.npu import chip
-from vllm_npu_quant import dispatch
 from vllm_npu_quant.methods.moe import operators_of
+from vllm_npu_quant.serving import dispatch
 from vllm_npu_quant.spec import LayerKind
 
 TITLES = [case.title for case in CASES]

@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fixtures_index import fixture, shared
-from vllm_npu_quant import dispatch
 from vllm_npu_quant.checkpoint import Checkpoint
 from vllm_npu_quant.errors import Severity
 from vllm_npu_quant.formats.check import check_checkpoint
@@ -27,6 +26,7 @@ from vllm_npu_quant.formats.compressed_tensors import (
     Targets,
 )
 from vllm_npu_quant.formats.resolve import LayerResolver
+from vllm_npu_quant.serving import dispatch
 from vllm_npu_quant.spec import LayerKind, Layout
 
 W8 = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from vllm_npu_quant import dispatch, settings
+from vllm_npu_quant import settings
 from vllm_npu_quant.errors import Severity
 from vllm_npu_quant.formats.check import check_checkpoint
 from vllm_npu_quant.formats.fp8 import Fp8Config, Fp8Format
 from vllm_npu_quant.formats.resolve import LayerResolver
+from vllm_npu_quant.serving import dispatch
 from vllm_npu_quant.spec import Granularity, LayerKind, Layout
 
 DEEPSEEK = {

@@ -12,12 +12,12 @@ import pytest
 
 from tests.fixtures_index import fixture, shared
 from vllm_npu_quant.checkpoint import Checkpoint
-from vllm_npu_quant.dispatch import describe, find_row
 from vllm_npu_quant.errors import Finding, Severity
 from vllm_npu_quant.formats.base import LayerEntry
 from vllm_npu_quant.formats.check import check_checkpoint, check_layer
 from vllm_npu_quant.formats.detect import is_description_file
 from vllm_npu_quant.formats.modelslim import TYPES, ModelSlimFormat
+from vllm_npu_quant.serving.dispatch import describe, find_row
 from vllm_npu_quant.spec import Granularity, LayerKind, LayerSpec, Layout, NumberKind, TransformSpec
 
 LAYER = "model.layers.0.self_attn.o_proj"

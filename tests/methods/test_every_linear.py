@@ -13,7 +13,6 @@ import torch
 
 from tests.layouts.memory import peak_of
 from tests.methods.layers import DTYPES, prepared, random_weight
-from vllm_npu_quant import dispatch
 from vllm_npu_quant.layouts import int4
 from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight, StaticActivation
 from vllm_npu_quant.layouts.int4 import pack_pairs, unpack_pairs
@@ -29,6 +28,7 @@ from vllm_npu_quant.methods.w8a8 import (
     W8A8StaticLinear,
 )
 from vllm_npu_quant.methods.weight_only import WeightOnlyLinear
+from vllm_npu_quant.serving import dispatch
 from vllm_npu_quant.spec import LayerKind
 
 

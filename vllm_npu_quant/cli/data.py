@@ -11,9 +11,9 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from vllm_npu_quant import dispatch
 from vllm_npu_quant._version import __version__
 from vllm_npu_quant.errors import Finding
+from vllm_npu_quant.serving import dispatch
 
 if TYPE_CHECKING:
     from vllm_npu_quant.inspection.checks import CheckReport
@@ -79,7 +79,7 @@ def layer_data(layer: Layer) -> dict[str, Any]:
         "kind": layer.kind,
         "count": layer.count,
         "scheme": layer.scheme,
-        "spec": dispatch.describe(layer.spec).partition(": ")[2],
+        "spec": dispatch.describe(layer.spec, layer.stored).partition(": ")[2],
         "method": layer.method,
         "operators": list(layer.operators),
         "outputs": layer.outputs,

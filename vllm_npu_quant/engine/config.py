@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -30,10 +29,10 @@ from vllm_npu_quant.errors import Finding, NpuQuantError, Severity, raise_findin
 from vllm_npu_quant.formats.base import QuantFormat
 from vllm_npu_quant.formats.check import check_checkpoint
 from vllm_npu_quant.formats.detect import description_name, embedded_description
-from vllm_npu_quant.formats.modelslim import as_static
 from vllm_npu_quant.formats.open import build_format
 from vllm_npu_quant.formats.resolve import LayerResolver, ResolvedLayer
-from vllm_npu_quant.spec import LayerKind, LayerSpec, as_float, as_w4a16
+from vllm_npu_quant.serving.decide import Host, Served, decide, float_experts, requantized_findings
+from vllm_npu_quant.spec import LayerKind, LayerSpec
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
@@ -85,8 +84,7 @@ class NpuQuantConfig(QuantizationConfig):
         self.resolver: LayerResolver | None = None
         self.tied_embeddings = False
         self.hidden_layers: int | None = None
-        self.said_w4a16 = False
-        self.host_checked = False
+        self.host: Host | None = None
         # vllm-ascend reads this attribute without a guard; it wants the keys of norm biases.
         self.quant_description: dict[str, Any] = {}
         self.enable_fa_quant = False
@@ -174,6 +172,8 @@ class NpuQuantConfig(QuantizationConfig):
         if checkpoint is not None:
             # What is wrong with the files comes first: much of the rest follows from it.
             findings = check_checkpoint(self.format, checkpoint) + findings
+            specs = ((entry.spec, 1) for _, entry in self.format.stored_layers(checkpoint.tensors))
+            findings += requantized_findings(specs, Host.read(), self.format.source)
         else:
             logger.info("The weight files of %s are not on this host yet: they are checked while they load", model_name)
         for finding in findings:
@@ -235,38 +235,32 @@ class NpuQuantConfig(QuantizationConfig):
 
     def _linear(self, layer: nn.Module, prefix: str, kind: LayerKind) -> QuantizeMethodBase | None:
         resolver = self._resolver(prefix)
-        self._check_host()
         resolver.packed = self.packed_modules_mapping
         resolved = resolver.resolve(prefix)
         if resolved.spec.is_float:
             if "bias" in resolved.listed_tensors() and not getattr(layer, "has_bias", True):
                 raise NpuQuantError([_lost_bias(resolved, resolver.format.source)])
             return platforms.unquantized_linear() if kind is LayerKind.LINEAR else None
-        if prefix.endswith(".kv_b_proj") and _uses_mla():
-            return DequantizedLinearMethod(resolved, as_float(resolved.spec), kind, resolver.format.source)
-        spec = as_static(resolved.spec) if _is_kv_consumer() else resolved.spec
-        spec = self._w4a8(spec)
-        if spec.activation is not None and spec.activation.bits == 4:
+        served = self._decide(kind, resolved.spec, prefix)
+        if served.spec.activation is not None and served.spec.activation.bits == 4:
             self.quant_description[INT4_ACTIVATIONS] = "W4A4_DYNAMIC"
-        return NpuQuantLinearMethod(resolved, spec, kind, resolver.format.source)
+        method = DequantizedLinearMethod if served.needs_float else NpuQuantLinearMethod
+        return method(resolved, served, resolver.format.source)
 
-    def _check_host(self) -> None:
-        """Once, before the first layer: what of the host's configuration no quantized layer can be served with."""
-        if not self.host_checked:
+    def _decide(self, kind: LayerKind, spec: LayerSpec, prefix: str) -> Served:
+        """Decide what a stored layer becomes on this host. The host is looked at once, before the first quantized layer.
+
+        Raises:
+            NpuQuantError: where the host's configuration does not go with quantized layers.
+        """
+        if self.host is None:
             raise_findings(platforms.host_findings())
-            self.host_checked = True
-
-    def _w4a8(self, spec: LayerSpec) -> LayerSpec:
-        """W4A8 as the user wants it: with activations in the model's dtype only where that was asked for."""
-        other = as_w4a16(spec)
-        if other is spec:
-            return spec
-        if settings.w4a8_mode() == "int8":
-            return spec
-        if not self.said_w4a16:
-            self.said_w4a16 = True
-            logger.info("%s=w4a16: activations of %s layers are not quantized", settings.W4A8, spec.scheme)
-        return other
+            self.host = Host.read(latent_attention=_uses_mla(), kv_consumer=_is_kv_consumer())
+        served = decide(kind, spec, self.host, layer=prefix)
+        told = served.difference or (served.row.remark if served.row is not None else "")
+        if told:
+            logger.info_once("%s for %s layers: %s", spec.scheme, kind.value, told)
+        return served
 
     def _lm_head(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if not self._resolver(prefix).describes(prefix) and self.tied_embeddings:
@@ -296,15 +290,15 @@ class NpuQuantConfig(QuantizationConfig):
     def _experts(self, layer: nn.Module, prefix: str, tid2eid: Any) -> QuantizeMethodBase | None:
         resolver = self._resolver(prefix)
         resolved = resolver.resolve_experts(prefix)
-        entry = resolved.entry
-        gate, up, down = (replace(one, spec=self._w4a8(one.spec)) for one in (entry.gate, entry.up, entry.down))
-        resolved = replace(resolved, entry=replace(entry, gate=gate, up=up, down=down))
-        specs = [gate.spec, down.spec]
+        specs = [resolved.w13.spec, resolved.w2.spec]
         if all(spec.is_float for spec in specs) and not platforms.float_experts_crash(layer):
             return platforms.unquantized_moe(layer, tid2eid)
         from vllm_npu_quant.engine.moe import NpuQuantMoEMethod
 
-        return NpuQuantMoEMethod(layer, resolved, resolver.format.source, tid2eid)
+        w13, w2 = (
+            float_experts(spec) if spec.is_float else self._decide(LayerKind.FUSED_MOE, spec, prefix) for spec in specs
+        )
+        return NpuQuantMoEMethod(layer, resolved, (w13, w2), resolver.format.source, tid2eid)
 
     def _resolver(self, prefix: str) -> LayerResolver:
         if self.resolver is None:

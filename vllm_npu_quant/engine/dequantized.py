@@ -20,7 +20,7 @@ class DequantizedLinearMethod(NpuQuantLinearMethod, UnquantizedLinearMethod):
     """Loads the checkpoint's tensors, and leaves ``layer.weight`` [N, K] in the model's dtype.
 
     It is an ``UnquantizedLinearMethod`` by what it leaves behind, which is what others ask for; everything that it does is
-    inherited from ``NpuQuantLinearMethod``, with a spec of ``spec.as_float``.
+    inherited from ``NpuQuantLinearMethod``.
     """
 
     supports_pre_processed_weights = False

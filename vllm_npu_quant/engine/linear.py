@@ -29,7 +29,6 @@ from vllm.model_executor.parameter import (
     RowvLLMParameter,
 )
 
-from vllm_npu_quant import dispatch
 from vllm_npu_quant.engine import platforms
 from vllm_npu_quant.engine.coverage import Coverage, WriteWitness
 from vllm_npu_quant.errors import Finding, NpuQuantError, raise_findings
@@ -39,6 +38,7 @@ from vllm_npu_quant.layouts.g_idx import ranks_that_fit
 from vllm_npu_quant.layouts.modelslim import decode_int64_scale
 from vllm_npu_quant.layouts.tables import IN, LAYOUTS, Axis, LayerSizes, TensorSpec, group_size_of, tensors_of
 from vllm_npu_quant.methods.base import NpuLinearMethod, PrepareContext
+from vllm_npu_quant.serving.decide import Served
 from vllm_npu_quant.spec import LayerKind, LayerSpec, TransformSpec, WeightSpec
 
 __all__ = ["CHECKPOINT_BIAS", "NpuQuantLinearMethod"]
@@ -76,14 +76,14 @@ def load_object(path: str) -> Any:
 class NpuQuantLinearMethod(LinearMethodBase):
     """One quantized layer: ``resolved`` says where its numbers come from, ``row`` which NPU method computes with them."""
 
-    def __init__(self, resolved: ResolvedLayer, spec: LayerSpec, kind: LayerKind, source: str) -> None:
+    def __init__(self, resolved: ResolvedLayer, served: Served, source: str) -> None:
         self.resolved = resolved
-        self.spec = spec
-        self.kind = kind
+        self.spec = served.stored
+        self.kind = served.kind
         self.source = source
-        self.row = dispatch.select(kind, spec, layer=resolved.prefix, file=source)
+        self.row = served.require_row(layer=resolved.prefix, file=source)
         self.method: NpuLinearMethod = load_object(self.row.method)()
-        self.tensors = tuple(tensor for tensor in tensors_of(spec, resolved.listed_tensors()) if tensor.loaded)
+        self.tensors = tuple(tensor for tensor in tensors_of(self.spec, resolved.listed_tensors()) if tensor.loaded)
         self.coverage: dict[str, Coverage] = {}
         # vllm-ascend looks here for its own scheme object.
         self.quant_method = None
@@ -147,9 +147,7 @@ class NpuQuantLinearMethod(LinearMethodBase):
         if part % group == 0:
             return
         smaller = gcd(part, group)
-        self.spec = replace(
-            self.spec, weight=regrouped(self.spec.weight, smaller), stored=regrouped(self.spec.stored, smaller)
-        )
+        self.spec = replace(self.spec, weight=regrouped(self.spec.weight, smaller))
 
     def _act_order_findings(self, group: int, ranks: int) -> list[Finding]:
         """Whether a rank's part of the inputs holds enough of each group; with activation order they are anywhere."""
@@ -492,7 +490,7 @@ def fill_placeholder(name: str, param: torch.Tensor, spec: LayerSpec) -> None:
     Args:
         name: the tensor's name in its layout. param: what receives it.
     """
-    weight, group = spec.on_disk, group_size_of(spec)
+    weight, group = spec.weight, group_size_of(spec)
     if name == "qzeros" and weight is not None:
         param.fill_(1 << (weight.bits - 1))  # the zero of symmetric integers without a sign
     elif name.endswith("g_idx") and group:

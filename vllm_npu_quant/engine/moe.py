@@ -16,10 +16,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 
-from vllm_npu_quant import dispatch
 from vllm_npu_quant.engine import platforms
 from vllm_npu_quant.engine.coverage import Coverage
 from vllm_npu_quant.engine.linear import TORCH_DTYPES, fill_placeholder, load_is_checked, load_object, regrouped
@@ -30,16 +28,13 @@ from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight
 from vllm_npu_quant.layouts.modelslim import decode_int64_scale
 from vllm_npu_quant.layouts.tables import LAYOUTS, Axis, Dim, LayerSizes, TensorSpec, group_size_of, tensors_of
 from vllm_npu_quant.methods.moe import Experts, FusedExperts, GroupedMethod, Placement, expert_bias, operators_of
-from vllm_npu_quant.spec import Granularity, LayerKind, NumberKind, WeightSpec
+from vllm_npu_quant.serving import dispatch
+from vllm_npu_quant.serving.decide import Served
+from vllm_npu_quant.spec import LayerKind
 
 __all__ = ["NpuQuantMoEMethod"]
 
-logger = init_logger("vllm.npu_quant.moe")
-
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-
-#: The method class of float experts beside quantized ones is found by this weight: the model's dtype, per channel.
-_FLOAT_WEIGHT = WeightSpec(16, NumberKind.FLOAT, Granularity.CHANNEL)
 
 #: The projections of w13 and w2 by vLLM's shard ids.
 _SHARDS = {"w13": ("w1", "w3"), "w2": ("w2",)}
@@ -80,17 +75,24 @@ class _Product:
     """w13 or w2: its spec, the parameters that receive the checkpoint's tensors, and its method."""
 
     def __init__(
-        self, name: str, entries: tuple[LayerEntry, ...], layers: tuple[str, ...], act_dtype: torch.dtype
+        self,
+        name: str,
+        served: Served,
+        entries: tuple[LayerEntry, ...],
+        layers: tuple[str, ...],
+        act_dtype: torch.dtype,
     ) -> None:
         """
         Args:
+            served: what it becomes.
             entries: of its shards. layers: the checkpoint's names of its shards, with * for the expert.
         """
         self.name = name
         self.layers = layers
         self.act_dtype = act_dtype
-        self.scheme = entries[0].spec.scheme
-        self.spec = entries[0].spec
+        self.served = served
+        self.spec = served.stored
+        self.scheme = self.spec.scheme if self.spec.is_float else served.spec.scheme
         self.shards = _SHARDS[name]
         self.coverage: dict[str, Coverage] = {}
         self.group_repeats = 1
@@ -98,17 +100,15 @@ class _Product:
             dtype = str(act_dtype).removeprefix("torch.")
             weight = TensorSpec("weight", ("F32", "BF16", "F16", "F64"), (Dim(Axis.OUT), Dim(Axis.IN)), dtype)
             self.tensors: tuple[TensorSpec, ...] = (weight,)
-            self.served = replace(self.spec, weight=_FLOAT_WEIGHT)
         else:
             listed = frozenset().union(*(entry.tensors for entry in entries))
             self.tensors = tensors_of(self.spec, listed)
-            self.served = self.spec
 
     def findings(self, prefix: str, source: str) -> list[Finding]:
         """What of this product cannot be served."""
         found = []
-        if dispatch.find_row(LayerKind.FUSED_MOE, self.served) is None:
-            found.append(dispatch.unsupported(LayerKind.FUSED_MOE, self.served, layer=prefix, file=source))
+        if self.served.row is None:
+            found.append(dispatch.unsupported(LayerKind.FUSED_MOE, self.served.spec, layer=prefix, file=source))
         if any(dim.axis is Axis.ALL_GROUPS for tensor in self.tensors for dim in tensor.dims):
             found.append(
                 Finding(
@@ -140,9 +140,7 @@ class _Product:
             # Ranks cut groups: take a smaller group that they do not cut, and repeat its scale.
             smaller = gcd(part_inputs, group)
             self.group_repeats = group // smaller
-            self.spec = replace(
-                self.spec, weight=regrouped(self.spec.weight, smaller), stored=regrouped(self.spec.stored, smaller)
-            )
+            self.spec = replace(self.spec, weight=regrouped(self.spec.weight, smaller))
             group = smaller
         self.whole = LayerSizes(outputs, inputs, group)
         self.part = LayerSizes(part_outputs, part_inputs, group, all_inputs=inputs)
@@ -304,9 +302,17 @@ class _Product:
 class NpuQuantMoEMethod(FusedMoEMethodBase):
     """The routed experts of one layer, of which w13, w2 or both are quantized."""
 
-    def __init__(self, layer: nn.Module, resolved: ResolvedExperts, source: str, tid2eid: Any = None) -> None:
+    def __init__(
+        self,
+        layer: nn.Module,
+        resolved: ResolvedExperts,
+        served: tuple[Served, Served],
+        source: str,
+        tid2eid: Any = None,
+    ) -> None:
         """
         Args:
+            served: what w13 and w2 become.
             tid2eid: vllm-ascend's table of experts by token id, for models that route by it.
 
         Raises:
@@ -319,14 +325,11 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
         entry, dtype = resolved.entry, layer.moe_config.in_dtype
         gate, up, down = (f"{resolved.layer}.*.{name}" for name in entry.names)
         self.products = (
-            _Product("w13", (entry.gate, entry.up), (gate, up), dtype),
-            _Product("w2", (entry.down,), (down,), dtype),
+            _Product("w13", served[0], (entry.gate, entry.up), (gate, up), dtype),
+            _Product("w2", served[1], (entry.down,), (down,), dtype),
         )
         raise_findings(self._findings(layer))
-        self.rows = tuple(dispatch.select(LayerKind.FUSED_MOE, product.served) for product in self.products)
-        for row in self.rows:
-            if row.remark:
-                logger.info_once("Experts of scheme %s: %s", row.name, row.remark)
+        self.rows = tuple(product.served.require_row() for product in self.products)
         self.methods: tuple[GroupedMethod, ...] = tuple(
             load_object(row.method)(product.name + "_") for row, product in zip(self.rows, self.products, strict=True)
         )

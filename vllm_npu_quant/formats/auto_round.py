@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 from vllm_npu_quant.errors import Finding
 from vllm_npu_quant.formats.base import LayerEntry
 from vllm_npu_quant.formats.check import FindingLimit, StoredTensor
-from vllm_npu_quant.formats.fp8 import FP8_DTYPES, Fp8Use, fp8_spec, fp8_weight
+from vllm_npu_quant.formats.fp8 import FP8_DTYPES, fp8_spec, fp8_weight
 from vllm_npu_quant.formats.gptq import BITS
 from vllm_npu_quant.formats.packed import (
     MAX_RULES,
@@ -151,12 +151,10 @@ class AutoRoundFormat(PackedFormat):
     Attributes:
         config: the validated config, without its rules once the stored layers are known; None where it is not valid.
         patterns: the keys of extra_config that are regular expressions.
-        mode: what FP8 weights become.
     """
 
     config: AutoRoundConfig | None = None
     patterns: PatternSet | None = None
-    mode: str = "int8"
 
     name = "auto-round"
 
@@ -214,10 +212,10 @@ class AutoRoundFormat(PackedFormat):
         assert scheme.bits is not None
         if isinstance(scheme.group_size, tuple):
             weight = fp8_weight(Granularity.BLOCK, scheme.group_size)
-            return fp8_spec("FP8_BLOCK_DYNAMIC", weight, Layout.FP8_INV, activation=True, mode=self.mode)
+            return fp8_spec("FP8_BLOCK_DYNAMIC", weight, Layout.FP8_INV, static=False)
         if scheme.data_type in _FP8_TYPES:
             weight = fp8_weight(Granularity.CHANNEL)
-            return fp8_spec(self._fp8_name(), weight, Layout.FP8, activation=True, mode=self.mode)
+            return fp8_spec(self._fp8_name(), weight, Layout.FP8, static=self._static)
         layout = PACKINGS.get(self.config.packing_format, Layout.GPTQ)
         return integer_spec("AutoRound", layout, scheme.bits, scheme.group_size or -1, bool(scheme.sym))
 
@@ -238,7 +236,6 @@ class AutoRoundFormat(PackedFormat):
         spec = self.ruling(layer).spec
         if weight is None or weight.dtype not in FP8_DTYPES or spec.layout not in (Layout.FP8, Layout.FP8_INV):
             return super().unpacked(layer, named, silent, found)
-        self.use.add(self._fp8_name(), static=self._static)
         known = {tensor.name for tensor in LAYOUTS[spec.layout].tensors if tensor.optional}
         return LayerEntry(spec, frozenset(known & set(named)))
 
@@ -279,8 +276,6 @@ class AutoRoundFormat(PackedFormat):
         self, tensors: Mapping[str, StoredTensor] | None, problems: list[Finding], found: FindingLimit
     ) -> AutoRoundFormat:
         assert self.config is not None
-        self.use = Fp8Use.from_settings()
-        self.mode = self.use.mode
         if self.config.packing_format == "auto_round:gptqmodel":
             self.file_tensors = frozenset({"g_idx"})
         elif PACKINGS.get(self.config.packing_format) is Layout.AWQ_GEMM:
@@ -292,12 +287,6 @@ class AutoRoundFormat(PackedFormat):
             self.patterns = None
             self._regexes = []
             self.config = self.config.model_copy(update={"extra_config": {}})
-        elif isinstance(self.config.group_size, tuple) or self.config.data_type in _FP8_TYPES:
-            self.use.add(self._fp8_name(), static=self._static)
-        line = self.use.finding(self.source)
-        for finding in (*(self.use.findings if line is not None else ()), *([line] if line is not None else ())):
-            found.add(finding)
-        del self.use
         self.findings = tuple(found.close())
         return self
 

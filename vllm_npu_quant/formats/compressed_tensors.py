@@ -37,7 +37,6 @@ from vllm_npu_quant.formats.check import FindingLimit, StoredTensor
 from vllm_npu_quant.formats.fp8 import (
     KV_CACHE_TENSORS,
     KV_OUTPUTS,
-    Fp8Use,
     config_findings,
     fp8_spec,
     fp8_weight,
@@ -330,13 +329,10 @@ class _Group:
 
     Attributes:
         needs: optional tensors of the layout that the arguments call for.
-        static: whether the inputs of an FP8 layer have a static scale.
     """
 
     spec: LayerSpec | None = None
     needs: frozenset[str] = frozenset()
-    fp8: str = ""
-    static: bool = False
 
 
 @dataclass
@@ -394,12 +390,11 @@ class CompressedTensorsFormat(RuleFormat):
             for finding in config_findings(error, source):
                 found.add(finding)
             return cls(source=source, findings=tuple(found.close()))
-        use = Fp8Use.from_settings()
-        for finding in [*use.findings, *_refused_parts(parsed, source)]:
+        for finding in _refused_parts(parsed, source):
             found.add(finding)
         groups = []
         for name, scheme in parsed.config_groups.items():
-            group, findings = _Reader(name, scheme, parsed.format, use.mode, source).read()
+            group, findings = _Reader(name, scheme, parsed.format, source).read()
             groups.append(group)
             for finding in findings:
                 found.add(finding)
@@ -409,16 +404,12 @@ class CompressedTensorsFormat(RuleFormat):
         for finding in targets.findings:
             found.add(finding)
         result = cls(source=source, groups=tuple(groups))
-        builder = _Builder(parsed, tuple(groups), targets, use, found, source)
+        builder = _Builder(parsed, tuple(groups), targets, found, source)
         if tensors is None:
             result.targets = targets
-            builder.note_groups()
         else:
             builder.index(result, tensors)
         result.kv_cache = builder.kv_tensors(known=tensors is not None)
-        line = use.finding(source)
-        if line is not None:
-            found.add(line)
         result.findings = tuple(found.close())
         return result
 
@@ -493,13 +484,10 @@ def _refused_parts(config: CompressedTensorsConfig, source: str) -> list[Finding
 class _Reader:
     """Turns one group's arguments into a LayerSpec."""
 
-    def __init__(
-        self, name: str, scheme: QuantizationScheme, config_format: str | None, mode: str, source: str
-    ) -> None:
+    def __init__(self, name: str, scheme: QuantizationScheme, config_format: str | None, source: str) -> None:
         self.name = name
         self.scheme = scheme
         self.format = scheme.format or config_format or ""
-        self.mode = mode
         self.source = source
         self.findings: list[Finding] = []
 
@@ -578,8 +566,8 @@ class _Reader:
         static = inputs is not None and not inputs.dynamic
         kind = "W8A16" if inputs is None else "STATIC" if static else "DYNAMIC"
         name = f"FP8{'' if granularity is Granularity.TENSOR else '_' + granularity.value.upper()}_{kind}"
-        spec = fp8_spec(name, stored, Layout.FP8, activation=inputs is not None, mode=self.mode)
-        return _Group(spec, frozenset({"input_scale"}) if static else frozenset(), name, static)
+        spec = fp8_spec(name, stored, Layout.FP8, static=None if inputs is None else static)
+        return _Group(spec, frozenset({"input_scale"}) if static else frozenset())
 
     def _int(self, weights: QuantizationArgs, inputs: QuantizationArgs | None) -> _Group:
         if self.format == _FLOAT:
@@ -671,18 +659,11 @@ class _Builder:
     config: CompressedTensorsConfig
     groups: tuple[_Group, ...]
     targets: Targets
-    use: Fp8Use
     found: FindingLimit
     source: str
     silent: list[str] = field(default_factory=list)
     kv_found: set[str] = field(default_factory=set)
     not_compressed: list[str] = field(default_factory=list)
-
-    def note_groups(self) -> None:
-        """The FP8 groups, where it is not known how many layers they have."""
-        for group in self.groups:
-            if group.fp8:
-                self.use.add(group.fp8, static=group.static)
 
     def index(self, result: CompressedTensorsFormat, tensors: Mapping[str, StoredTensor]) -> None:
         stored = stored_layers_of(tensors)
@@ -772,8 +753,6 @@ class _Builder:
                         fix="update vllm-npu-quant, or re-export the checkpoint without it",
                     )
                 )
-        if group.fp8:
-            self.use.add(group.fp8, static=group.static)
         optional = {name for name in named if name in known and known[name].optional}
         return LayerEntry(spec, group.needs | optional)
 

@@ -6,9 +6,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from vllm_npu_quant.dispatch import describe
 from vllm_npu_quant.errors import Finding
 from vllm_npu_quant.formats.base import FLOAT_ENTRY, ExpertsEntry, LayerEntry
+from vllm_npu_quant.serving.dispatch import describe
 
 __all__ = ["EXPERT_NAMES", "FUSED_FLOAT", "collect_experts", "holds_fused_floats", "split_expert", "split_number"]
 

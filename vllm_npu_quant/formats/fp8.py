@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FP8 checkpoints (``quant_method: fp8``), and how FP8 layers of any format are served.
+"""FP8 checkpoints (``quant_method: fp8``).
 
 Spellings: DeepSeek's and transformers' blocks (``weight_block_size``, ``weight_scale_inv``), per-tensor and per-channel
 scales (``weight_scale``), Mistral's per-tensor ``weight_scale_inv`` with ``activation_scale``; static and dynamic
 activations; ``modules_to_not_convert`` or ``ignored_layers``.
-
-Ascend A2, A3 and 310P have no FP8 instructions. The weights are requantized while they load to int8 with one scale per
-output channel, which keeps one byte per weight, and the activations to int8 per token; or, where the user asks for it, the
-weights become floats of the model's dtype.
 """
 
 from __future__ import annotations
@@ -18,7 +14,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError, field_validator
 
-from vllm_npu_quant import settings
 from vllm_npu_quant.checkpoint.text import shown, shown_name
 from vllm_npu_quant.errors import Finding, Severity
 from vllm_npu_quant.formats.base import FLOAT_ENTRY, LayerEntry
@@ -31,7 +26,6 @@ from vllm_npu_quant.spec import ActivationSpec, Granularity, LayerSpec, Layout, 
 __all__ = [
     "Fp8Config",
     "Fp8Format",
-    "Fp8Use",
     "config_findings",
     "fp8_spec",
     "silent_finding",
@@ -40,10 +34,6 @@ __all__ = [
 
 #: safetensors dtypes of 8-bit floats.
 FP8_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
-
-_INT8 = WeightSpec(8)
-_PER_TOKEN = ActivationSpec(8, dynamic=True, granularity=Granularity.TOKEN)
-_AS_FLOAT = WeightSpec(16, NumberKind.FLOAT)
 
 #: Layers that FP8 producers leave alone without saying so: vLLM has no FP8 head, and a router stays exact.
 _FLOAT_BY_CONVENTION = frozenset({"lm_head", "gate", "shared_expert_gate", "router"})
@@ -74,21 +64,22 @@ def kv_cache_tensors(layer: str, named: Mapping[str, StoredTensor]) -> set[str]:
     return kv | (named.keys() & set(KV_OUTPUTS)) if layer.rpartition(".")[2] in _KV_LAYERS else kv
 
 
-def fp8_spec(scheme: str, stored: WeightSpec, layout: Layout, *, activation: bool, mode: str) -> LayerSpec:
-    """How a layer with FP8 weights is served on a chip without FP8.
+def fp8_spec(scheme: str, weight: WeightSpec, layout: Layout, *, static: bool | None) -> LayerSpec:
+    """The spec of a layer with FP8 weights.
 
     Args:
         scheme: the producer's name for it ("FP8_BLOCK").
-        stored: the weight on disk.
+        weight: as ``fp8_weight`` gives it.
         layout: where its numbers lie.
-        activation: whether the checkpoint quantizes the layer's input, too.
-        mode: what the weights become, as ``settings.fp8_mode`` gives it.
+        static: whether the input's scale is static; None if the input is not quantized.
     """
-    if mode == "bf16":
-        return LayerSpec(f"{scheme} as float", layout, _AS_FLOAT, None, stored)
-    if activation:
-        return LayerSpec(f"{scheme} as W8A8_DYNAMIC", layout, _INT8, _PER_TOKEN, stored)
-    return LayerSpec(f"{scheme} as W8A16", layout, _INT8, None, stored)
+    return LayerSpec(scheme, layout, weight, None if static is None else fp8_activation(static=static))
+
+
+def fp8_activation(*, static: bool) -> ActivationSpec:
+    """FP8 inputs: one scale per tensor if static, else per token."""
+    granularity = Granularity.TENSOR if static else Granularity.TOKEN
+    return ActivationSpec(8, dynamic=not static, granularity=granularity, kind=NumberKind.FLOAT)
 
 
 def fp8_weight(granularity: Granularity, block: Sequence[int] = (0, 0)) -> WeightSpec:
@@ -99,53 +90,6 @@ def fp8_weight(granularity: Granularity, block: Sequence[int] = (0, 0)) -> Weigh
         block: output rows and inputs per block.
     """
     return WeightSpec(8, NumberKind.FLOAT, granularity, block[1], block_rows=block[0])
-
-
-@dataclass
-class Fp8Use:
-    """What is said once per checkpoint about its FP8 layers: the setting, and what it does to them.
-
-    Attributes:
-        mode: "int8" or "bf16".
-        findings: bad-config where the setting is neither.
-        schemes: how many stored layers each producer's scheme has.
-        static: whether static input scales are dropped.
-    """
-
-    mode: str = "int8"
-    findings: list[Finding] = field(default_factory=list)
-    schemes: dict[str, int] = field(default_factory=dict)
-    static: bool = False
-
-    @classmethod
-    def from_settings(cls) -> Fp8Use:
-        try:
-            return cls(settings.fp8_mode())
-        except ValueError as error:
-            fix = f"unset {settings.FP8}, or set it to int8 or bf16"
-            return cls("int8", [Finding("bad-config", str(error), expected="int8 or bf16", fix=fix)])
-
-    def add(self, scheme: str, *, static: bool = False) -> None:
-        self.schemes[scheme] = self.schemes.get(scheme, 0) + 1
-        self.static |= static
-
-    def finding(self, source: str) -> Finding | None:
-        """The one line about the conversion; None where the checkpoint has no FP8 layers."""
-        if not self.schemes:
-            return None
-        if self.mode == "bf16":
-            message = "FP8 weights are dequantized at load to the model's dtype, which doubles their memory"
-            fix = f"{settings.FP8}=int8 keeps one byte per weight"
-        else:
-            message = (
-                "Ascend A2, A3 and 310P have no FP8: weights are requantized at load to int8 with a scale per output "
-                "channel, and activations that the checkpoint quantizes to int8 per token"
-            )
-            fix = f"{settings.FP8}=bf16 dequantizes them to the model's dtype instead, at twice the memory"
-        if self.static:
-            message += "; static input scales are dropped, since a scale per token is finer"
-        schemes = ", ".join(f"{scheme}: {count} layers" for scheme, count in sorted(self.schemes.items()))
-        return Finding("requantized", message, file=source, found=schemes, fix=fix, severity=Severity.INFO)
 
 
 def silent_finding(layers: Sequence[str], source: str) -> Finding | None:
@@ -263,12 +207,10 @@ class Fp8Format(RuleFormat):
 
     Attributes:
         config: the validated config.
-        mode: what the weights become.
         kv_cache: whether the checkpoint carries KV-cache scales.
     """
 
     config: Fp8Config = field(default_factory=Fp8Config)
-    mode: str = "int8"
     kv_cache: bool = False
 
     name = "fp8"
@@ -282,7 +224,7 @@ class Fp8Format(RuleFormat):
         weight = fp8_weight(Granularity.BLOCK if block else Granularity.TENSOR, block or (0, 0))
         layout = Layout.FP8_INV if block else Layout.FP8
         static = self.config.activation_scheme == "static"
-        spec = fp8_spec(_scheme(weight, static=static), weight, layout, activation=True, mode=self.mode)
+        spec = fp8_spec(_scheme(weight, static=static), weight, layout, static=static)
         return LayerEntry(spec, frozenset({"input_scale"}) if static else frozenset())
 
     def _skips(self, layer: str) -> bool:
@@ -313,9 +255,6 @@ class Fp8Format(RuleFormat):
             The format; ``findings`` holds everything that is wrong. Nothing is raised.
         """
         found = FindingLimit()
-        use = Fp8Use.from_settings()
-        for finding in use.findings:
-            found.add(finding)
         try:
             parsed = Fp8Config.model_validate(dict(config))
         except ValidationError as error:
@@ -324,19 +263,13 @@ class Fp8Format(RuleFormat):
             return cls(source=source, findings=tuple(found.close()))
         for problem in _config_problems(parsed, source):
             found.add(problem)
-        result = cls(source=source, config=parsed, mode=use.mode)
-        if tensors is None:
-            # How many layers there are is not known; that there are any is.
-            use.add(_scheme(fp8_weight(*_default(parsed)), static=parsed.activation_scheme == "static"))
-        else:
-            result._index(tensors, use, found)
-        line = use.finding(source)
-        if line is not None:
-            found.add(line)
+        result = cls(source=source, config=parsed)
+        if tensors is not None:
+            result._index(tensors, found)
         result.findings = tuple(found.close())
         return result
 
-    def _index(self, tensors: Mapping[str, StoredTensor], use: Fp8Use, found: FindingLimit) -> None:
+    def _index(self, tensors: Mapping[str, StoredTensor], found: FindingLimit) -> None:
         stored = stored_layers_of(tensors)
         skipped = frozenset(self.config.skipped)
         patterns = PatternSet(
@@ -371,7 +304,7 @@ class Fp8Format(RuleFormat):
                     )
                 )
                 return None
-            return self._entry(layer, named, use, found)
+            return self._entry(layer, named, found)
 
         self.index = index_layers(stored, decide, self.source)
         for finding in self.index.findings:
@@ -382,9 +315,7 @@ class Fp8Format(RuleFormat):
         if self.kv_cache or self.config.kv_cache_scheme:
             found.add(kv_cache_finding("k_scale, v_scale" if self.kv_cache else "kv_cache_scheme", self.source))
 
-    def _entry(
-        self, layer: str, named: Mapping[str, StoredTensor], use: Fp8Use, found: FindingLimit
-    ) -> LayerEntry | None:
+    def _entry(self, layer: str, named: Mapping[str, StoredTensor], found: FindingLimit) -> LayerEntry | None:
         """The entry of a layer whose weight is stored quantized."""
         inverse = "weight_scale_inv" in named
         layout = Layout.FP8_INV if inverse else Layout.FP8
@@ -405,9 +336,7 @@ class Fp8Format(RuleFormat):
                         fix="update vllm-npu-quant, or re-export the checkpoint without it",
                     )
                 )
-        scheme = _scheme(weight, static=static)
-        use.add(scheme, static=static)
-        spec = fp8_spec(scheme, weight, layout, activation=True, mode=self.mode)
+        spec = fp8_spec(_scheme(weight, static=static), weight, layout, static=static)
         optional = {name for name in named if name in known and known[name].optional}
         return LayerEntry(spec, frozenset(optional))
 

@@ -10,7 +10,7 @@ writes "FLOAT" there for some fully quantized models, so each tensor's own type 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -20,7 +20,7 @@ from vllm_npu_quant.errors import Finding, Severity, nearest_names
 from vllm_npu_quant.formats.base import FLOAT_ENTRY, ExpertsEntry, LayerEntry, QuantFormat
 from vllm_npu_quant.formats.check import FindingLimit, StoredTensor
 from vllm_npu_quant.formats.experts import FUSED_FLOAT, collect_experts, holds_fused_floats, split_number
-from vllm_npu_quant.formats.fp8 import Fp8Use, fp8_spec, fp8_weight
+from vllm_npu_quant.formats.fp8 import fp8_activation, fp8_weight
 from vllm_npu_quant.layouts.tables import LAYOUTS
 from vllm_npu_quant.spec import (
     FLOAT,
@@ -28,7 +28,6 @@ from vllm_npu_quant.spec import (
     Granularity,
     LayerSpec,
     Layout,
-    NumberKind,
     TransformSpec,
     WeightSpec,
 )
@@ -128,7 +127,7 @@ TYPES: dict[str, _Type] = {
         grouped=True,
         needs=frozenset({"left_trans", "clip_ratio"}),
     ),
-    "WFP8AFP8_DYNAMIC": _Type(Layout.FP8, fp8_weight(Granularity.CHANNEL), _PER_TOKEN),
+    "WFP8AFP8_DYNAMIC": _Type(Layout.FP8, fp8_weight(Granularity.CHANNEL), fp8_activation(static=False)),
 }
 FLOAT_TYPE = "FLOAT"
 #: Types of tensors that are what they were: "W16A16S" is float that was made sparse.
@@ -338,7 +337,6 @@ class _Builder:
         self.header = DescriptionHeader()
         #: Layer -> names of the rotation matrices that metadata.quarot gives it.
         self.rotations: dict[str, frozenset[str]] = {}
-        self.fp8 = Fp8Use.from_settings()
         #: Layers by a type that is refused, and by those that are not known.
         self.refused: dict[str, list[str]] = {}
         self.unknown: dict[tuple[str, ...], list[str]] = {}
@@ -420,8 +418,6 @@ class _Builder:
                     continue
                 if plain:
                     alike[listed] = entry
-            if entry.spec.stored is not None:
-                self.fp8.add(listed[1::2][listed[::2].index("weight")])
             above, _, projection = layer.rpartition(".")
             if above != before:
                 before, expert = above, split_number(above)
@@ -579,7 +575,7 @@ class _Builder:
                 fix="re-export the checkpoint with msModelSlim",
             )
             return None
-        spec = _spec(scheme, shape, types, self.fp8.mode)
+        spec = _spec(scheme, shape, types)
         self._check_tensors(layer, scheme, spec, types)
         matrices = {*types, *shape.rotation} & {*_LEFT, *_RIGHT}
         if matrices and spec.transform is not None and not spec.transform.left and not spec.transform.right:
@@ -683,11 +679,6 @@ class _Builder:
 
     def check_header(self, header: DescriptionHeader) -> None:
         """Findings about what the description says besides its tensors."""
-        for finding in self.fp8.findings:
-            self.found.add(finding)
-        about_fp8 = self.fp8.finding(self.source)
-        if about_fp8 is not None:
-            self.found.add(about_fp8)
         for field_name in ("fa_quant_type", "indexer_quant_type"):
             value = getattr(header, field_name)
             if value and value != FLOAT_TYPE:
@@ -711,12 +702,10 @@ def _are_matrices(*tensors: StoredTensor | None) -> bool:
     return all(tensor is not None and len(tensor.shape) == 2 and tensor.shape[1] >= 1 for tensor in tensors)
 
 
-def _spec(scheme: str, shape: _Shape, types: Mapping[str, str], fp8_mode: str) -> LayerSpec:
+def _spec(scheme: str, shape: _Shape, types: Mapping[str, str]) -> LayerSpec:
     kind = TYPES[scheme]
     weight = kind.weight
     assert weight is not None
-    if weight.kind is NumberKind.FLOAT:
-        return fp8_spec(scheme, weight, kind.layout, activation=True, mode=fp8_mode)
     if kind.grouped and shape.group_size > 0:
         weight = WeightSpec(weight.bits, weight.kind, Granularity.GROUP, shape.group_size, weight.symmetric)
     layout = kind.layout
@@ -726,10 +715,3 @@ def _spec(scheme: str, shape: _Shape, types: Mapping[str, str], fp8_mode: str) -
     if shape.rotation or not _TRANSFORM.isdisjoint(types):
         transform = TransformSpec(shape.left, shape.right, "clip_ratio" in types)
     return LayerSpec(scheme, layout, weight, kind.activation, transform=transform)
-
-
-def as_static(spec: LayerSpec) -> LayerSpec:
-    """The spec of a W8A8_MIX layer where it runs with its static input scale; other specs are returned as they are."""
-    if spec.scheme != "W8A8_MIX":
-        return spec
-    return replace(spec, activation=_STATIC_INT8)

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from math import gcd
 from typing import Any
 
-from vllm_npu_quant.dispatch import describe
 from vllm_npu_quant.errors import Finding, NpuQuantError, nearest_names
 from vllm_npu_quant.formats.base import ExpertsEntry, LayerEntry, QuantFormat
+from vllm_npu_quant.serving.dispatch import describe
 from vllm_npu_quant.spec import Granularity, LayerSpec, Layout
 
 __all__ = ["FUSED_FAMILIES", "LayerResolver", "ResolvedExperts", "ResolvedLayer", "variants"]
@@ -106,7 +106,7 @@ def joint_spec(specs: Sequence[LayerSpec]) -> LayerSpec | None:
     weights = []
     for spec in kinds:
         weight = spec.weight
-        if weight is None or spec.activation is not None or spec.stored is not None or spec.layout not in _REGROUPED:
+        if weight is None or spec.activation is not None or spec.layout not in _REGROUPED:
             return None
         weights.append(weight)
     size = gcd(*(weight.group_size for weight in weights))

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from vllm_npu_quant import dispatch, settings
 from vllm_npu_quant.errors import Finding, NpuQuantError, Severity
 from vllm_npu_quant.formats.base import QuantFormat
 from vllm_npu_quant.formats.check import FindingLimit, check_checkpoint
@@ -18,7 +17,9 @@ from vllm_npu_quant.inspection.limits import limit_findings
 from vllm_npu_quant.inspection.model import Model, open_model
 from vllm_npu_quant.inspection.overview import dtype_of
 from vllm_npu_quant.inspection.parallel import parallel_findings
-from vllm_npu_quant.spec import LayerKind, as_w4a16
+from vllm_npu_quant.serving import dispatch
+from vllm_npu_quant.serving.decide import Host, requantized_findings
+from vllm_npu_quant.spec import LayerKind
 
 __all__ = ["CheckReport", "check"]
 
@@ -88,7 +89,9 @@ def check(
     layers = layers_of(opened)
     findings += served_findings(layers, quant_format)
     findings += otherwise_findings(layers, quant_format.source)
-    findings += setting_findings(layers)
+    findings += requantized_findings(
+        ((layer.stored, layer.count) for layer in layers), Host.read(), quant_format.source
+    )
     findings += fused_findings(quant_format)
     findings += parallel_findings(opened, layers, tp=tp, ep=ep)
     said = {finding.layer for finding in quant_format.findings if finding.code == "operator-limit"}
@@ -134,7 +137,7 @@ def served_findings(layers: Iterable[Layer], quant_format: QuantFormat) -> list[
                 )
             )
         elif layer.row is None:
-            refused.setdefault((layer.kind, dispatch.describe(layer.spec)), []).append(layer)
+            refused.setdefault((layer.kind, dispatch.describe(layer.spec, layer.stored)), []).append(layer)
         elif layer.kind == LayerKind.FUSED_MOE.value:
             for finding in _expert_findings(layer, quant_format):
                 found.add(finding)
@@ -149,7 +152,7 @@ def served_findings(layers: Iterable[Layer], quant_format: QuantFormat) -> list[
 def otherwise_findings(layers: Iterable[Layer], source: str) -> list[Finding]:
     """Layers that are served, and not as the checkpoint says: one finding for all of a dispatch row and reason.
 
-    FP8 is not among them: the formats speak of it, since a setting decides what becomes of it.
+    FP8 is told once per checkpoint: ``serving.decide.requantized_findings``.
     """
     groups: dict[tuple[str, str, dispatch.Row], list[Layer]] = {}
     for layer in layers:
@@ -157,7 +160,7 @@ def otherwise_findings(layers: Iterable[Layer], source: str) -> list[Finding]:
             groups.setdefault((layer.otherwise, layer.instead, layer.row), []).append(layer)
     found = []
     for (otherwise, instead, row), members in groups.items():
-        specs = list(dict.fromkeys(dispatch.describe(layer.said or layer.spec) for layer in members))
+        specs = list(dict.fromkeys(dispatch.describe(layer.stored) for layer in members))
         count = sum(layer.count for layer in members)
         found.append(
             Finding(
@@ -172,17 +175,6 @@ def otherwise_findings(layers: Iterable[Layer], source: str) -> list[Finding]:
             )
         )
     return found
-
-
-def setting_findings(layers: Iterable[Layer]) -> list[Finding]:
-    """A value that VLLM_NPU_QUANT_W4A8 does not have, where there are layers that it is for. The formats speak of FP8's."""
-    if all(as_w4a16(layer.spec) is layer.spec for layer in layers):
-        return []
-    try:
-        settings.w4a8_mode()
-    except NpuQuantError as error:
-        return list(error.findings)
-    return []
 
 
 def _expert_findings(layer: Layer, quant_format: QuantFormat) -> Iterable[Finding]:

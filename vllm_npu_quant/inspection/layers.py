@@ -6,14 +6,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from vllm_npu_quant import dispatch, settings
 from vllm_npu_quant.checkpoint import Checkpoint, TensorInfo
-from vllm_npu_quant.errors import NpuQuantError
 from vllm_npu_quant.formats.base import ExpertsEntry, LayerEntry, QuantFormat
 from vllm_npu_quant.formats.rules import FLOAT_DTYPES, RuleFormat, is_embedding
 from vllm_npu_quant.inspection.model import Model
 from vllm_npu_quant.layouts.tables import Axis, tensors_of
-from vllm_npu_quant.spec import FLOAT, LayerKind, LayerSpec, Layout, NumberKind, as_float, as_w4a16
+from vllm_npu_quant.serving import dispatch
+from vllm_npu_quant.serving.decide import Host, Served, decide
+from vllm_npu_quant.spec import FLOAT, LayerKind, LayerSpec, Layout
 
 __all__ = ["OTHER", "UNKNOWN", "Layer", "Scheme", "layers_of", "schemes_of"]
 
@@ -32,14 +32,15 @@ class Layer:
         name: its name, with * for the number of an expert.
         kind: "linear", "fused_moe", "lm_head", or "other".
         count: how many checkpoint layers it stands for: the experts, else 1.
-        spec: its quantization.
+        spec: what the method class computes with.
         row: the dispatch row that serves it; None for float layers, and where none does.
         outputs, inputs: N and K of one of them; 0 where they are not known.
         nbytes: bytes of all its stored tensors. loaded: the same, with floats of 32 bits and more in the model's 16.
         reason: why it is float; empty where it is quantized.
         tensors: the optional tensors that the checkpoint stores.
         otherwise: what is different from what the checkpoint says, in a layer that is served otherwise; empty for all others.
-        instead: what a user can do about that. said: the checkpoint's spec, where ``spec`` is not that.
+        instead: what a user can do about that.
+        stored: the quantization that the checkpoint describes.
     """
 
     name: str
@@ -55,7 +56,7 @@ class Layer:
     loaded: int = 0
     otherwise: str = ""
     instead: str = ""
-    said: LayerSpec | None = None
+    stored: LayerSpec = FLOAT
 
     @property
     def remark(self) -> str:
@@ -109,39 +110,11 @@ def layers_of(model: Model) -> list[Layer]:
     Raises:
         NpuQuantError: what kept the format from being found out.
     """
-    found = _stored_layers(model.require_format(), model.checkpoint)
-    latent = bool(model.size("kv_lora_rank"))
-    try:
-        w4a16 = settings.w4a8_mode() == "w4a16"
-    except NpuQuantError:  # which the check reports
-        w4a16 = False
-    return [_as_served(layer, latent, w4a16) for layer in found] if latent or w4a16 else found
+    host = Host.read(latent_attention=bool(model.size("kv_lora_rank")))
+    return _layers(model.require_format(), model.checkpoint, host)
 
 
-def _as_served(layer: Layer, latent: bool, w4a16: bool) -> Layer:
-    """The layer with what the model, or a setting, makes of its scheme.
-
-    Args:
-        latent: whether the model's attention is the latent one. w4a16: what VLLM_NPU_QUANT_W4A8 says.
-    """
-    if layer.spec.is_float or layer.kind == OTHER:
-        return layer
-    weight = layer.spec.weight
-    if latent and layer.name.endswith(".kv_b_proj") and weight is not None and weight.kind is not NumberKind.FLOAT:
-        spec = as_float(layer.spec)
-        otherwise = "latent attention takes its weight apart, so it is dequantized while it loads, to two bytes each"
-        instead = "export this layer as float"
-    elif w4a16 and as_w4a16(layer.spec) is not layer.spec:
-        spec = as_w4a16(layer.spec)
-        otherwise = f"{settings.W4A8}=w4a16: its activations are not quantized"
-        instead = f"unset {settings.W4A8}"
-    else:
-        return layer
-    row = dispatch.find_row(LayerKind(layer.kind), spec)
-    return replace(layer, spec=spec, row=row, otherwise=otherwise, instead=instead, said=layer.spec)
-
-
-def _stored_layers(quant_format: QuantFormat, checkpoint: Checkpoint) -> list[Layer]:
+def _layers(quant_format: QuantFormat, checkpoint: Checkpoint, host: Host) -> list[Layer]:
     tensors = checkpoint.tensors
     sizes: dict[str, int] = {}
     for name, tensor in tensors.items():
@@ -156,9 +129,9 @@ def _stored_layers(quant_format: QuantFormat, checkpoint: Checkpoint) -> list[La
             continue
         entry = quant_format.find(name)
         if entry is not None:
-            found.append(_layer(name, entry, quant_format, tensors, sizes.pop(name, 0)))
+            found.append(_layer(name, entry, quant_format, tensors, sizes.pop(name, 0), host))
     for name, experts in moe.items():
-        found += _experts(name, experts, quant_format, tensors, sizes)
+        found += _experts(name, experts, quant_format, tensors, sizes, host)
     unknown = _not_float(sizes, tensors)
     for name, nbytes in sizes.items():
         table = tensors.get(name + ".weight") if is_embedding(name) and name not in unknown else None
@@ -186,23 +159,45 @@ def _not_float(layers: Mapping[str, int], tensors: Mapping[str, TensorInfo]) -> 
 
 
 def _layer(
-    name: str, entry: LayerEntry, quant_format: QuantFormat, tensors: Mapping[str, TensorInfo], nbytes: int
+    name: str,
+    entry: LayerEntry,
+    quant_format: QuantFormat,
+    tensors: Mapping[str, TensorInfo],
+    nbytes: int,
+    host: Host,
 ) -> Layer:
-    spec = entry.spec
     outputs, inputs = _sizes(name, entry, tensors)
-    last = name.rpartition(".")[2]
-    if spec.is_float and (not outputs or is_embedding(name)):
-        return Layer(name, OTHER, 1, spec, None, outputs, inputs, nbytes)
-    kind = LayerKind.LM_HEAD if last == "lm_head" else LayerKind.LINEAR
-    row = None if spec.is_float else dispatch.find_row(kind, spec)
-    reason = _why_float(name, quant_format) if spec.is_float else ""
-    told = _otherwise(row)
-    return Layer(name, kind.value, 1, spec, row, outputs, inputs, nbytes, reason, entry.tensors, 0, *told)
+    if entry.spec.is_float and (not outputs or is_embedding(name)):
+        return Layer(name, OTHER, 1, entry.spec, None, outputs, inputs, nbytes)
+    kind = LayerKind.LM_HEAD if name.rpartition(".")[2] == "lm_head" else LayerKind.LINEAR
+    reason = _why_float(name, quant_format) if entry.spec.is_float else ""
+    served = decide(kind, entry.spec, host, layer=name)
+    return _as_layer(name, served, 1, (outputs, inputs), nbytes, reason, entry.tensors)
 
 
-def _otherwise(row: dispatch.Row | None) -> tuple[str, str]:
-    """Layer.otherwise and Layer.instead of the layers of a dispatch row."""
-    return (row.remark, f"export these layers {row.instead}") if row is not None and row.instead else ("", "")
+def _as_layer(
+    name: str,
+    served: Served,
+    count: int,
+    sizes: tuple[int, int],
+    nbytes: int,
+    reason: str,
+    tensors: frozenset[str],
+) -> Layer:
+    return Layer(
+        name,
+        served.kind.value,
+        count,
+        served.spec,
+        served.row,
+        *sizes,
+        nbytes,
+        reason,
+        tensors,
+        otherwise=served.difference,
+        instead=served.instead,
+        stored=served.stored,
+    )
 
 
 def _experts(
@@ -211,26 +206,15 @@ def _experts(
     quant_format: QuantFormat,
     tensors: Mapping[str, TensorInfo],
     sizes: dict[str, int],
+    host: Host,
 ) -> Iterable[Layer]:
     for projection, entry in zip(experts.names, (experts.gate, experts.up, experts.down), strict=True):
-        outputs, inputs = _sizes(f"{name}.0.{projection}", entry, tensors)
         nbytes = sum(sizes.pop(f"{name}.{number}.{projection}", 0) for number in range(experts.count))
-        row = None if entry.spec.is_float else dispatch.find_row(LayerKind.FUSED_MOE, entry.spec)
-        reason = _why_float(f"{name}.0.{projection}", quant_format) if entry.spec.is_float else ""
-        yield Layer(
-            f"{name}.*.{projection}",
-            LayerKind.FUSED_MOE.value,
-            experts.count,
-            entry.spec,
-            row,
-            outputs,
-            inputs,
-            nbytes,
-            reason,
-            entry.tensors,
-            0,
-            *_otherwise(row),
-        )
+        first = f"{name}.0.{projection}"
+        reason = _why_float(first, quant_format) if entry.spec.is_float else ""
+        served = decide(LayerKind.FUSED_MOE, entry.spec, host, layer=first)
+        shape = _sizes(first, entry, tensors)
+        yield _as_layer(f"{name}.*.{projection}", served, experts.count, shape, nbytes, reason, entry.tensors)
 
 
 def _sizes(layer: str, entry: LayerEntry, tensors: Mapping[str, TensorInfo]) -> tuple[int, int]:
@@ -262,7 +246,7 @@ def schemes_of(layers: Iterable[Layer]) -> list[Scheme]:
     """The layers by kind and scheme; quantized first, then by bytes."""
     groups: dict[tuple[object, ...], Scheme] = {}
     for layer in layers:
-        spec = "" if layer.kind == OTHER else dispatch.describe(layer.spec).partition(": ")[2]
+        spec = "" if layer.kind == OTHER else dispatch.describe(layer.spec, layer.stored).partition(": ")[2]
         key = (layer.kind, layer.scheme, spec, layer.method, layer.reason, layer.remark)
         parameters = layer.count * layer.outputs * layer.inputs
         known = groups.get(key)

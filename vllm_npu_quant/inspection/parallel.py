@@ -129,8 +129,8 @@ def _layers(layers: Iterable[Layer], tp: int, ep: int) -> Iterable[tuple[str, st
 
 def _packed(layer: Layer, axis: Axis, part: int, tp: int) -> Iterable[tuple[str, str, str, str]]:
     """Whether a rank's part holds whole packed elements, and enough of each group with activation order."""
-    group = group_size_of(layer.spec)
-    tensors = tensors_of(layer.spec, layer.tensors)
+    group = group_size_of(layer.stored)
+    tensors = tensors_of(layer.stored, layer.tensors)
     for tensor in tensors:
         for dim in tensor.as_loaded().dims:
             if dim.axis is axis and dim.pack > 1 and part % dim.pack:

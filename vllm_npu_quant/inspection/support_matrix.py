@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from vllm_npu_quant import dispatch
 from vllm_npu_quant.checkpoint import TensorInfo
 from vllm_npu_quant.errors import Severity
 from vllm_npu_quant.formats.open import build_format
 from vllm_npu_quant.inspection.chips import CHIPS, support
+from vllm_npu_quant.serving import dispatch
+from vllm_npu_quant.serving.decide import Host, decide
 from vllm_npu_quant.spec import LayerKind
 
 __all__ = ["MatrixRow", "matrix"]
@@ -58,10 +59,10 @@ def _row(name: str, label: str, config: Mapping[str, Any]) -> MatrixRow:
     rows = {}
     for kind in LayerKind:
         spec = experts.gate.spec if kind is LayerKind.FUSED_MOE and experts is not None else entry.spec
-        row = dispatch.find_row(kind, spec)
+        row = decide(kind, spec, Host()).row
         if row is not None and not (kind is LayerKind.FUSED_MOE and spec.layout.value.endswith("act_order")):
             rows[kind] = row
-    numbers = dispatch.describe(entry.spec).partition(": ")[2]
+    numbers = decide(LayerKind.LINEAR, entry.spec, Host()).describe().partition(": ")[2]
     methods = {kind.value: row.method_name for kind, row in rows.items()}
     chips = {key: _chip(key, rows) for key in CHIPS}
     remark = "; ".join(dict.fromkeys(row.remark for row in rows.values() if row.remark))

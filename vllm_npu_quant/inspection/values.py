@@ -163,7 +163,7 @@ def _scale_values(checkpoint: Checkpoint, layer: str, tensor: TensorInfo) -> Ite
 
 
 def _integers(checkpoint: Checkpoint, layer: str, tensor: TensorInfo, entry: LayerEntry) -> Iterator[Finding]:
-    weight = entry.spec.on_disk
+    weight = entry.spec.weight
     if weight is None or weight.bits != 4 or entry.spec.layout not in _BYTES:
         return
     values = checkpoint.read(tensor.name)
@@ -217,13 +217,13 @@ def _bad(
 
 def _requantization(checkpoint: Checkpoint, layer: str, entry: LayerEntry | None) -> float | None:
     """||w_int8 - w_fp8|| / ||w_fp8|| of a layer whose FP8 weight is served as int8 with a scale per output."""
-    if entry is None or entry.spec.weight is None or entry.spec.stored is None:
+    if entry is None or entry.spec.weight is None:
         return None
-    stored, served = entry.spec.stored, entry.spec.weight
+    stored = entry.spec.weight
     weight = checkpoint.tensors.get(f"{layer}.weight")
     scale_name = "weight_scale_inv" if entry.spec.layout is Layout.FP8_INV else "weight_scale"
     scale = checkpoint.tensors.get(f"{layer}.{scale_name}")
-    if stored.kind is not NumberKind.FLOAT or served.kind is not NumberKind.INT:
+    if stored.kind is not NumberKind.FLOAT:
         return None
     if weight is None or scale is None or len(weight.shape) != 2 or weight.dtype != "F8_E4M3" or not weight.numel:
         return None

@@ -61,7 +61,7 @@ def to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> Canoni
     inputs, columns = words.shape
     zero = None
     if stored is not None and bool((stored != _MIDDLE).any()):
-        if spec.on_disk is not None and spec.on_disk.symmetric:
+        if spec.weight is not None and spec.weight.symmetric:
             raise NpuQuantError([_contradiction(stored)])
         zero = stored.t().to(torch.float32) - _MIDDLE
 

@@ -57,7 +57,7 @@ def one_scale_per_row(stored: torch.Tensor, spec: LayerSpec, outputs: int) -> to
         [R, G] with R >= N: R is ``outputs`` for a scale per tensor, at most ``outputs`` for blocks, N otherwise. Floats of
         8 bits become float32; other dtypes stay.
     """
-    weight = spec.on_disk
+    weight = spec.weight
     assert weight is not None
     if stored.dtype.itemsize == 1 and stored.is_floating_point():
         stored = stored.to(torch.float32)
@@ -70,14 +70,14 @@ def one_scale_per_row(stored: torch.Tensor, spec: LayerSpec, outputs: int) -> to
 
 def unpacked_zero_points(stored: torch.Tensor, spec: LayerSpec, outputs: int) -> torch.Tensor:
     """Zero points packed along N, int32 [ceil(N / p), G] with p = 32 // bits, as int8 [R, G], N <= R <= ``outputs``."""
-    assert spec.on_disk is not None
-    return unpack_outputs(stored, spec.on_disk.bits)[:outputs]
+    assert spec.weight is not None
+    return unpack_outputs(stored, spec.weight.bits)[:outputs]
 
 
 def dense_zero_points(stored: torch.Tensor, spec: LayerSpec, outputs: int) -> torch.Tensor:
     """Zero points that follow each other bit by bit along N, int32 [ceil(N * bits / 32), G], as int8 [R, G]."""
-    assert spec.on_disk is not None
-    return _signed(unpack(stored, spec.on_disk.bits)[:outputs], spec.on_disk.bits)
+    assert spec.weight is not None
+    return _signed(unpack(stored, spec.weight.bits)[:outputs], spec.weight.bits)
 
 
 def _signed(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -141,7 +141,7 @@ def _scales(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> tuple[torch
         )
     if zero is not None and not bool(zero.count_nonzero()):
         zero = None
-    if zero is not None and spec.on_disk is not None and spec.on_disk.symmetric:
+    if zero is not None and spec.weight is not None and spec.weight.symmetric:
         findings.append(
             Finding(
                 "bad-value",
@@ -161,11 +161,11 @@ def _group_size(spec: LayerSpec, scale: torch.Tensor) -> int:
 
 
 def _unpacked_weight(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> CanonicalWeight:
-    assert spec.on_disk is not None
+    assert spec.weight is not None
     scale, zero = _scales(tensors, spec)
     values = tensors["weight"]
-    _check_range(values, spec.on_disk)
-    return CanonicalWeight.of(values, scale, zero, _group_size(spec, scale), spec.on_disk.bits)
+    _check_range(values, spec.weight)
+    return CanonicalWeight.of(values, scale, zero, _group_size(spec, scale), spec.weight.bits)
 
 
 def _check_range(values: torch.Tensor, weight: WeightSpec) -> None:
@@ -197,8 +197,8 @@ def packed_to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) ->
 
     ``weight_shape`` gives K where it does not fill the last word; it is the whole layer's, so a rank's part may be less.
     """
-    assert spec.on_disk is not None
-    bits = spec.on_disk.bits
+    assert spec.weight is not None
+    bits = spec.weight.bits
     packed = tensors["weight_packed"]
     scale, zero = _scales(tensors, spec)
     inputs = packed.shape[1] * (32 // bits)
@@ -231,8 +231,8 @@ def packed_to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) ->
 
 def dense_to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> CanonicalLinear:
     """Layout CT_PACKED_DENSE: as CT_PACKED, with weight_packed int32 [N, ceil(K * bits / 32)], a stream of bits along K."""
-    assert spec.on_disk is not None
-    bits = spec.on_disk.bits
+    assert spec.weight is not None
+    bits = spec.weight.bits
     packed = tensors["weight_packed"]
     scale, zero = _scales(tensors, spec)
     inputs = packed.shape[1] * 32 // bits

@@ -15,7 +15,7 @@ import torch
 from vllm_npu_quant.errors import Finding, NpuQuantError
 from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight
 from vllm_npu_quant.layouts.tables import group_size_of
-from vllm_npu_quant.spec import LayerSpec, NumberKind
+from vllm_npu_quant.spec import LayerSpec
 
 __all__ = ["as_bytes", "decode_e4m3", "float_rows", "largest_codes", "requantized", "to_canonical"]
 
@@ -87,13 +87,13 @@ def largest_codes(codes: torch.Tensor, group_size: int) -> torch.Tensor:
     return largest
 
 
-def requantized(codes: torch.Tensor, scale: torch.Tensor, group_size: int) -> CanonicalWeight:
-    """The weight as int8 per output channel. ``scale`` is computed now, the integers when they are asked for.
+def requantized(codes: torch.Tensor, scale: torch.Tensor, group_size: int, largest: torch.Tensor) -> CanonicalWeight:
+    """The weight as int8 per output channel. Its scale is computed now, its integers when they are asked for.
 
-    Args: as for ``float_rows``.
+    Args: as for ``float_rows``; ``largest`` as ``largest_codes`` gives it for these groups.
     """
     outputs, inputs = codes.shape
-    largest = decode_e4m3(largest_codes(codes, group_size)).mul_(scale.abs()).amax(dim=1, keepdim=True)
+    largest = decode_e4m3(largest).mul_(scale.abs()).amax(dim=1, keepdim=True)
     channel = torch.where(largest > 0, largest / _INT8_MAX, torch.ones_like(largest))
     steps = scale / channel
 
@@ -110,14 +110,15 @@ def requantized(codes: torch.Tensor, scale: torch.Tensor, group_size: int) -> Ca
 def to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> CanonicalLinear:
     """Layouts FP8 and FP8_INV: weight uint8 [N, K] of E4M3 codes, weight_scale or weight_scale_inv float32 [N, G].
 
-    Where ``spec.weight`` is float, the canonical weight has no integers, only ``float_rows``.
+    The weight has both its exact values (``float_rows``) and int8 integers with a scale per output (``rows``).
 
     Raises:
         NpuQuantError: bad-value for NaN codes, scales that are not finite, or zero points that are not 0.
     """
     codes = tensors["weight"]
     scale = tensors["weight_scale"] if "weight_scale" in tensors else tensors["weight_scale_inv"]
-    outputs, inputs = codes.shape
+    group_size = group_size_of(spec)
+    largest = largest_codes(codes, group_size)
     findings = [
         Finding(
             "bad-value",
@@ -127,7 +128,7 @@ def to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> Canoni
             fix="re-export or download the checkpoint",
         )
         for name, what, expected, wrong in (
-            ("the FP8 weight", "NaN", "finite numbers", bool((largest_codes(codes, 0) == 127).any())),
+            ("the FP8 weight", "NaN", "finite numbers", bool((largest == 127).any())),
             ("the scale", "NaN or infinity", "finite scales", not bool(torch.isfinite(scale).all())),
             ("weight_offset", "nonzero offsets", "0 everywhere", _nonzero(tensors.get("weight_offset"))),
         )
@@ -135,11 +136,7 @@ def to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> Canoni
     ]
     if findings:
         raise NpuQuantError(findings)
-    group_size = group_size_of(spec)
-    if spec.weight is not None and spec.weight.kind is NumberKind.FLOAT:
-        weight = CanonicalWeight(outputs, inputs, _no_integers, scale.new_empty(0))
-    else:
-        weight = requantized(codes, scale, group_size)
+    weight = requantized(codes, scale, group_size, largest)
     weight.float_rows = lambda start, stop: float_rows(codes, scale, group_size, start, stop)
     return CanonicalLinear(weight, bias=tensors.get("bias"))
 
@@ -151,9 +148,3 @@ def _blocks(start: int, stop: int, inputs: int) -> list[tuple[int, int]]:
 
 def _nonzero(offset: torch.Tensor | None) -> bool:
     return offset is not None and bool(offset.count_nonzero())
-
-
-def _no_integers(start: int, stop: int) -> torch.Tensor:
-    raise NpuQuantError(
-        [Finding("bad-config", "an FP8 weight that is served as float has no integers", fix="this is a bug: report it")]
-    )

@@ -95,8 +95,8 @@ def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _bits(spec: LayerSpec) -> int:
-    assert spec.on_disk is not None
-    return spec.on_disk.bits
+    assert spec.weight is not None
+    return spec.weight.bits
 
 
 def zeros_v1(stored: torch.Tensor, spec: LayerSpec, outputs: int) -> torch.Tensor:
@@ -163,7 +163,7 @@ def _weight(tensors: Mapping[str, torch.Tensor], spec: LayerSpec, arrangement: A
     stored = tensors["qzeros"]
     zero = None
     if bool((stored != middle).any()):
-        if spec.on_disk is not None and spec.on_disk.symmetric:
+        if spec.weight is not None and spec.weight.symmetric:
             raise NpuQuantError([_contradiction(stored, middle, spec)])
         zero = stored.t().to(torch.float32) - middle
 

@@ -130,7 +130,7 @@ def _weight(
     tensors: Mapping[str, torch.Tensor], spec: LayerSpec, scale: torch.Tensor, zero: torch.Tensor | None
 ) -> CanonicalWeight:
     stored = tensors["weight"]
-    bits = spec.on_disk.bits if spec.on_disk is not None else 8
+    bits = spec.weight.bits if spec.weight is not None else 8
     group = group_size_of(spec) if scale.shape[1] > 1 else 0
     rows, columns = stored.shape
     if spec.layout in (Layout.MODELSLIM_PACKED_N, Layout.MODELSLIM_TWO_LEVEL_PACKED):

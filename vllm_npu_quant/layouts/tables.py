@@ -402,7 +402,7 @@ LAYOUTS: dict[Layout, LayoutRow] = {
 
 def tensors_of(spec: LayerSpec, listed: frozenset[str] = frozenset()) -> tuple[TensorSpec, ...]:
     """The tensors of a layer with this spec: the required ones, and the optional ones named in ``listed``."""
-    weight = spec.on_disk
+    weight = spec.weight
     bits = weight.bits if weight is not None and 0 < weight.bits <= 32 else 32
     return tuple(
         _unpacked(tensor, bits)
@@ -426,7 +426,7 @@ def _unpacked(tensor: TensorSpec, bits: int) -> TensorSpec:
 
 def group_size_of(spec: LayerSpec) -> int:
     """Inputs per stored scale of the layer's weight; 0 where a scale covers a whole output channel."""
-    weight = spec.on_disk
+    weight = spec.weight
     if weight is None or weight.granularity not in (Granularity.GROUP, Granularity.BLOCK):
         return 0
     return weight.group_size
@@ -434,7 +434,7 @@ def group_size_of(spec: LayerSpec) -> int:
 
 def rows_per_scale_of(spec: LayerSpec, outputs: int) -> int:
     """Output rows per stored scale of a checkpoint layer with ``outputs`` rows."""
-    weight = spec.on_disk
+    weight = spec.weight
     if weight is not None and weight.granularity is Granularity.TENSOR:
         return max(outputs, 1)
     return weight.block_rows if weight is not None and weight.granularity is Granularity.BLOCK else 1

@@ -355,13 +355,18 @@ def unsupported(kind: LayerKind, spec: LayerSpec, *, layer: str = "", file: str 
     )
 
 
-def describe(spec: LayerSpec) -> str:
-    """A spec in one line, for messages and tables."""
+def describe(spec: LayerSpec, stored: LayerSpec | None = None) -> str:
+    """Describe a spec in one line, for messages and tables.
+
+    Args:
+        spec: what is described.
+        stored: the spec of the checkpoint, mentioned if its weight has another kind of numbers (FP8 served as int8).
+    """
     if spec.weight is None:
         return f"{spec.scheme}: float"
     text = f"{spec.scheme}: {_describe_weight(spec.weight)}"
-    if spec.stored is not None:
-        text += f" (stored as {_describe_weight(spec.stored)})"
+    if stored is not None and stored.weight is not None and stored.weight.kind is not spec.weight.kind:
+        text += f" (stored as {_describe_weight(stored.weight)})"
     text += ", input transform" if spec.transform is not None else ""
     act = spec.activation
     if act is None:

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one place that decides what a stored layer becomes on this host.
+
+Formats say what a checkpoint stores. The command line and the engine both ask ``decide``, so that what ``inspect`` says is
+what runs. Everything that the answer may depend on, besides the layer, is a field of ``Host``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from vllm_npu_quant import settings
+from vllm_npu_quant.errors import Finding, NpuQuantError, Severity
+from vllm_npu_quant.serving.dispatch import Row, describe, find_row, unsupported
+from vllm_npu_quant.spec import ActivationSpec, Granularity, LayerKind, LayerSpec, Layout, NumberKind, WeightSpec
+
+__all__ = ["Host", "Served", "decide", "float_experts", "requantized_findings"]
+
+_INT8 = WeightSpec(8)
+_PER_TOKEN = ActivationSpec(8, dynamic=True, granularity=Granularity.TOKEN)
+_STATIC = ActivationSpec(8, dynamic=False, granularity=Granularity.TENSOR, symmetric=False)
+_MODEL_DTYPE = WeightSpec(16, NumberKind.FLOAT)
+
+
+@dataclass(frozen=True)
+class Host:
+    """What the decision may depend on besides the layer.
+
+    Attributes:
+        fp8: what FP8 weights become on chips without FP8: "int8", or "bf16" for the model's dtype.
+        w4a8: how layers with 4-bit weights and 8-bit activations run: "int8" as stored, or "w4a16".
+        latent_attention: whether the model's attention is multi-head latent attention (DeepSeek's MLA).
+        kv_consumer: whether this process decodes for the prefill node of a disaggregated deployment.
+        findings: settings whose values are not valid; their defaults hold.
+    """
+
+    fp8: str = "int8"
+    w4a8: str = "int8"
+    latent_attention: bool = False
+    kv_consumer: bool = False
+    findings: tuple[Finding, ...] = ()
+
+    @classmethod
+    def read(cls, *, latent_attention: bool = False, kv_consumer: bool = False) -> Host:
+        """Read the settings once. Invalid values are in ``findings``."""
+        found: list[Finding] = []
+        values = {}
+        for name, read in (("fp8", settings.fp8_mode), ("w4a8", settings.w4a8_mode)):
+            try:
+                values[name] = read()
+            except NpuQuantError as error:
+                found += error.findings
+        return cls(latent_attention=latent_attention, kv_consumer=kv_consumer, findings=tuple(found), **values)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A stored layer, and what it becomes.
+
+    Attributes:
+        kind: the kind of vLLM layer that asks.
+        stored: what the checkpoint holds.
+        spec: what the method class computes with; equal to ``stored`` for most layers.
+        row: the dispatch row; None for a float layer, and if no method class serves ``spec``.
+        needs_float: whether vLLM reads ``layer.weight`` itself, as a float matrix.
+        difference: how the layer differs from what the checkpoint says; empty if it does not.
+        instead: what a user can do about the difference.
+    """
+
+    kind: LayerKind
+    stored: LayerSpec
+    spec: LayerSpec
+    row: Row | None
+    needs_float: bool = False
+    difference: str = ""
+    instead: str = ""
+
+    def require_row(self, *, layer: str = "", file: str = "") -> Row:
+        """The dispatch row.
+
+        Raises:
+            NpuQuantError: unsupported-scheme if no method class serves the layer.
+        """
+        if self.row is None:
+            raise NpuQuantError([unsupported(self.kind, self.spec, layer=layer, file=file)])
+        return self.row
+
+    def describe(self) -> str:
+        """One line for messages and tables."""
+        return describe(self.spec, self.stored)
+
+
+def decide(kind: LayerKind, stored: LayerSpec, host: Host, *, layer: str = "") -> Served:
+    """Decide what a stored layer becomes.
+
+    Args:
+        kind: the kind of vLLM layer that asks.
+        stored: what the checkpoint holds.
+        host: settings and deployment.
+        layer: the layer's name; latent attention needs ``kv_b_proj`` as a float matrix.
+    """
+    needs_float = host.latent_attention and layer.endswith(".kv_b_proj")
+    if stored.is_float:
+        return Served(kind, stored, stored, None, needs_float)
+    spec, difference, instead = _computed(stored, host, needs_float)
+    row = find_row(kind, spec)
+    if row is not None and row.instead and not difference:
+        difference, instead = row.remark, f"export these layers {row.instead}"
+    return Served(kind, stored, spec, row, needs_float, difference, instead)
+
+
+def float_experts(stored: LayerSpec) -> Served:
+    """Decide for float experts whose other product is quantized: a grouped product in the model's dtype."""
+    spec = replace(stored, weight=_MODEL_DTYPE)
+    return Served(LayerKind.FUSED_MOE, stored, spec, find_row(LayerKind.FUSED_MOE, spec))
+
+
+def _computed(stored: LayerSpec, host: Host, needs_float: bool) -> tuple[LayerSpec, str, str]:
+    """What a method class computes with, how that differs from the checkpoint, and what to do about it.
+
+    FP8 is not told layer by layer: ``requantized_findings`` tells it once per checkpoint.
+    """
+    weight, activation = stored.weight, stored.activation
+    floats = weight is not None and weight.kind is NumberKind.FLOAT
+    if needs_float and not (floats and host.fp8 == "bf16"):
+        told = "latent attention takes its weight apart, so it is dequantized while it loads, to two bytes each"
+        return _as_float(stored), told, "export this layer as float"
+    if floats:
+        if host.fp8 == "bf16":
+            return _as_float(stored), "", ""
+        scheme = f"{stored.scheme} as W8A16" if activation is None else f"{stored.scheme} as W8A8_DYNAMIC"
+        act = None if activation is None else _PER_TOKEN
+        return replace(stored, scheme=scheme, weight=_INT8, activation=act), "", ""
+    if host.kv_consumer and stored.layout is Layout.MODELSLIM_STATIC and activation is not None and activation.dynamic:
+        # W8A8_MIX stores the tensors of both: prefill nodes quantize per token, decode nodes with the static scale.
+        return replace(stored, activation=_STATIC), "", ""
+    if host.w4a8 == "w4a16" and _is_w4a8(stored):
+        told = f"{settings.W4A8}=w4a16: its activations are not quantized"
+        spec = replace(stored, scheme=f"{stored.scheme} as W4A16", activation=None)
+        return spec, told, f"unset {settings.W4A8}"
+    return stored, "", ""
+
+
+def _as_float(stored: LayerSpec) -> LayerSpec:
+    return replace(stored, scheme=f"{stored.scheme} as float", weight=_MODEL_DTYPE, activation=None)
+
+
+def _is_w4a8(stored: LayerSpec) -> bool:
+    weight, activation = stored.weight, stored.activation
+    if weight is None or activation is None or stored.transform is not None:
+        return False
+    return (weight.bits, activation.bits) == (4, 8) and NumberKind.FLOAT not in (weight.kind, activation.kind)
+
+
+def requantized_findings(layers: Iterable[tuple[LayerSpec, int]], host: Host, source: str) -> list[Finding]:
+    """Tell once per checkpoint what becomes of its FP8 layers, and which settings are not valid.
+
+    Args:
+        layers: stored specs, and how many checkpoint layers have each.
+        host: settings and deployment.
+        source: the file to name.
+    """
+    counts: dict[str, int] = {}
+    static = w4a8 = False
+    for spec, count in layers:
+        w4a8 |= _is_w4a8(spec)
+        if spec.weight is not None and spec.weight.kind is NumberKind.FLOAT:
+            counts[spec.scheme] = counts.get(spec.scheme, 0) + count
+            static |= spec.activation is not None and not spec.activation.dynamic
+    concerned = {settings.FP8: bool(counts), settings.W4A8: w4a8}
+    found = [
+        finding for finding in host.findings if any(hit and name in finding.message for name, hit in concerned.items())
+    ]
+    if not counts:
+        return found
+    if host.fp8 == "bf16":
+        message = "FP8 weights are dequantized at load to the model's dtype, which doubles their memory"
+        fix = f"{settings.FP8}=int8 keeps one byte per weight"
+    else:
+        message = (
+            "Ascend A2, A3 and 310P have no FP8: weights are requantized at load to int8 with a scale per output "
+            "channel, and activations that the checkpoint quantizes to int8 per token"
+        )
+        fix = f"{settings.FP8}=bf16 dequantizes them to the model's dtype instead, at twice the memory"
+    if static:
+        message += "; static input scales are dropped, since a scale per token is finer"
+    schemes = ", ".join(f"{scheme}: {count} layers" for scheme, count in sorted(counts.items()))
+    found.append(Finding("requantized", message, file=source, found=schemes, fix=fix, severity=Severity.INFO))
+    return found
