@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["CODES", "Finding", "NpuQuantError", "Severity", "nearest_names", "raise_findings"]
+__all__ = ["CODES", "Finding", "FindingLimit", "NpuQuantError", "Severity", "nearest_names", "raise_findings"]
 
 
 class Severity(str, Enum):
@@ -129,6 +129,38 @@ class NpuQuantError(Exception):
     def codes(self) -> tuple[str, ...]:
         """The codes of the findings, each once, in order."""
         return tuple(dict.fromkeys(finding.code for finding in self.findings))
+
+
+class FindingLimit:
+    """Collects findings. Of one code, the first ``limit`` are kept in full; the others are counted."""
+
+    def __init__(self, limit: int = 20) -> None:
+        self.limit = limit
+        self.findings: list[Finding] = []
+        self.counts: dict[str, int] = {}
+
+    def wants(self, code: str) -> bool:
+        """Whether a finding of this code would be kept, so that what is costly about it is worth finding out."""
+        return self.counts.get(code, 0) < self.limit
+
+    def extend(self, findings: Iterable[Finding]) -> None:
+        for finding in findings:
+            self.add(finding)
+
+    def add(self, finding: Finding) -> None:
+        count = self.counts[finding.code] = self.counts.get(finding.code, 0) + 1
+        if count <= self.limit:
+            self.findings.append(finding)
+
+    def close(self) -> list[Finding]:
+        """All findings, with one more for each code of which some were left out."""
+        for code, count in self.counts.items():
+            if count > self.limit:
+                message = f"{count - self.limit} more findings of this kind were left out"
+                severity = next(finding.severity for finding in self.findings if finding.code == code)
+                self.findings.append(Finding(code, message, severity=severity))
+        self.counts = {}
+        return self.findings
 
 
 def raise_findings(findings: Iterable[Finding]) -> None:

@@ -159,7 +159,7 @@ class LayerSpec:
     """
 
     scheme: str
-    layout: Layout
+    layout: Layout | str
     weight: WeightSpec | None = None
     activation: ActivationSpec | None = None
     transform: TransformSpec | None = None

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from vllm_npu_quant.errors import Finding, nearest_names
-from vllm_npu_quant.formats.base import LayerEntry, QuantFormat
+from vllm_npu_quant.errors import Finding, FindingLimit, nearest_names
+from vllm_npu_quant.formats.described import Described, LayerEntry, StoredTensor
 from vllm_npu_quant.layouts.tables import (
     ANY_LENGTH,
     IN,
@@ -21,18 +21,7 @@ from vllm_npu_quant.layouts.tables import (
 )
 from vllm_npu_quant.spec import LayerSpec, TransformSpec
 
-__all__ = ["FindingLimit", "check_checkpoint", "check_layer"]
-
-
-class StoredTensor(Protocol):
-    """What a check needs to know of a stored tensor; ``checkpoint.TensorInfo`` has it."""
-
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def file(self) -> str: ...
+__all__ = ["check_checkpoint", "check_layer"]
 
 
 class StoredCheckpoint(Protocol):
@@ -42,34 +31,6 @@ class StoredCheckpoint(Protocol):
     def tensors(self) -> Mapping[str, StoredTensor]: ...
     @property
     def findings(self) -> tuple[Finding, ...]: ...
-
-
-class FindingLimit:
-    """Collects findings; of one code, only the first ``limit`` are kept in full, and the rest is counted."""
-
-    def __init__(self, limit: int = 20) -> None:
-        self.limit = limit
-        self.findings: list[Finding] = []
-        self.counts: dict[str, int] = {}
-
-    def wants(self, code: str) -> bool:
-        """Whether a finding of this code would be kept, so that what is costly about it is worth finding out."""
-        return self.counts.get(code, 0) < self.limit
-
-    def add(self, finding: Finding) -> None:
-        count = self.counts[finding.code] = self.counts.get(finding.code, 0) + 1
-        if count <= self.limit:
-            self.findings.append(finding)
-
-    def close(self) -> list[Finding]:
-        """All findings, with one more for each code of which some were left out."""
-        for code, count in self.counts.items():
-            if count > self.limit:
-                message = f"{count - self.limit} more findings of this kind were left out"
-                severity = next(finding.severity for finding in self.findings if finding.code == code)
-                self.findings.append(Finding(code, message, severity=severity))
-        self.counts = {}
-        return self.findings
 
 
 @dataclass
@@ -87,7 +48,7 @@ class _Forms:
     faultless: set[tuple[tuple[str, tuple[int, ...]] | None, ...]] = field(default_factory=set)
 
 
-def check_checkpoint(quant_format: QuantFormat, checkpoint: StoredCheckpoint) -> list[Finding]:
+def check_checkpoint(described: Described, checkpoint: StoredCheckpoint) -> list[Finding]:
     """Everything that is wrong with the files, and between the files and the config.
 
     Linear in the number of layers. Layers that have the same entry and tensors of the same dtypes and shapes, the experts of
@@ -96,7 +57,7 @@ def check_checkpoint(quant_format: QuantFormat, checkpoint: StoredCheckpoint) ->
     found = FindingLimit()
     tensors = checkpoint.tensors
     forms: dict[int, _Forms] = {}
-    for layer, entry in quant_format.stored_layers(tensors):
+    for layer, entry in described.stored_layers():
         if entry.spec.is_float:
             continue
         known = forms.get(id(entry))
@@ -107,7 +68,7 @@ def check_checkpoint(quant_format: QuantFormat, checkpoint: StoredCheckpoint) ->
         if form in known.faultless:
             continue
         near = found.wants("missing-tensor")
-        findings = check_layer(layer, entry, tensors, quant_format.source, near=near)
+        findings = check_layer(layer, entry, tensors, described.source, near=near)
         for finding in findings:
             found.add(finding)
         if not findings:

@@ -7,16 +7,13 @@ import re
 from collections.abc import Iterable, Mapping
 
 from vllm_npu_quant.errors import Finding
-from vllm_npu_quant.formats.base import FLOAT_ENTRY, ExpertsEntry, LayerEntry
+from vllm_npu_quant.formats.described import ExpertsEntry, LayerEntry
 from vllm_npu_quant.serving.dispatch import describe
 
-__all__ = ["EXPERT_NAMES", "FUSED_FLOAT", "collect_experts", "holds_fused_floats", "split_expert", "split_number"]
+__all__ = ["EXPERT_NAMES", "collect_experts", "holds_fused_floats", "split_expert", "split_number"]
 
 #: The projections of an expert: gate, up, down, in the two spellings that checkpoints use.
 EXPERT_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-
-#: Float experts whose layer is stored as two tensors for all experts; their number is not looked at.
-FUSED_FLOAT = ExpertsEntry(0, FLOAT_ENTRY, FLOAT_ENTRY, FLOAT_ENTRY, ("gate_up_proj", "gate_up_proj", "down_proj"))
 
 
 def holds_fused_floats(layer: str, last_names: Iterable[str]) -> bool:

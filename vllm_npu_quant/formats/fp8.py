@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError, field_validator
 
-from vllm_npu_quant.checkpoint.text import shown, shown_name
-from vllm_npu_quant.errors import Finding, Severity
+from vllm_npu_quant.checkpoint.text import shown
+from vllm_npu_quant.errors import Finding
 from vllm_npu_quant.formats.base import FLOAT_ENTRY, LayerEntry
 from vllm_npu_quant.formats.check import FindingLimit, StoredTensor
 from vllm_npu_quant.formats.patterns import PatternSet
@@ -26,10 +26,7 @@ from vllm_npu_quant.spec import ActivationSpec, Granularity, LayerSpec, Layout, 
 __all__ = [
     "Fp8Config",
     "Fp8Format",
-    "config_findings",
     "fp8_spec",
-    "silent_finding",
-    "unknown_fields_finding",
 ]
 
 #: safetensors dtypes of 8-bit floats.
@@ -37,31 +34,6 @@ FP8_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 
 #: Layers that FP8 producers leave alone without saying so: vLLM has no FP8 head, and a router stays exact.
 _FLOAT_BY_CONVENTION = frozenset({"lm_head", "gate", "shared_expert_gate", "router"})
-
-#: Config entries at most: real lists have a few per decoder layer.
-_MAX_RULES = 200_000
-_MAX_SHOWN = 20
-
-#: Tensors beside a layer's weight that quantize the KV cache.
-KV_CACHE_TENSORS = (
-    "k_scale",
-    "v_scale",
-    "q_scale",
-    "kv_scale",
-    "k_zero_point",
-    "v_zero_point",
-    "q_zero_point",
-    "prob_output_scale",
-)
-#: The same of layers that make keys and values, where their outputs are quantized for the cache.
-KV_OUTPUTS = ("output_scale", "output_zero_point")
-_KV_LAYERS = frozenset({"q_proj", "k_proj", "v_proj", "qkv_proj"})
-
-
-def kv_cache_tensors(layer: str, named: Mapping[str, StoredTensor]) -> set[str]:
-    """The names among a layer's tensors that quantize the KV cache."""
-    kv = named.keys() & set(KV_CACHE_TENSORS)
-    return kv | (named.keys() & set(KV_OUTPUTS)) if layer.rpartition(".")[2] in _KV_LAYERS else kv
 
 
 def fp8_spec(scheme: str, weight: WeightSpec, layout: Layout, *, static: bool | None) -> LayerSpec:
@@ -90,63 +62,6 @@ def fp8_weight(granularity: Granularity, block: Sequence[int] = (0, 0)) -> Weigh
         block: output rows and inputs per block.
     """
     return WeightSpec(8, NumberKind.FLOAT, granularity, block[1], block_rows=block[0])
-
-
-def silent_finding(layers: Sequence[str], source: str) -> Finding | None:
-    """The one line about layers that are stored as float although no rule excludes them; None where there are none."""
-    if not layers:
-        return None
-    many, them, run = f"{len(layers):,} layers are", "them", "they run"
-    if len(layers) == 1:
-        many, them, run = "a layer is", "it", "it runs"
-    return Finding(
-        "undescribed-layer",
-        f"{many} stored as float although the config does not exclude {them}; {run} as float",
-        file=source,
-        found=", ".join(layers[:4]) + (", ..." if len(layers) > 4 else ""),
-        severity=Severity.INFO,
-    )
-
-
-def kv_cache_finding(found: str, source: str) -> Finding:
-    """The finding for a checkpoint with scales for a quantized KV cache."""
-    return Finding(
-        "kv-cache-not-quantized",
-        "the weights are served; the KV cache stays in the model's dtype and its scales are dropped",
-        file=source,
-        found=found,
-        severity=Severity.WARNING,
-    )
-
-
-def unknown_fields_finding(extra: Mapping[str, Any] | None, source: str) -> Finding | None:
-    """The one warning about config fields that the format does not know; empty ones say nothing and are passed over."""
-    unknown = sorted(name for name, value in (extra or {}).items() if value not in (None, {}, [], "", False))
-    if not unknown:
-        return None
-    return Finding(
-        "bad-config",
-        "the quantization config has fields that are not known here; they are ignored",
-        file=source,
-        found=", ".join(shown_name(name, 60) for name in unknown[:_MAX_SHOWN]),
-        fix="check what they mean for the weights",
-        severity=Severity.WARNING,
-    )
-
-
-def config_findings(error: ValidationError, source: str) -> list[Finding]:
-    """A pydantic error as findings, one per field."""
-    return [
-        Finding(
-            "bad-config",
-            problem["msg"],
-            file=source,
-            expected=f"{shown_name('.'.join(str(part) for part in problem['loc']))} as the format documents it",
-            found=shown(problem["input"]),
-            fix="re-export the checkpoint with its producer, or correct the field by hand",
-        )
-        for problem in error.errors(include_url=False)[:_MAX_SHOWN]
-    ]
 
 
 #: What AutoRound's export in the format "fp8" adds: the scheme once more, and how it was made.

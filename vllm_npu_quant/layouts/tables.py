@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 from math import gcd
+from typing import Any
 
 from vllm_npu_quant.spec import Granularity, LayerSpec, Layout, TransformSpec
 
@@ -24,6 +25,7 @@ __all__ = [
     "LayoutRow",
     "TensorSpec",
     "group_size_of",
+    "register_layout",
     "rows_per_scale_of",
     "tensors_of",
 ]
@@ -152,10 +154,10 @@ class TensorSpec:
             float dtype that producers write exactly.
         optional: the tensor is registered only for layers whose config lists it, or whose files hold it.
         loaded_dims: the shape of the parameter that receives it, where ``rearrange`` changes it.
-        rearrange: "module:function", applied to the stored tensor of one checkpoint layer before vLLM cuts it for fused
-            shards and ranks; it changes no number. ``function(stored, spec, outputs)`` returns ``loaded_dims``, where a
-            dimension of outputs may be longer than the layer, as long as it is cut to ``outputs`` rows: N of vLLM's
-            layer, which may hold several checkpoint layers.
+        rearrange: a function, or "module:function", applied to the stored tensor of one checkpoint layer before vLLM cuts
+            it for fused shards and ranks; it changes no number. ``function(stored, spec, outputs)`` returns
+            ``loaded_dims``, where a dimension of outputs may be longer than the layer, as long as it is cut to ``outputs``
+            rows: N of vLLM's layer, which may hold several checkpoint layers.
         loaded: False for a tensor that is checked and then dropped, since what it says follows from the others.
     """
 
@@ -165,7 +167,7 @@ class TensorSpec:
     load_dtype: str
     optional: bool = False
     loaded_dims: tuple[Dim, ...] = ()
-    rearrange: str = ""
+    rearrange: str | Callable[..., Any] = ""
     loaded: bool = True
 
     def as_loaded(self) -> TensorSpec:
@@ -189,11 +191,17 @@ class LayoutRow:
 
     Attributes:
         tensors: what the checkpoint stores, the weight first.
-        to_canonical: "module:function", resolved where torch may be imported.
+        to_canonical: the function ``(tensors, spec) -> CanonicalLinear``; "module:function" is resolved where torch may be
+            imported.
     """
 
     tensors: tuple[TensorSpec, ...]
-    to_canonical: str
+    to_canonical: str | Callable[..., Any]
+
+    @property
+    def act_order(self) -> bool:
+        """Whether groups are not runs of neighbouring inputs, so that every rank needs the scales of all groups."""
+        return any(dim.axis is Axis.ALL_GROUPS for tensor in self.tensors for dim in tensor.dims)
 
 
 _FLOATS = ("F32", "BF16", "F16")
@@ -360,7 +368,8 @@ def _gptq(groups: Axis, v2: bool) -> LayoutRow:
     )
 
 
-LAYOUTS: dict[Layout, LayoutRow] = {
+#: By members of ``Layout``, and by the names of layouts that extensions register.
+LAYOUTS: dict[Layout | str, LayoutRow] = {
     Layout.FLOAT: LayoutRow((), ""),
     Layout.MODELSLIM_INT: _modelslim((OUT, IN)),
     Layout.MODELSLIM_PACKED_N: _modelslim((Dim(Axis.OUT, 2), IN)),
@@ -398,6 +407,17 @@ LAYOUTS: dict[Layout, LayoutRow] = {
     Layout.GPTQ_ACT_ORDER: _gptq(Axis.ALL_GROUPS, v2=False),
     Layout.GPTQ_V2_ACT_ORDER: _gptq(Axis.ALL_GROUPS, v2=True),
 }
+
+
+def register_layout(name: str, row: LayoutRow) -> None:
+    """Add a layout. The same may be added again.
+
+    Raises:
+        ValueError: another layout has its name.
+    """
+    if name in Layout._value2member_map_ or LAYOUTS.get(name, row) != row:
+        raise ValueError(f"a layout named {name} is registered already")
+    LAYOUTS[name] = row
 
 
 def tensors_of(spec: LayerSpec, listed: frozenset[str] = frozenset()) -> tuple[TensorSpec, ...]:

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the readers of several formats share: limits, findings, names of KV-cache tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from vllm_npu_quant.checkpoint.text import shown, shown_name
+from vllm_npu_quant.errors import Finding, FindingLimit, Severity
+from vllm_npu_quant.formats.described import LayerEntry, StoredTensor
+from vllm_npu_quant.layouts.tables import LAYOUTS
+from vllm_npu_quant.spec import LayerSpec
+
+#: safetensors dtypes of weights that are not quantized.
+FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+
+#: Entries of lists and dictionaries in a config at most: real lists have a few per decoder layer.
+MAX_RULES = 200_000
+_MAX_SHOWN = 20
+
+#: Last name components of layers that producers leave unquantized without saying so: heads and routers.
+FLOAT_BY_CONVENTION = frozenset({"lm_head", "gate", "shared_expert_gate", "router"})
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+#: Tensors beside a layer's weight that quantize the KV cache.
+KV_CACHE_TENSORS = (
+    "k_scale",
+    "v_scale",
+    "q_scale",
+    "kv_scale",
+    "k_zero_point",
+    "v_zero_point",
+    "q_zero_point",
+    "prob_output_scale",
+)
+#: The same of layers that make keys and values, where their outputs are quantized for the cache.
+KV_OUTPUTS = ("output_scale", "output_zero_point")
+_KV_LAYERS = frozenset({"q_proj", "k_proj", "v_proj", "qkv_proj"})
+
+
+def kv_cache_tensors(layer: str, named: Mapping[str, StoredTensor]) -> set[str]:
+    """The names among a layer's tensors that quantize the KV cache."""
+    kv = named.keys() & set(KV_CACHE_TENSORS)
+    return kv | (named.keys() & set(KV_OUTPUTS)) if layer.rpartition(".")[2] in _KV_LAYERS else kv
+
+
+def parse_config(model: type[_Model], config: Mapping[str, Any], source: str, found: FindingLimit) -> _Model | None:
+    """Validate a quantization config. Returns None, after findings, if it is not valid."""
+    try:
+        return model.model_validate(dict(config))
+    except ValidationError as error:
+        found.extend(config_findings(error, source))
+        return None
+
+
+def layer_entry(
+    layer: str,
+    spec: LayerSpec,
+    named: Mapping[str, StoredTensor],
+    found: FindingLimit,
+    *,
+    needs: Iterable[str] = (),
+    ignored: Iterable[str] = (),
+) -> LayerEntry:
+    """The entry of a stored quantized layer. Reports tensors that its layout does not have.
+
+    Args:
+        layer: its name.
+        spec: its quantization.
+        named: its stored tensors, by the last component of their names.
+        found: collects the findings.
+        needs: optional tensors of the layout that the config calls for.
+        ignored: names of tensors that are dropped on purpose.
+    """
+    known = {tensor.name: tensor for tensor in LAYOUTS[spec.layout].tensors}
+    dropped = frozenset(ignored)
+    for name in (name for name in named if name not in known and name not in dropped):
+        found.add(
+            Finding(
+                "unexpected-tensor",
+                f"{spec.scheme} has no tensor {name}, so its effect would be lost",
+                layer=layer,
+                file=named[name].file,
+                expected=", ".join(known),
+                found=name,
+                fix="update vllm-npu-quant, or re-export the checkpoint without it",
+            )
+        )
+    return LayerEntry(spec, frozenset(needs) | {name for name in named if name in known and known[name].optional})
+
+
+def silent_finding(layers: Sequence[str], source: str) -> Finding | None:
+    """The one line about layers that are stored as float although no rule excludes them; None where there are none."""
+    if not layers:
+        return None
+    many, them, run = f"{len(layers):,} layers are", "them", "they run"
+    if len(layers) == 1:
+        many, them, run = "a layer is", "it", "it runs"
+    return Finding(
+        "undescribed-layer",
+        f"{many} stored as float although the config does not exclude {them}; {run} as float",
+        file=source,
+        found=", ".join(layers[:4]) + (", ..." if len(layers) > 4 else ""),
+        severity=Severity.INFO,
+    )
+
+
+def kv_cache_finding(found: str, source: str) -> Finding:
+    """The finding for a checkpoint with scales for a quantized KV cache."""
+    return Finding(
+        "kv-cache-not-quantized",
+        "the weights are served; the KV cache stays in the model's dtype and its scales are dropped",
+        file=source,
+        found=found,
+        severity=Severity.WARNING,
+    )
+
+
+def unknown_fields_finding(extra: Mapping[str, Any] | None, source: str) -> Finding | None:
+    """The one warning about config fields that the format does not know; empty ones say nothing and are passed over."""
+    unknown = sorted(name for name, value in (extra or {}).items() if value not in (None, {}, [], "", False))
+    if not unknown:
+        return None
+    return Finding(
+        "bad-config",
+        "the quantization config has fields that are not known here; they are ignored",
+        file=source,
+        found=", ".join(shown_name(name, 60) for name in unknown[:_MAX_SHOWN]),
+        fix="check what they mean for the weights",
+        severity=Severity.WARNING,
+    )
+
+
+def config_findings(error: ValidationError, source: str) -> list[Finding]:
+    """A pydantic error as findings, one per field."""
+    return [
+        Finding(
+            "bad-config",
+            problem["msg"],
+            file=source,
+            expected=f"{shown_name('.'.join(str(part) for part in problem['loc']))} as the format documents it",
+            found=shown(problem["input"]),
+            fix="re-export the checkpoint with its producer, or correct the field by hand",
+        )
+        for problem in error.errors(include_url=False)[:_MAX_SHOWN]
+    ]

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From stored tensors to the layers of a checkpoint: each stored layer is looked up once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from vllm_npu_quant.errors import FindingLimit
+from vllm_npu_quant.formats.common import FLOAT_DTYPES
+from vllm_npu_quant.formats.described import Described, LayerEntry, StoredTensor
+from vllm_npu_quant.formats.experts import collect_experts, holds_fused_floats, split_expert
+
+__all__ = ["index_layers", "is_embedding", "stored_layers_of"]
+
+
+def is_embedding(layer: str) -> bool:
+    """Whether a layer is an embedding table by its name: not a Linear, although its weight has two dimensions too."""
+    last = layer.rpartition(".")[2]
+    return "embed" in last or last in ("wte", "wpe")
+
+
+def stored_layers_of(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
+    """The stored tensors by layer: layer name -> last name component -> tensor."""
+    layers: dict[str, dict[str, StoredTensor]] = {}
+    for name, tensor in tensors.items():
+        layer, _, last = name.rpartition(".")
+        layers.setdefault(layer, {})[last] = tensor
+    return layers
+
+
+def index_layers(
+    described: Described,
+    stored: Mapping[str, Mapping[str, StoredTensor]],
+    decide: Callable[[str, Mapping[str, StoredTensor]], LayerEntry | None],
+    found: FindingLimit,
+) -> None:
+    """Fill ``described`` with every stored layer; the experts of a MoE layer become one entry. Linear in the tensors.
+
+    Args:
+        described: whose layers, experts, fused_floats and biased are filled.
+        stored: as ``stored_layers_of`` gives it.
+        decide: the entry of one layer, from its name and its tensors; None if it is no layer (a lone parameter), or if a
+            finding says why it has no entry.
+        found: collects what is wrong with the experts.
+    """
+    same: dict[LayerEntry, LayerEntry] = {}  # one object per distinct entry keeps the pickle small
+    by_experts: dict[str, dict[str, dict[str, LayerEntry]]] = {}
+    biased, fused_floats = [], []
+    for layer, tensors in stored.items():
+        decided = decide(layer, tensors)
+        if decided is None:
+            if holds_fused_floats(layer, tensors) and all(part.dtype in FLOAT_DTYPES for part in tensors.values()):
+                fused_floats.append(layer)
+            continue
+        entry = same.setdefault(decided, decided)
+        expert = split_expert(layer)
+        if expert is not None:
+            parent, number, projection = expert
+            by_experts.setdefault(parent, {}).setdefault(projection, {})[number] = entry
+            continue
+        described.layers[layer] = entry
+        if "bias" in entry.tensors and not entry.spec.is_float:
+            biased.append(layer)
+    for layer, projections in by_experts.items():
+        experts, findings = collect_experts(layer, projections, described.source)
+        found.extend(findings)
+        if experts is not None:
+            described.experts[layer] = experts
+    described.biased, described.fused_floats = frozenset(biased), frozenset(fused_floats)
