@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's view of a checkpoint's quantization: one QuantizationConfig class per format.
+"""vLLM's view of a checkpoint's quantization: one QuantizationConfig class per declared format.
 
-The objects are pickled into spawned processes before plugins run there, so the classes are top-level, and what they carry
-is the compact per-layer index, not the description.
+The objects are pickled into spawned processes before plugins run there. They carry the compact index by layer, not the
+producer's description.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -21,15 +20,17 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from vllm_npu_quant import settings
-from vllm_npu_quant.checkpoint import DESCRIPTION_MAX_BYTES, Checkpoint, find_local, read_json
+from vllm_npu_quant.checkpoint import Checkpoint
 from vllm_npu_quant.engine import platforms
 from vllm_npu_quant.engine.dequantized import DequantizedLinearMethod
+from vllm_npu_quant.engine.detection import open_model_checkpoint
 from vllm_npu_quant.engine.linear import CHECKPOINT_BIAS, NpuQuantLinearMethod
 from vllm_npu_quant.errors import Finding, NpuQuantError, Severity, raise_findings
-from vllm_npu_quant.formats.base import QuantFormat
 from vllm_npu_quant.formats.check import check_checkpoint
-from vllm_npu_quant.formats.detect import description_name, embedded_description
-from vllm_npu_quant.formats.open import build_format
+from vllm_npu_quant.formats.declaration import Format, find_format, formats, require_format
+from vllm_npu_quant.formats.described import Described
+from vllm_npu_quant.formats.detect import Detection
+from vllm_npu_quant.formats.open import describe_checkpoint, detect_checkpoint
 from vllm_npu_quant.formats.resolve import LayerResolver, ResolvedLayer
 from vllm_npu_quant.serving.decide import Host, Served, decide, float_experts, requantized_findings
 from vllm_npu_quant.spec import LayerKind, LayerSpec
@@ -37,7 +38,7 @@ from vllm_npu_quant.spec import LayerKind, LayerSpec
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
 
-__all__ = ["ModelSlimConfig", "NpuCompressedTensorsConfig", "NpuFp8Config", "NpuQuantConfig"]
+__all__ = ["NpuQuantConfig", "config_class", "config_classes"]
 
 logger = init_logger("vllm.npu_quant.config")
 
@@ -66,25 +67,19 @@ class NameSet:
 
 
 class NpuQuantConfig(QuantizationConfig):
-    """What the formats share. Subclasses parse their config into ``format``."""
+    """One checkpoint's quantization. ``config_class`` makes a subclass for every format."""
 
-    #: The name registered with vLLM.
-    method_name: ClassVar[str] = ""
-    #: The format's name, a key of formats.open.FORMATS.
-    format_name: ClassVar[str] = ""
-    #: config.json's quant_method values that this class serves.
-    claims: ClassVar[frozenset[str]] = frozenset()
-    #: Names that a user may give in ``quantization=`` for them, besides ``method_name`` and ``claims``.
-    aliases: ClassVar[frozenset[str]] = frozenset()
+    declaration: ClassVar[Format]
 
     def __init__(self, config: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.raw: dict[str, Any] = dict(config or {})
-        self.format: QuantFormat | None = None
+        self.described: Described | None = None
         self.resolver: LayerResolver | None = None
         self.tied_embeddings = False
         self.hidden_layers: int | None = None
         self.host: Host | None = None
+        self.is_read_copy = False
         # vllm-ascend reads this attribute without a guard; it wants the keys of norm biases.
         self.quant_description: dict[str, Any] = {}
         self.enable_fa_quant = False
@@ -93,10 +88,17 @@ class NpuQuantConfig(QuantizationConfig):
         self.c8_quant_layers: list[str] = []
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.format.source if self.format else 'no checkpoint yet'})"
+        return f"{type(self).__name__}({self.described.source if self.described else 'no checkpoint yet'})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave config.json's part out of copies and pickles of a config that was read: it may be a whole description."""
+        state = dict(self.__dict__)
+        if self.resolver is not None:
+            state |= {"raw": {}, "is_read_copy": True}
+        return _restore, (self.declaration.name, state)
 
     def get_name(self) -> str:
-        return self.method_name
+        return self.declaration.method_name
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         """What the NPU's quantized operators take. float32 checkpoints run as bfloat16 unless a dtype is asked for."""
@@ -115,79 +117,67 @@ class NpuQuantConfig(QuantizationConfig):
         return cls(config)
 
     @classmethod
-    def serves(cls, quantization_config: Mapping[str, Any]) -> bool:
-        """Whether a config.json's quantization_config is this class's to serve."""
-        return str(quantization_config.get("quant_method") or "").lower() in cls.claims
-
-    @classmethod
-    def served_by_vllm_ascend(cls, quantization_config: Mapping[str, Any]) -> bool:
-        """Whether vllm-ascend serves all schemes of this config itself."""
-        return False
-
-    @classmethod
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """vLLM asks every method whether it takes a checkpoint; ours answer before the built-in ones."""
+        """Answer vLLM, which asks every method whether it takes a checkpoint; ours are asked before the built-in ones."""
+        declaration = cls.declaration
+        method = declaration.method_name
         if not settings.plugin_enabled() or not isinstance(hf_quant_cfg, Mapping):
             return None
-        asked = user_quant is None or user_quant in {cls.method_name, *cls.claims, *cls.aliases}
-        if not asked or not cls.serves(hf_quant_cfg):
+        if user_quant == method and declaration.decisive:
+            return method  # the file beside config.json decides
+        if user_quant is not None and not declaration.answers_to(user_quant):
             return None
-        named = user_quant == cls.method_name or settings.takeover()
-        if settings.ascend_host() and not named and cls.served_by_vllm_ascend(hf_quant_cfg):
-            logger.info_once(
-                "This %s checkpoint is left to vllm-ascend, which serves all of its schemes", cls.method_name
-            )
+        if not declaration.serves(hf_quant_cfg):
             return None
-        return cls.method_name
+        named = user_quant == method or settings.takeover()
+        if settings.ascend_host() and not named and declaration.left_to_vllm_ascend(hf_quant_cfg):
+            logger.info_once("This %s checkpoint is left to vllm-ascend, which serves all of its schemes", method)
+            return None
+        return method
 
-    def fetch(self, model_name: str, revision: str | None) -> None:
-        """Bring to this host what ``parse`` reads besides config.json, where a model is only on a hub."""
-        return
+    def _detection(self, checkpoint: Checkpoint) -> Detection:
+        """Which file describes the quantization: config.json's own part, as vLLM gave it, or a file beside it.
 
-    def parse(self, folder: Path | None, checkpoint: Checkpoint | None) -> QuantFormat:
-        """The format object of this checkpoint; findings are inside it.
-
-        Args:
-            folder: the local folder, or None where the files are only on the hub.
-            checkpoint: the headers of its weight files, where they can be read.
+        Raises:
+            NpuQuantError: unreadable-file if no file describes it in this format.
         """
-        return build_format(self.format_name, self.raw, checkpoint)
+        declaration = self.declaration
+        if self.raw and declaration.is_complete(self.raw):
+            return Detection(declaration.name, "config.json", self.raw)
+        detection = detect_checkpoint(checkpoint)
+        if find_format(detection.format) is not declaration:
+            raise NpuQuantError([_wrong_method(declaration, checkpoint, detection)])
+        return replace(detection, asks=False)  # vLLM has been told
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Read the checkpoint's quantization, and check its files against it before any weight is read.
 
+        A copy of a config that did so has its results already.
+
         Raises:
             NpuQuantError: with every problem that was found.
         """
-        if not os.path.isdir(model_name):
-            self.fetch(model_name, revision)
-        folder = find_local(model_name, revision=revision)
-        checkpoint = Checkpoint.open(folder) if folder is not None else None
-        if checkpoint is not None and not os.path.isdir(model_name) and _incomplete(checkpoint):
-            checkpoint = None
-        self.format = self.parse(folder, checkpoint)
-        findings = list(self.format.findings)
-        if checkpoint is not None:
-            # What is wrong with the files comes first: much of the rest follows from it.
-            findings = check_checkpoint(self.format, checkpoint) + findings
-            specs = ((entry.spec, 1) for _, entry in self.format.stored_layers(checkpoint.tensors))
-            findings += requantized_findings(specs, Host.read(), self.format.source)
-        else:
-            logger.info("The weight files of %s are not on this host yet: they are checked while they load", model_name)
+        if self.is_read_copy:
+            return
+        checkpoint = open_model_checkpoint(model_name, revision)
+        self.described = described = describe_checkpoint(checkpoint, self._detection(checkpoint))
+        # What is wrong with the files comes first: much of the rest follows from it.
+        findings = check_checkpoint(described, checkpoint) + list(described.findings)
+        specs = ((entry.spec, 1) for _, entry in described.stored_layers())
+        findings += requantized_findings(specs, Host.read(), described.source)
         for finding in findings:
             if finding.severity is Severity.WARNING:
                 logger.warning("%s", finding.render())
             elif finding.severity is Severity.INFO:
                 logger.info("%s", finding.render())
         raise_findings(findings)
-        self.resolver = LayerResolver(self.format, self.packed_modules_mapping)
-        self.quant_description = {f"{name}.bias": "FLOAT" for name in self.format.norm_biases}
+        self.resolver = LayerResolver(described, self.packed_modules_mapping)
+        self.quant_description = {f"{name}.bias": "FLOAT" for name in described.norm_biases}
         text_config = getattr(hf_config, "text_config", None) or hf_config
         self.tied_embeddings = bool(getattr(text_config, "tie_word_embeddings", False))
         self.hidden_layers = getattr(text_config, "num_hidden_layers", None)
-        self.raw = {}
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         if self.resolver is not None:
@@ -197,15 +187,15 @@ class NpuQuantConfig(QuantizationConfig):
         """Names under which the checkpoint's tensors find their parameters."""
         from vllm.model_executor.models.utils import WeightsMapper
 
-        if self.format is None:
+        if self.described is None:
             return WeightsMapper()
         rules: dict[Any, str | None] = {}
-        biased = self.format.biased_layers()
+        biased = self.described.biased
         if biased:
             rules[NameSet(biased, ".bias", f".{CHECKPOINT_BIAS}")] = ""
         return WeightsMapper(
             orig_to_new_regex=rules,
-            orig_to_new_suffix={f".{name}": None for name in self.format.dropped_tensors()},
+            orig_to_new_suffix={f".{name}": None for name in self.described.dropped},
         )
 
     def get_cache_scale_mapper(self) -> WeightsMapper | None:  # type: ignore[override]
@@ -239,13 +229,13 @@ class NpuQuantConfig(QuantizationConfig):
         resolved = resolver.resolve(prefix)
         if resolved.spec.is_float:
             if "bias" in resolved.listed_tensors() and not getattr(layer, "has_bias", True):
-                raise NpuQuantError([_lost_bias(resolved, resolver.format.source)])
+                raise NpuQuantError([_lost_bias(resolved, resolver.described.source)])
             return platforms.unquantized_linear() if kind is LayerKind.LINEAR else None
         served = self._decide(kind, resolved.spec, prefix)
         if served.spec.activation is not None and served.spec.activation.bits == 4:
             self.quant_description[INT4_ACTIVATIONS] = "W4A4_DYNAMIC"
         method = DequantizedLinearMethod if served.needs_float else NpuQuantLinearMethod
-        return method(resolved, served, resolver.format.source)
+        return method(resolved, served, resolver.described.source)
 
     def _decide(self, kind: LayerKind, spec: LayerSpec, prefix: str) -> Served:
         """Decide what a stored layer becomes on this host. The host is looked at once, before the first quantized layer.
@@ -279,7 +269,7 @@ class NpuQuantConfig(QuantizationConfig):
                         "unsupported-scheme",
                         "quantized embedding tables are not served",
                         layer=prefix,
-                        file=resolver.format.source,
+                        file=resolver.described.source,
                         expected="a float embedding",
                         found=resolved.spec.scheme,
                         fix="export the embedding as float",
@@ -298,7 +288,7 @@ class NpuQuantConfig(QuantizationConfig):
         w13, w2 = (
             float_experts(spec) if spec.is_float else self._decide(LayerKind.FUSED_MOE, spec, prefix) for spec in specs
         )
-        return NpuQuantMoEMethod(layer, resolved, (w13, w2), resolver.format.source, tid2eid)
+        return NpuQuantMoEMethod(layer, resolved, (w13, w2), resolver.described.source, tid2eid)
 
     def _resolver(self, prefix: str) -> LayerResolver:
         if self.resolver is None:
@@ -315,11 +305,6 @@ class NpuQuantConfig(QuantizationConfig):
         return self.resolver
 
 
-def _incomplete(checkpoint: Checkpoint) -> bool:
-    """Whether a snapshot of the hub lacks weight files that vLLM is going to download."""
-    return not checkpoint.files or "index-mismatch" in {finding.code for finding in checkpoint.findings}
-
-
 def _uses_mla() -> bool:
     """Whether the model's attention is the latent one, for which vLLM takes the weight of kv_b_proj apart."""
     config = get_current_vllm_config_or_none()
@@ -332,46 +317,6 @@ def _is_kv_consumer() -> bool:
     config = get_current_vllm_config_or_none()
     transfer = getattr(config, "kv_transfer_config", None) if config is not None else None
     return bool(getattr(transfer, "is_kv_consumer", False)) and not bool(getattr(transfer, "is_kv_producer", False))
-
-
-class ModelSlimConfig(NpuQuantConfig):
-    """msModelSlim checkpoints."""
-
-    method_name = "modelslim"
-    format_name = "modelslim"
-    aliases = frozenset({"ascend"})
-
-    @classmethod
-    def serves(cls, quantization_config: Mapping[str, Any]) -> bool:
-        return embedded_description(quantization_config)
-
-    @classmethod
-    def override_quantization_method(
-        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
-    ) -> str | None:
-        # Named by hand, it is the description beside config.json that counts, and the files are checked against it.
-        if user_quant == cls.method_name and settings.plugin_enabled():
-            return cls.method_name
-        return super().override_quantization_method(hf_quant_cfg, user_quant, hf_config)
-
-    def fetch(self, model_name: str, revision: str | None) -> None:
-        """Bring the description of a hub id to this host: vLLM downloads it only with the weights."""
-        from huggingface_hub import hf_hub_download
-
-        from vllm_npu_quant.engine.registration import hub_files
-
-        name = description_name(hub_files(model_name, revision))
-        if name is not None:
-            hf_hub_download(model_name, name, revision=revision)
-
-    def parse(self, folder: Path | None, checkpoint: Checkpoint | None) -> QuantFormat:
-        description, source = self.raw, "config.json"
-        if not any(str(key).endswith(".weight") for key in description):
-            name = description_name(os.listdir(folder)) if folder is not None else None
-            if folder is None or name is None:
-                raise NpuQuantError([_no_description(folder)])
-            description, source = read_json(os.path.join(folder, name), max_bytes=DESCRIPTION_MAX_BYTES), name
-        return build_format(self.format_name, description, checkpoint, source=source)
 
 
 def _lost_bias(resolved: ResolvedLayer, source: str) -> Finding:
@@ -389,86 +334,41 @@ def _lost_bias(resolved: ResolvedLayer, source: str) -> Finding:
     )
 
 
-def _no_description(folder: Path | None) -> Finding:
-    names = sorted(os.listdir(folder))[:12] if folder is not None else []
+def _wrong_method(declaration: Format, checkpoint: Checkpoint, detection: Detection) -> Finding:
+    """The finding for a format that the user named, and whose description no file holds."""
     return Finding(
         "unreadable-file",
-        "quantization=modelslim needs msModelSlim's description of the weights",
-        file=str(folder or ""),
-        expected="quant_model_description.json beside config.json",
-        found=", ".join(names) or "no local copy of the checkpoint",
-        fix="copy the description that msModelSlim wrote into the folder, or name the format with quantization=",
+        f"quantization={declaration.method_name} needs {declaration.title or declaration.name}'s description of the weights",
+        file=str(checkpoint.folder),
+        expected=declaration.needs_file or "quantization_config in config.json",
+        found=f"{detection.format} by {detection.file}"
+        if detection.format
+        else ", ".join(checkpoint.names[:12]) or "no files",
+        fix="copy the file that the producer wrote into the folder, or name the format with quantization=",
     )
 
 
-class NpuCompressedTensorsConfig(NpuQuantConfig):
-    """compressed-tensors checkpoints. It must have no attribute kv_cache_scheme: vLLM would make the KV cache FP8."""
-
-    method_name = "npu_compressed_tensors"
-    format_name = "compressed-tensors"
-    claims = frozenset({"compressed-tensors", "compressed_tensors"})
-
-    @classmethod
-    def served_by_vllm_ascend(cls, quantization_config: Mapping[str, Any]) -> bool:
-        from vllm_npu_quant.ascend.ownership import serves_compressed_tensors
-
-        return serves_compressed_tensors(quantization_config)
+_classes: dict[str, type[NpuQuantConfig]] = {}
 
 
-class NpuFp8Config(NpuQuantConfig):
-    """FP8 checkpoints of DeepSeek's and transformers' kind."""
-
-    method_name = "npu_fp8"
-    format_name = "fp8"
-    claims = frozenset({"fp8"})
-
-
-class NpuAwqConfig(NpuQuantConfig):
-    """AWQ checkpoints of AutoAWQ, GPTQModel and AutoRound."""
-
-    method_name = "npu_awq"
-    format_name = "awq"
-    claims = frozenset({"awq"})
-    aliases = frozenset({"auto_awq", "awq_marlin"})
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return ["quant_config.json", "quantize_config.json"]  # vLLM reads them where config.json has nothing
+def config_class(declaration: Format) -> type[NpuQuantConfig]:
+    """vLLM's config class of a format: always the same one."""
+    known = _classes.get(declaration.name)
+    if known is None:
+        title = "".join(part.capitalize() for part in declaration.name.replace("_", "-").split("-"))
+        known = type(f"Npu{title}Config", (NpuQuantConfig,), {"declaration": declaration, "__module__": __name__})
+        _classes[declaration.name] = known
+    return known
 
 
-class NpuGptqConfig(NpuQuantConfig):
-    """GPTQ checkpoints of AutoGPTQ, GPTQModel, optimum and AutoRound."""
-
-    method_name = "npu_gptq"
-    format_name = "gptq"
-    claims = frozenset({"gptq"})
-    aliases = frozenset({"auto_gptq", "gptq_marlin"})
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return ["quantize_config.json"]  # vLLM reads it where config.json has nothing
-
-    def parse(self, folder: Path | None, checkpoint: Checkpoint | None) -> QuantFormat:
-        beside = folder / "quantize_config.json" if folder is not None and checkpoint is not None else None
-        other = read_json(beside) if beside is not None and beside.is_file() else None
-        return build_format(self.format_name, self.raw, checkpoint, beside=other)
+def _restore(name: str, state: dict[str, Any]) -> NpuQuantConfig:
+    """Make a config object from a pickle: its class is made by ``config_class``, and no pickle can name it."""
+    declaration = require_format(name, "")
+    restored = object.__new__(config_class(declaration))
+    restored.__dict__.update(state)
+    return restored
 
 
-class NpuAutoRoundConfig(NpuQuantConfig):
-    """AutoRound checkpoints."""
-
-    method_name = "npu_auto_round"
-    format_name = "auto-round"
-    claims = frozenset({"auto-round", "auto_round", "intel/auto-round"})
-    aliases = frozenset({"inc"})
-
-
-#: Every config class, in the order in which vLLM asks them.
-CONFIGS: tuple[type[NpuQuantConfig], ...] = (
-    ModelSlimConfig,
-    NpuCompressedTensorsConfig,
-    NpuFp8Config,
-    NpuAwqConfig,
-    NpuGptqConfig,
-    NpuAutoRoundConfig,
-)
+def config_classes() -> tuple[type[NpuQuantConfig], ...]:
+    """The config class of every format, in the order in which vLLM asks them."""
+    return tuple(map(config_class, formats()))

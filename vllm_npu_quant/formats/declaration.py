@@ -61,7 +61,10 @@ class Format:
         quant_methods: spellings of ``quant_method`` in config.json, in lower case with "-" for "_".
         aliases: further names that ``quantization=`` accepts for it.
         file_beside: from the names of a folder's files to the one that describes the quantization if config.json does not.
+        title: the name in messages; ``name`` if empty.
+        needs_file: what users are told to look for if no file describes the quantization.
         decisive: whether that file contradicts a config.json that names another format.
+        is_complete: whether a ``quantization_config`` says all, so that a decisive file beside is not needed.
         claims: whether a ``quantization_config`` is of this format; None compares ``quant_method``.
         left_to_vllm_ascend: whether vllm-ascend serves all schemes of a ``quantization_config`` itself.
         float_reason: why layers are float, for ``inspect``; ``{source}`` stands for the file.
@@ -76,7 +79,10 @@ class Format:
     quant_methods: frozenset[str]
     aliases: frozenset[str] = frozenset()
     file_beside: Callable[[Iterable[str]], str | None] = field(default=lambda names: None)
+    title: str = ""
+    needs_file: str = ""
     decisive: bool = False
+    is_complete: Callable[[Mapping[str, Any]], bool] = field(default=lambda config: True)
     claims: Callable[[Mapping[str, Any]], bool] | None = None
     left_to_vllm_ascend: Callable[[Mapping[str, Any]], bool] = field(default=lambda config: False)
     float_reason: str = "{source} excludes it, or it is excluded by convention"

@@ -15,7 +15,7 @@ from math import gcd
 from typing import Any
 
 from vllm_npu_quant.errors import Finding, NpuQuantError, nearest_names
-from vllm_npu_quant.formats.base import ExpertsEntry, LayerEntry, QuantFormat
+from vllm_npu_quant.formats.described import ExpertsEntry, LayerEntry, Described
 from vllm_npu_quant.serving.dispatch import describe
 from vllm_npu_quant.spec import Granularity, LayerSpec, Layout
 
@@ -131,12 +131,12 @@ class LayerResolver:
     """Finds the checkpoint layers behind a vLLM layer name.
 
     Attributes:
-        format: the checkpoint's quantization.
+        described: the checkpoint's layers.
         packed: the model's ``packed_modules_mapping``; overrides the generic families.
         aliases: vLLM layer name -> checkpoint layer name, from the model's name mapper.
     """
 
-    format: QuantFormat
+    described: Described
     packed: Mapping[str, Sequence[str]] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
 
@@ -146,7 +146,7 @@ class LayerResolver:
         Args:
             rename: maps a checkpoint tensor name to vLLM's, None for one that is not loaded.
         """
-        for layer in self.format.layer_names():
+        for layer in self.described.layer_names():
             renamed = rename(layer + ".weight")
             if renamed is not None and renamed.endswith(".weight") and renamed != layer + ".weight":
                 self.aliases[renamed.removesuffix(".weight")] = layer
@@ -166,12 +166,12 @@ class LayerResolver:
             NpuQuantError: undescribed-layer where the config describes none of the names that were tried, or not all
                 shards; fused-shards-disagree where shards have different specs.
         """
-        own = self._find(prefix, self.format.find)
+        own = self._find(prefix, self.described.find)
         if own is not None:
             name, entry = own
             return ResolvedLayer(prefix, entry.spec, (name,), (entry,))
         wanted = self.shard_names(prefix)
-        found = [self._find(name, self.format.find) for name in wanted] if wanted != (prefix,) else [None]
+        found = [self._find(name, self.described.find) for name in wanted] if wanted != (prefix,) else [None]
         missing = [name for name, hit in zip(wanted, found, strict=True) if hit is None]
         if missing:
             raise NpuQuantError([self._undescribed(prefix, missing, partly=len(missing) < len(wanted))])
@@ -184,7 +184,7 @@ class LayerResolver:
     def describes(self, prefix: str) -> bool:
         """Whether the config has an entry for the layer, or for any of its shards."""
         names = dict.fromkeys((prefix, *self.shard_names(prefix)))
-        return any(self._find(name, self.format.find) is not None for name in names)
+        return any(self._find(name, self.described.find) is not None for name in names)
 
     def resolve_experts(self, prefix: str) -> ResolvedExperts:
         """The routed experts behind ``prefix`` ("model.layers.3.mlp.experts").
@@ -192,10 +192,10 @@ class LayerResolver:
         Raises:
             NpuQuantError: undescribed-layer, or fused-shards-disagree where gate and up differ.
         """
-        hit = self._find(prefix, self.format.find_experts)
+        hit = self._find(prefix, self.described.find_experts)
         if hit is None:
             # As the checkpoint names the experts of other layers; where it has none, in the two spellings that there are.
-            others = filter(None, map(self.format.find_experts, self.format.layer_names()))
+            others = filter(None, map(self.described.find_experts, self.described.layer_names()))
             names = sorted({entry.names[0] for entry in others if entry.count}) or ["gate_proj", "w1"]
             raise NpuQuantError([self._undescribed(prefix, [f"{prefix}.0.{name}" for name in names], partly=False)])
         name, entry = hit
@@ -227,10 +227,10 @@ class LayerResolver:
             "undescribed-layer",
             what,
             layer=prefix,
-            file=self.format.source,
+            file=self.described.source,
             expected="an entry for " + ", ".join(tried),
             found="none",
-            nearest=nearest_names(missing[0], self.format.layer_names()),
+            nearest=nearest_names(missing[0], self.described.layer_names()),
             fix="check that the config and the weights are of the same model; a layer that is not quantized must be "
             "listed as float",
         )
@@ -240,7 +240,7 @@ class LayerResolver:
             "fused-shards-disagree",
             "vLLM runs these layers as one, and the checkpoint quantizes them differently",
             layer=prefix,
-            file=self.format.source,
+            file=self.described.source,
             expected="one scheme",
             found=", ".join(f"{name}: {scheme}" for name, scheme in schemes),
             fix="re-export the checkpoint with one scheme for these layers",

@@ -7,16 +7,17 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from vllm_npu_quant.errors import Finding, NpuQuantError, Severity
-from vllm_npu_quant.formats.base import QuantFormat
-from vllm_npu_quant.formats.check import FindingLimit, check_checkpoint
+from vllm_npu_quant.errors import Finding, FindingLimit, NpuQuantError, Severity
+from vllm_npu_quant.formats.check import check_checkpoint
+from vllm_npu_quant.formats.described import Described
+from vllm_npu_quant.formats.index import is_embedding
 from vllm_npu_quant.formats.resolve import FUSED_FAMILIES, LayerResolver
-from vllm_npu_quant.formats.rules import is_embedding
 from vllm_npu_quant.inspection.layers import Layer, layers_of
 from vllm_npu_quant.inspection.limits import limit_findings
 from vllm_npu_quant.inspection.model import Model, open_model
 from vllm_npu_quant.inspection.overview import dtype_of
 from vllm_npu_quant.inspection.parallel import parallel_findings
+from vllm_npu_quant.layouts.tables import LAYOUTS
 from vllm_npu_quant.serving import dispatch
 from vllm_npu_quant.serving.decide import Host, requantized_findings
 from vllm_npu_quant.spec import LayerKind
@@ -82,24 +83,22 @@ def check(
         opened = model if isinstance(model, Model) else open_model(model, revision=revision, follow_links=follow_links)
     except NpuQuantError as error:
         return CheckReport(os.fspath(model) if not isinstance(model, Model) else model.name, "", error.findings, False)
-    if opened.format is None:
+    if opened.described is None:
         return _report(opened, [*opened.findings, *opened.checkpoint.findings], readable=False)
-    quant_format = opened.format
-    findings = [*opened.findings, *quant_format.findings, *check_checkpoint(quant_format, opened.checkpoint)]
+    described = opened.described
+    findings = [*opened.findings, *described.findings, *check_checkpoint(described, opened.checkpoint)]
     layers = layers_of(opened)
-    findings += served_findings(layers, quant_format)
-    findings += otherwise_findings(layers, quant_format.source)
-    findings += requantized_findings(
-        ((layer.stored, layer.count) for layer in layers), Host.read(), quant_format.source
-    )
-    findings += fused_findings(quant_format)
+    findings += served_findings(layers, described)
+    findings += otherwise_findings(layers, described.source)
+    findings += requantized_findings(((layer.stored, layer.count) for layer in layers), Host.read(), described.source)
+    findings += fused_findings(described)
     findings += parallel_findings(opened, layers, tp=tp, ep=ep)
-    said = {finding.layer for finding in quant_format.findings if finding.code == "operator-limit"}
-    findings += limit_findings(layers, quant_format.source, tp=tp, ep=ep, said=said)
+    said = {finding.layer for finding in described.findings if finding.code == "operator-limit"}
+    findings += limit_findings(layers, described.source, tp=tp, ep=ep, said=said)
     if device is not None:
         from vllm_npu_quant.inspection.chips import chip_findings
 
-        findings += chip_findings(device, layers, dtype_of(opened), quant_format.source)
+        findings += chip_findings(device, layers, dtype_of(opened), described.source)
     # Values of files whose headers are wrong would be read from the wrong place.
     damaged = any(finding.severity is Severity.ERROR for finding in opened.checkpoint.findings)
     if values and not damaged:
@@ -113,11 +112,11 @@ def _report(opened: Model, findings: Iterable[Finding], *, readable: bool, value
     """The report with every finding once, the errors first."""
     order = list(Severity)
     unique = sorted(dict.fromkeys(findings), key=lambda finding: order.index(finding.severity))
-    name = opened.format.name if opened.format is not None and opened.format.name != "float" else ""
+    name = opened.described.format if opened.described is not None and opened.described.format != "float" else ""
     return CheckReport(opened.name, name, tuple(unique), readable, values)
 
 
-def served_findings(layers: Iterable[Layer], quant_format: QuantFormat) -> list[Finding]:
+def served_findings(layers: Iterable[Layer], described: Described) -> list[Finding]:
     """Layers that no method class serves: one finding for all of a kind with one spec."""
     found = FindingLimit(8)
     refused: dict[tuple[str, str], list[Layer]] = {}
@@ -130,7 +129,7 @@ def served_findings(layers: Iterable[Layer], quant_format: QuantFormat) -> list[
                     "unsupported-scheme",
                     "quantized embedding tables are not served",
                     layer=layer.name,
-                    file=quant_format.source,
+                    file=described.source,
                     expected="a float embedding",
                     found=layer.spec.scheme,
                     fix="export the embedding as float",
@@ -139,11 +138,11 @@ def served_findings(layers: Iterable[Layer], quant_format: QuantFormat) -> list[
         elif layer.row is None:
             refused.setdefault((layer.kind, dispatch.describe(layer.spec, layer.stored)), []).append(layer)
         elif layer.kind == LayerKind.FUSED_MOE.value:
-            for finding in _expert_findings(layer, quant_format):
+            for finding in _expert_findings(layer, described):
                 found.add(finding)
     for members in refused.values():
         first = members[0]
-        finding = dispatch.unsupported(LayerKind(first.kind), first.spec, layer=first.name, file=quant_format.source)
+        finding = dispatch.unsupported(LayerKind(first.kind), first.spec, layer=first.name, file=described.source)
         count = sum(layer.count for layer in members)
         found.add(replace(finding, message=finding.message + (f" ({count:,} layers)" if count > 1 else "")))
     return found.close()
@@ -177,14 +176,14 @@ def otherwise_findings(layers: Iterable[Layer], source: str) -> list[Finding]:
     return found
 
 
-def _expert_findings(layer: Layer, quant_format: QuantFormat) -> Iterable[Finding]:
+def _expert_findings(layer: Layer, described: Described) -> Iterable[Finding]:
     """What is served for Linear layers and not for experts."""
-    if layer.spec.layout.value.endswith("act_order"):
+    if LAYOUTS[layer.stored.layout].act_order:
         yield Finding(
             "unsupported-scheme",
             "experts with activation order would need the input sorted anew for every expert",
             layer=layer.name,
-            file=quant_format.source,
+            file=described.source,
             expected="desc_act false",
             found=layer.spec.scheme,
             fix="re-export the checkpoint without activation order (desc_act=False, actorder weight or none)",
@@ -194,30 +193,30 @@ def _expert_findings(layer: Layer, quant_format: QuantFormat) -> Iterable[Findin
             "unsupported-scheme",
             "quantized experts are served without a bias",
             layer=layer.name,
-            file=quant_format.source,
+            file=described.source,
             expected="no bias",
             found=f"{layer.name}.bias",
             fix="export the experts of this model as float",
         )
 
 
-def fused_findings(quant_format: QuantFormat) -> list[Finding]:
+def fused_findings(described: Described) -> list[Finding]:
     """Shards that vLLM fuses and the checkpoint quantizes differently, by the generic families.
 
     A model class can override the families; only layers whose shards are all there are looked at.
     """
     found = FindingLimit(8)
-    resolver = LayerResolver(quant_format)
+    resolver = LayerResolver(described)
     last_shards = {shards[-1]: (fused, shards) for fused, shards in FUSED_FAMILIES.items()}
-    for name in list(quant_format.layer_names()):
+    for name in list(described.layer_names()):
         parent, dot, last = name.rpartition(".")
         prefix = name
         if last in last_shards:
             fused, shards = last_shards[last]
-            if any(quant_format.find(parent + dot + shard) is None for shard in shards):
+            if any(described.find(parent + dot + shard) is None for shard in shards):
                 continue
             prefix = parent + dot + fused
-        elif quant_format.find_experts(name) is None:
+        elif described.find_experts(name) is None:
             continue
         try:
             resolver.resolve_experts(name) if prefix == name else resolver.resolve(prefix)

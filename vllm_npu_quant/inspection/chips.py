@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from vllm_npu_quant.errors import Finding, Severity
-from vllm_npu_quant.formats.check import FindingLimit
+from vllm_npu_quant.errors import Finding, FindingLimit, Severity
 from vllm_npu_quant.inspection.layers import Layer
 from vllm_npu_quant.serving.dispatch import ROWS, Row
 from vllm_npu_quant.spec import LayerKind

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from vllm_npu_quant.checkpoint import Checkpoint, TensorInfo
-from vllm_npu_quant.formats.base import ExpertsEntry, LayerEntry, QuantFormat
-from vllm_npu_quant.formats.rules import FLOAT_DTYPES, RuleFormat, is_embedding
+from vllm_npu_quant.formats.common import FLOAT_DTYPES
+from vllm_npu_quant.formats.declaration import find_format
+from vllm_npu_quant.formats.described import Described, ExpertsEntry, LayerEntry
+from vllm_npu_quant.formats.index import is_embedding
 from vllm_npu_quant.inspection.model import Model
 from vllm_npu_quant.layouts.tables import Axis, tensors_of
 from vllm_npu_quant.serving import dispatch
@@ -111,10 +113,10 @@ def layers_of(model: Model) -> list[Layer]:
         NpuQuantError: what kept the format from being found out.
     """
     host = Host.read(latent_attention=bool(model.size("kv_lora_rank")))
-    return _layers(model.require_format(), model.checkpoint, host)
+    return _layers(model.require_described(), model.checkpoint, host)
 
 
-def _layers(quant_format: QuantFormat, checkpoint: Checkpoint, host: Host) -> list[Layer]:
+def _layers(described: Described, checkpoint: Checkpoint, host: Host) -> list[Layer]:
     tensors = checkpoint.tensors
     sizes: dict[str, int] = {}
     for name, tensor in tensors.items():
@@ -122,16 +124,16 @@ def _layers(quant_format: QuantFormat, checkpoint: Checkpoint, host: Host) -> li
         sizes[layer] = sizes.get(layer, 0) + tensor.nbytes
     found: list[Layer] = []
     moe: dict[str, ExpertsEntry] = {}
-    for name in quant_format.layer_names():
-        experts = quant_format.find_experts(name)
+    for name in described.layer_names():
+        experts = described.find_experts(name)
         if experts is not None:
             moe[name] = experts
             continue
-        entry = quant_format.find(name)
+        entry = described.find(name)
         if entry is not None:
-            found.append(_layer(name, entry, quant_format, tensors, sizes.pop(name, 0), host))
+            found.append(_layer(name, entry, described, tensors, sizes.pop(name, 0), host))
     for name, experts in moe.items():
-        found += _experts(name, experts, quant_format, tensors, sizes, host)
+        found += _experts(name, experts, described, tensors, sizes, host)
     unknown = _not_float(sizes, tensors)
     for name, nbytes in sizes.items():
         table = tensors.get(name + ".weight") if is_embedding(name) and name not in unknown else None
@@ -161,7 +163,7 @@ def _not_float(layers: Mapping[str, int], tensors: Mapping[str, TensorInfo]) -> 
 def _layer(
     name: str,
     entry: LayerEntry,
-    quant_format: QuantFormat,
+    described: Described,
     tensors: Mapping[str, TensorInfo],
     nbytes: int,
     host: Host,
@@ -170,7 +172,7 @@ def _layer(
     if entry.spec.is_float and (not outputs or is_embedding(name)):
         return Layer(name, OTHER, 1, entry.spec, None, outputs, inputs, nbytes)
     kind = LayerKind.LM_HEAD if name.rpartition(".")[2] == "lm_head" else LayerKind.LINEAR
-    reason = _why_float(name, quant_format) if entry.spec.is_float else ""
+    reason = _why_float(name, described) if entry.spec.is_float else ""
     served = decide(kind, entry.spec, host, layer=name)
     return _as_layer(name, served, 1, (outputs, inputs), nbytes, reason, entry.tensors)
 
@@ -203,7 +205,7 @@ def _as_layer(
 def _experts(
     name: str,
     experts: ExpertsEntry,
-    quant_format: QuantFormat,
+    described: Described,
     tensors: Mapping[str, TensorInfo],
     sizes: dict[str, int],
     host: Host,
@@ -211,7 +213,7 @@ def _experts(
     for projection, entry in zip(experts.names, (experts.gate, experts.up, experts.down), strict=True):
         nbytes = sum(sizes.pop(f"{name}.{number}.{projection}", 0) for number in range(experts.count))
         first = f"{name}.0.{projection}"
-        reason = _why_float(first, quant_format) if entry.spec.is_float else ""
+        reason = _why_float(first, described) if entry.spec.is_float else ""
         served = decide(LayerKind.FUSED_MOE, entry.spec, host, layer=first)
         shape = _sizes(first, entry, tensors)
         yield _as_layer(f"{name}.*.{projection}", served, experts.count, shape, nbytes, reason, entry.tensors)
@@ -230,16 +232,14 @@ def _sizes(layer: str, entry: LayerEntry, tensors: Mapping[str, TensorInfo]) -> 
     return lengths.get(Axis.OUT, 0), lengths.get(Axis.IN, 0)
 
 
-def _why_float(name: str, quant_format: QuantFormat) -> str:
+def _why_float(name: str, described: Described) -> str:
     """Why a layer with a weight matrix is float."""
-    if quant_format.name == "float":
+    declaration = find_format(described.format)
+    if declaration is None:
         return "the checkpoint is not quantized"
-    if isinstance(quant_format, RuleFormat):
-        ruled = quant_format.rule(name)
-        if ruled is not None and not ruled.spec.is_float:
-            return "its weight is stored as float"
-        return f"{quant_format.source} excludes it, or it is excluded by convention"
-    return f"{quant_format.source} says FLOAT"
+    if name in described.stored_as_float:
+        return "its weight is stored as float"
+    return declaration.float_reason.format(source=described.source)
 
 
 def schemes_of(layers: Iterable[Layer]) -> list[Scheme]:

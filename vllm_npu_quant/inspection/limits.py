@@ -7,8 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from math import gcd
 
-from vllm_npu_quant.errors import Finding
-from vllm_npu_quant.formats.check import FindingLimit
+from vllm_npu_quant.errors import Finding, FindingLimit
 from vllm_npu_quant.inspection.layers import Layer
 from vllm_npu_quant.inspection.memory import part_of
 from vllm_npu_quant.inspection.parallel import NUMBER

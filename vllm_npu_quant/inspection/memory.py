@@ -14,7 +14,7 @@ from vllm_npu_quant.formats.resolve import FUSED_FAMILIES
 from vllm_npu_quant.inspection.layers import OTHER, Layer
 from vllm_npu_quant.inspection.model import Model
 from vllm_npu_quant.inspection.parallel import cut_of, kv_heads
-from vllm_npu_quant.layouts.tables import Axis
+from vllm_npu_quant.layouts.tables import LAYOUTS, Axis
 from vllm_npu_quant.spec import Granularity, LayerKind, WeightSpec
 
 __all__ = ["KvCache", "RankPart", "kv_cache", "layer_bytes", "part_of", "rank_bytes", "weight_bytes"]
@@ -123,7 +123,7 @@ def _bytes(layer: Layer, part: RankPart, float16: bool = False) -> int:
     bias = 4 * outputs if "bias" in layer.tensors else 0
     if layer.method == "W8A8StaticLinear":  # quant_bias holds it; for float16, scales are int64
         bias = 4 * outputs if float16 else 0
-    if layer.spec.layout.value.endswith("act_order") and weight.group_size and layer.kind != LayerKind.FUSED_MOE.value:
+    if LAYOUTS[layer.stored.layout].act_order and weight.group_size and layer.kind != LayerKind.FUSED_MOE.value:
         return _act_order(weight, outputs, part.inputs, layer.inputs) + bias
     if weight.group_size and part.inputs != layer.inputs and part.inputs % weight.group_size:  # cut within groups
         weight = replace(weight, group_size=gcd(part.inputs, weight.group_size))

@@ -10,9 +10,9 @@ from typing import Any
 
 from vllm_npu_quant.checkpoint import Checkpoint
 from vllm_npu_quant.errors import Finding, NpuQuantError, Severity
-from vllm_npu_quant.formats.base import QuantFormat
+from vllm_npu_quant.formats.described import Described
 from vllm_npu_quant.formats.detect import Detection
-from vllm_npu_quant.formats.open import describe_folder, format_of
+from vllm_npu_quant.formats.open import describe_checkpoint, detect_checkpoint
 
 __all__ = ["Model", "open_model"]
 
@@ -25,14 +25,14 @@ class Model:
         name: as the user named it.
         checkpoint: the weight files' headers.
         detection: which format, and which file says so; None where that could not be found out.
-        format: the format; None likewise.
+        described: its layers; None likewise.
         findings: what kept the format from being found out.
     """
 
     name: str
     checkpoint: Checkpoint
     detection: Detection | None = None
-    format: QuantFormat | None = None
+    described: Described | None = None
     findings: tuple[Finding, ...] = field(default_factory=tuple)
 
     @property
@@ -60,15 +60,15 @@ class Model:
                 return value
         return 0
 
-    def require_format(self) -> QuantFormat:
+    def require_described(self) -> Described:
         """The format.
 
         Raises:
             NpuQuantError: what kept it from being found out.
         """
-        if self.format is None:
+        if self.described is None:
             raise NpuQuantError(self.findings)
-        return self.format
+        return self.described
 
 
 def open_model(model: str | os.PathLike[str], *, revision: str | None = None, follow_links: bool = False) -> Model:
@@ -97,11 +97,11 @@ def open_model(model: str | os.PathLike[str], *, revision: str | None = None, fo
         checkpoint = open_hub(name, revision=revision)
     opened = Model(name, checkpoint)
     try:
-        opened.detection = describe_folder(checkpoint)
-        opened.format = format_of(checkpoint, opened.detection)
+        opened.detection = detect_checkpoint(checkpoint)
+        opened.described = describe_checkpoint(checkpoint, opened.detection)
     except NpuQuantError as error:
         opened.findings = error.findings
-    if opened.format is not None and "config.json" not in checkpoint.names and not checkpoint.findings:
+    if opened.described is not None and "config.json" not in checkpoint.names and not checkpoint.findings:
         opened.findings += (
             Finding(
                 "unreadable-file",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from vllm_npu_quant.errors import NpuQuantError, Severity
 from vllm_npu_quant.formats.check import check_checkpoint
+from vllm_npu_quant.formats.declaration import find_format
 from vllm_npu_quant.inspection.layers import Layer, Scheme, layers_of, schemes_of
 from vllm_npu_quant.inspection.model import Model, open_model
 
@@ -62,10 +63,10 @@ def inspect(
         NpuQuantError: where the checkpoint cannot be read, or its format is not known.
     """
     opened = model if isinstance(model, Model) else open_model(model, revision=revision, follow_links=follow_links)
-    quant_format = opened.require_format()
+    described = opened.require_described()
     if not opened.checkpoint.files:
         raise NpuQuantError(opened.checkpoint.findings)
-    findings = [*opened.findings, *quant_format.findings, *check_checkpoint(quant_format, opened.checkpoint)]
+    findings = [*opened.findings, *described.findings, *check_checkpoint(described, opened.checkpoint)]
     layers = layers_of(opened)
     architectures = opened.config.get("architectures")
     first = architectures[0] if isinstance(architectures, list) and architectures else ""
@@ -75,7 +76,7 @@ def inspect(
         model=opened.name,
         architecture=first[:80] if isinstance(first, str) else "",
         dtype=dtype_of(opened),
-        format="" if quant_format.name == "float" else quant_format.name,
+        format="" if described.format == "float" else described.format,
         decided_by=detection.file,
         producer=producer_of(opened),
         files=len(opened.checkpoint.files),
@@ -102,25 +103,5 @@ def dtype_of(model: Model) -> str:
 def producer_of(model: Model) -> str:
     """The tool that made the checkpoint, and its version, where a file says it."""
     detection = model.detection
-    if detection is None or model.format is None or model.format.name == "float":
-        return ""
-    config = detection.config
-
-    def text(key: str) -> str:
-        value = config.get(key)
-        return value[:40] if isinstance(value, str) else ""
-
-    name = model.format.name
-    if name == "modelslim":
-        return f"msModelSlim, description {text('version')}" if text("version") else "msModelSlim"
-    if text("autoround_version"):
-        return f"AutoRound {text('autoround_version')}"
-    meta = config.get("meta")
-    quantizer = meta.get("quantizer") if isinstance(meta, dict) else None
-    if isinstance(quantizer, list) and quantizer:
-        quantizer = quantizer[0]
-    if isinstance(quantizer, str) and quantizer:
-        return quantizer[:60].replace(":", " ")
-    if name == "compressed-tensors" and text("version"):
-        return f"compressed-tensors {text('version')}"
-    return text("provider")
+    declaration = find_format(model.described.format) if model.described is not None else None
+    return declaration.producer(detection.config) if declaration is not None and detection is not None else ""

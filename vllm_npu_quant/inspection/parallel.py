@@ -7,8 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from math import gcd
 
-from vllm_npu_quant.errors import Finding, Severity
-from vllm_npu_quant.formats.check import FindingLimit
+from vllm_npu_quant.errors import Finding, FindingLimit, Severity
 from vllm_npu_quant.inspection.layers import OTHER, Layer
 from vllm_npu_quant.inspection.model import Model
 from vllm_npu_quant.layouts.tables import Axis, group_size_of, tensors_of

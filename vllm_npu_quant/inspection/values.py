@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from vllm_npu_quant.checkpoint import Checkpoint, TensorInfo
-from vllm_npu_quant.errors import Finding, NpuQuantError, Severity
-from vllm_npu_quant.formats.base import LayerEntry
-from vllm_npu_quant.formats.check import FindingLimit
-from vllm_npu_quant.formats.rules import FLOAT_DTYPES
+from vllm_npu_quant.errors import Finding, FindingLimit, NpuQuantError, Severity
+from vllm_npu_quant.formats.common import FLOAT_DTYPES
+from vllm_npu_quant.formats.described import LayerEntry
 from vllm_npu_quant.inspection.layers import Layer
 from vllm_npu_quant.inspection.model import Model
 from vllm_npu_quant.spec import Granularity, Layout, NumberKind, WeightSpec
@@ -50,13 +49,13 @@ def value_findings(
         layers: what ``layers_of`` gives.
         progress: called with (layer, layers done, layers in all).
     """
-    quant_format = model.require_format()
+    described = model.require_described()
     checkpoint = model.checkpoint
     found = FindingLimit()
     symmetric = {layer.name: layer.row.weight_symmetric is True for layer in layers if layer.row is not None}
     # These layers' FP8 is not requantized.
     floats = {layer.name for layer in layers if layer.row is not None and layer.row.weight_kind is NumberKind.FLOAT}
-    entries = dict(quant_format.stored_layers(checkpoint.tensors))
+    entries = dict(described.stored_layers())
     by_layer: dict[str, list[TensorInfo]] = {}
     for name, tensor in checkpoint.tensors.items():
         by_layer.setdefault(name.rpartition(".")[0], []).append(tensor)
@@ -76,7 +75,7 @@ def value_findings(
         if progress is not None:
             progress(layer, done + 1, len(by_layer))
     if losses:
-        found.add(_losses(losses, quant_format.source))
+        found.add(_losses(losses, described.source))
     return found.close()
 
 
