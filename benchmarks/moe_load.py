@@ -101,7 +101,7 @@ def prepare(layer: nn.Module, products: list[Any], hidden: int, inner: int, only
     from vllm_npu_quant.spec import LayerKind
 
     methods = [
-        load_object(dispatch.select(LayerKind.FUSED_MOE, product.served).method)(product.name + "_")
+        load_object(product.served.require_row().method)(product.name + "_")
         for product in products
     ]
     chain = FusedExperts(methods[0], methods[1], hidden, inner, (products[0].group_size, products[1].group_size))

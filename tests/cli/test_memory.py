@@ -12,8 +12,9 @@ import torch
 from vllm_npu_quant import emulation
 from vllm_npu_quant.engine.linear import load_object
 from vllm_npu_quant.inspection.layers import Layer
-from vllm_npu_quant.inspection.memory import _OUTPUTS, kv_cache, layer_bytes, part_of, rank_bytes
+from vllm_npu_quant.inspection.memory import kv_cache, layer_bytes, rank_bytes
 from vllm_npu_quant.inspection.model import open_model
+from vllm_npu_quant.inspection.parallel import part_of
 from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight
 from vllm_npu_quant.methods.base import PrepareContext
 from vllm_npu_quant.methods.moe import Experts, FusedExperts
@@ -150,10 +151,10 @@ def test_prepared_experts(
     assert rank_bytes(layers, ranks, 1) == total
 
 
-def test_every_experts_method_has_its_sizes() -> None:
-    methods = {row.method: row.method_name for row in dispatch.ROWS if LayerKind.FUSED_MOE in row.kinds}
-    assert set(methods.values()) == _OUTPUTS.keys()
-    assert {name: load_object(path).outputs_multiple for path, name in methods.items()} == _OUTPUTS
+def test_the_cost_of_experts_has_the_multiple_of_their_method() -> None:
+    for row in dispatch.ROWS:
+        if LayerKind.FUSED_MOE in row.kinds:
+            assert load_object(row.method).outputs_multiple == row.cost.outputs, row.name
 
 
 def test_parts() -> None:

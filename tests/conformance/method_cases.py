@@ -80,7 +80,7 @@ class Scheme:
         return LayerSpec(str(self), Layout.CT_INT, weight, activation, transform=matrices)
 
     def row(self, kind: LayerKind, transform: InputTransform | None = None) -> Row:
-        return dispatch.select(kind, self.spec(transform))
+        return dispatch.find_row(kind, self.spec(transform))
 
     def weight(self, outputs: int, inputs: int, seed: int = 0) -> CanonicalWeight:
         if self.bits != 16:

@@ -15,7 +15,7 @@ from math import gcd
 from typing import Any
 
 from vllm_npu_quant.errors import Finding, NpuQuantError, nearest_names
-from vllm_npu_quant.formats.described import ExpertsEntry, LayerEntry, Described
+from vllm_npu_quant.formats.described import Described, ExpertsEntry, LayerEntry
 from vllm_npu_quant.serving.dispatch import describe
 from vllm_npu_quant.spec import Granularity, LayerSpec, Layout
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from vllm_npu_quant.errors import Finding, FindingLimit, Severity
 from vllm_npu_quant.inspection.layers import Layer
-from vllm_npu_quant.serving.dispatch import ROWS, Row
+from vllm_npu_quant.serving.dispatch import Row, rows
 from vllm_npu_quant.spec import LayerKind
 
 __all__ = ["CHIPS", "Chip", "Number", "Support", "chip_findings", "chip_of", "support"]
@@ -215,7 +215,7 @@ def _by_row(chip: Chip, layers: Iterable[Layer], source: str) -> Iterable[Findin
         kind = LayerKind(members[0].kind)
         others = [
             other.name
-            for other in dict.fromkeys(ROWS)
+            for other in dict.fromkeys(rows())
             if kind in other.kinds and support(chip, other).served and other.operators
         ]
         count = sum(layer.count for layer in members)

@@ -9,16 +9,10 @@ from math import gcd
 
 from vllm_npu_quant.errors import Finding, FindingLimit
 from vllm_npu_quant.inspection.layers import Layer
-from vllm_npu_quant.inspection.memory import part_of
-from vllm_npu_quant.inspection.parallel import NUMBER
-from vllm_npu_quant.spec import Granularity
+from vllm_npu_quant.inspection.parallel import NUMBER, part_of
+from vllm_npu_quant.serving.cost import MAX_INPUTS, group_of
 
 __all__ = ["limit_findings"]
-
-#: npu_quant_matmul, npu_weight_quant_batchmatmul: the last dimensions are at most 65535. Outputs are cut, inputs are not.
-MAX_INPUTS = 65535
-#: Smaller groups would have to be filled up to 32 with more than as many zeros again.
-MIN_GROUP = 16
 
 
 def limit_findings(
@@ -33,7 +27,7 @@ def limit_findings(
     # One finding for the layers of all depths that have the same name and the same problem.
     alike: dict[tuple[str, Finding], list[Finding]] = {}
     for layer in layers:
-        if layer.row is not None and layer.name not in said:
+        if layer.name not in said:
             for finding in _layer_findings(layer, source, tp, ep):
                 alike.setdefault((NUMBER.sub("*", layer.name), replace(finding, layer="")), []).append(finding)
     for findings in alike.values():
@@ -43,9 +37,9 @@ def limit_findings(
 
 
 def _layer_findings(layer: Layer, source: str, tp: int, ep: int) -> Iterable[Finding]:
-    part = part_of(layer, tp, ep)
-    weight = layer.spec.weight
-    assert weight is not None
+    if layer.row is None:
+        return
+    part, cost = part_of(layer, tp, ep), layer.row.cost
     if part.inputs != layer.inputs and part.inputs * tp != layer.inputs:
         return  # it cannot be cut at all, which has been said
     if part.inputs > MAX_INPUTS and layer.operators:
@@ -58,23 +52,23 @@ def _layer_findings(layer: Layer, source: str, tp: int, ep: int) -> Iterable[Fin
             found=f"K = {part.inputs}",
             fix="use a larger tensor-parallel size, or export the layer as float",
         )
-    group = weight.group_size if weight.granularity is Granularity.GROUP else 0
+    group = group_of(layer.spec.weight)
     if not group or not part.inputs or part.inputs <= group:
         return
     if part.inputs != layer.inputs and part.inputs % group:
         group = gcd(part.inputs, group)
-    if layer.method == "WeightOnlyLinear" and group < MIN_GROUP:
+    if group < cost.min_group:
         yield Finding(
             "operator-limit",
             "npu_weight_quant_batchmatmul takes groups of a multiple of 32 inputs, and filling these up with zeros would "
             "more than double the weight",
             layer=layer.name,
             file=source,
-            expected=f"a group size of at least {MIN_GROUP}, or one scale per channel",
+            expected=f"a group size of at least {cost.min_group}, or one scale per channel",
             found=f"groups of {group}" + (f" on {tp} ranks" if tp > 1 else ""),
             fix="use a tensor-parallel size that cuts the layer at whole groups, or re-export with a larger group size",
         )
-    if layer.method in ("W4A8DynamicLinear", "W4A4DynamicLinear", "W4A8DynamicExperts") and group % 2:
+    if cost.even_groups and group % 2:
         yield Finding(
             "operator-limit",
             "the int4 operators take groups of an even number of inputs",

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from math import gcd
 
 from vllm_npu_quant.errors import Finding, FindingLimit, Severity
 from vllm_npu_quant.inspection.layers import OTHER, Layer
 from vllm_npu_quant.inspection.model import Model
 from vllm_npu_quant.layouts.tables import Axis, group_size_of, tensors_of
+from vllm_npu_quant.serving.cost import round_up
 from vllm_npu_quant.spec import LayerKind
 
-__all__ = ["NUMBER", "SIZES", "cut_of", "fitting_sizes", "kv_heads", "parallel_findings"]
+__all__ = ["NUMBER", "SIZES", "RankPart", "cut_of", "fitting_sizes", "kv_heads", "parallel_findings", "part_of"]
 
 #: Parallel sizes that are tried for "sizes that work".
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 40, 48, 64)
@@ -51,6 +53,44 @@ def cut_of(layer: Layer) -> Axis | None:
     if last in REPLICATED or ".indexer." in layer.name:
         return None
     return Axis.IN if last in ROW_PARALLEL else Axis.OUT
+
+
+#: vLLM fills the vocabulary up to a multiple of this, in embeddings and lm_head.
+VOCABULARY = 64
+
+
+@dataclass(frozen=True)
+class RankPart:
+    """What one rank has of a layer: ``count`` matrices of N outputs and K inputs."""
+
+    outputs: int
+    inputs: int
+    count: int = 1
+
+
+def part_of(layer: Layer, tp: int, ep: int, kv_heads: int = 0) -> RankPart:
+    """A rank's part of a layer with ``tp`` tensor-parallel ranks, of which ``ep`` share the experts.
+
+    Args:
+        kv_heads: key-value heads of the model, which more ranks than heads repeat; 0 where they are not known.
+    """
+    outputs, inputs, count = layer.outputs, layer.inputs, layer.count
+    axis = cut_of(layer)
+    if layer.kind == LayerKind.FUSED_MOE.value and ep > 1:
+        return RankPart(outputs, inputs, -(-count // ep))
+    if axis is Axis.OUT:
+        last = layer.name.rpartition(".")[2]
+        if layer.kind in (OTHER, LayerKind.LM_HEAD.value):
+            outputs = round_up(round_up(outputs, VOCABULARY), tp)
+        elif last in ("k_proj", "v_proj"):
+            if kv_heads and tp > kv_heads and outputs % kv_heads == 0:
+                return RankPart(outputs // kv_heads, inputs, count)
+            if outputs % tp:
+                return RankPart(outputs, inputs, count)
+        outputs = -(-outputs // tp)
+    elif axis is Axis.IN:
+        inputs = -(-inputs // tp)
+    return RankPart(outputs, inputs, count)
 
 
 def kv_heads(model: Model) -> int:

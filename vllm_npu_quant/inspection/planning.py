@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from vllm_npu_quant.errors import Finding, NpuQuantError
 from vllm_npu_quant.inspection.chips import Chip, Number, chip_of
 from vllm_npu_quant.inspection.layers import OTHER, UNKNOWN, Layer, layers_of
-from vllm_npu_quant.inspection.memory import ACT, RankPart, kv_cache, layer_bytes, part_of, rank_bytes
+from vllm_npu_quant.inspection.memory import kv_cache, layer_bytes, rank_bytes
 from vllm_npu_quant.inspection.model import Model, open_model
 from vllm_npu_quant.inspection.overview import dtype_of
-from vllm_npu_quant.inspection.parallel import NUMBER, fitting_sizes, kv_heads
+from vllm_npu_quant.inspection.parallel import NUMBER, RankPart, fitting_sizes, kv_heads, part_of
+from vllm_npu_quant.serving.cost import ACT
 from vllm_npu_quant.spec import LayerKind
 
 __all__ = ["Plan", "Roofline", "Source", "plan"]
@@ -304,14 +305,9 @@ def _remarks(chip: Chip, model: Model, layers: Sequence[Layer], fits_nowhere: bo
     if chip.fp16 is None:
         yield "without a float16 peak, times of float arithmetic count memory only: too good for prompts"
     yield "gains are upper bounds from published peaks: no overhead, no communication, nothing measured on an NPU"
-    methods = {layer.method for layer in layers}
-    if methods & {"WeightOnlyLinear", "WeightOnlyExperts"}:
-        yield (
-            "weight-only operators also write and read dequantized weights, which the bound leaves out; arXiv 2601.16536 "
-            "measured at most 1.48 times float16 for a W4A16 kernel on Ascend 910"
-        )
-    if "W4A4DynamicLinear" in methods or "W4A4DynamicExperts" in methods:
-        yield "no int4 peak is published: int8's is used for W4A4"
+    yield from dict.fromkeys(
+        layer.row.cost.remark for layer in layers if layer.row is not None and layer.row.cost.remark
+    )
     unserved = [layer.name for layer in layers if not layer.spec.is_float and layer.row is None]
     if unserved:
         yield f"{len(unserved):,} quantized layers are not served (see check); they are counted as float"

@@ -11,6 +11,7 @@ import torch
 
 from vllm_npu_quant.errors import Finding
 from vllm_npu_quant.layouts.canonical import CanonicalLinear
+from vllm_npu_quant.serving.cost import MAX_INPUTS
 
 __all__ = [
     "FRACTAL_NZ",
@@ -33,7 +34,6 @@ __all__ = [
 FRACTAL_NZ = 29
 #: npu_quant_matmul takes at most 65535 elements in the last dimension of either operand.
 MAX_OUTPUTS = 65535
-MAX_INPUTS = 65535
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""(layer kind, LayerSpec) -> NPU method class: one table, as data.
+"""The dispatch table: (layer kind, LayerSpec) -> NPU method class, operators and cost, as data.
 
 Rows name classes as "module:qualname" and operators as text, so that the table can be read where torch is absent. The
 first row that matches is taken; a spec that no row matches is refused.
@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from vllm_npu_quant.errors import Finding, NpuQuantError
+from vllm_npu_quant.errors import Finding
+from vllm_npu_quant.serving import cost
 from vllm_npu_quant.spec import ActivationSpec, Granularity, LayerKind, LayerSpec, NumberKind, WeightSpec
 
-__all__ = ["ROWS", "Row", "find_row", "select"]
+__all__ = ["ROWS", "Row", "describe", "find_row", "register_row", "rows", "unsupported"]
 
 _LINEAR = frozenset({LayerKind.LINEAR, LayerKind.LM_HEAD})
 _MOE = frozenset({LayerKind.FUSED_MOE})
@@ -35,6 +36,7 @@ class Row:
         transform: whether the layer's input is multiplied by matrices first; None stands for any.
         method: "module:qualname" of the method class.
         operators: the torch_npu operators that it calls per forward, in order.
+        cost: bytes and limits of what the method class prepares.
         remark: what a user should know before relying on it, for the support matrix and a line in the log.
         instead: where the layers are not computed as the checkpoint says, which the remark then tells: how to export them so
             that they are. Empty for all others.
@@ -48,6 +50,7 @@ class Row:
     act_dynamic: bool | None
     method: str
     operators: tuple[str, ...]
+    cost: cost.LinearCost | cost.ExpertsCost
     weight_kind: NumberKind = NumberKind.INT
     weight_symmetric: bool | None = None
     act_symmetric: bool = True
@@ -99,6 +102,7 @@ ROWS: tuple[Row, ...] = (
         transform=None,
         method="vllm_npu_quant.methods.w8a8:W8A8DynamicLinear",
         operators=("npu_dynamic_quant", "npu_quant_matmul"),
+        cost=cost.W8A8_DYNAMIC,
     ),
     Row(
         "W8A8 dynamic asymmetric",
@@ -112,6 +116,7 @@ ROWS: tuple[Row, ...] = (
         transform=None,
         method="vllm_npu_quant.methods.w8a8:W8A8DynamicAsymmetricLinear",
         operators=("npu_dynamic_quant_asymmetric", "npu_quant_matmul"),
+        cost=cost.W8A8_ASYMMETRIC,
     ),
     Row(
         "W8A8 dynamic, groups or zero points",
@@ -123,6 +128,7 @@ ROWS: tuple[Row, ...] = (
         transform=None,
         method="vllm_npu_quant.methods.w8a8:W8A8DynamicGroupedLinear",
         operators=("npu_dynamic_quant", "npu_quant_matmul"),
+        cost=cost.W8A8_GROUPED,
     ),
     Row(
         "W8A8 static",
@@ -135,6 +141,7 @@ ROWS: tuple[Row, ...] = (
         transform=None,
         method="vllm_npu_quant.methods.w8a8:W8A8StaticLinear",
         operators=("npu_quantize", "npu_quant_matmul"),
+        cost=cost.W8A8_STATIC,
     ),
     Row(
         "W8A16",
@@ -145,8 +152,9 @@ ROWS: tuple[Row, ...] = (
         act_dynamic=None,
         method="vllm_npu_quant.methods.weight_only:WeightOnlyLinear",
         operators=("npu_weight_quant_batchmatmul",),
+        cost=cost.WEIGHT_ONLY,
     ),
-    # Integers of 2 and 3 bits are 4-bit integers.
+    # 2- and 3-bit weights are widened to int4.
     Row(
         "W4A16",
         _LINEAR,
@@ -156,6 +164,7 @@ ROWS: tuple[Row, ...] = (
         act_dynamic=None,
         method="vllm_npu_quant.methods.weight_only:WeightOnlyLinear",
         operators=("npu_weight_quant_batchmatmul",),
+        cost=cost.WEIGHT_ONLY,
     ),
     Row(
         "W4A8",
@@ -168,6 +177,7 @@ ROWS: tuple[Row, ...] = (
         transform=None,
         method="vllm_npu_quant.methods.w4a8:W4A8DynamicLinear",
         operators=("npu_dynamic_quant", "npu_grouped_matmul"),
+        cost=cost.W4A8,
     ),
     Row(
         "W4A4",
@@ -179,6 +189,7 @@ ROWS: tuple[Row, ...] = (
         act_dynamic=True,
         method="vllm_npu_quant.methods.w4a4:W4A4DynamicLinear",
         operators=("npu_dynamic_quant", "npu_quant_matmul"),
+        cost=cost.W4A4,
     ),
     Row(
         "W4A4 transformed",
@@ -191,6 +202,7 @@ ROWS: tuple[Row, ...] = (
         transform=True,
         method="vllm_npu_quant.methods.w4a4:W4A4DynamicLinear",
         operators=("npu_kronecker_quant", "npu_quant_matmul"),
+        cost=cost.W4A4,
     ),
     Row(
         "W4A4 group",
@@ -203,6 +215,7 @@ ROWS: tuple[Row, ...] = (
         transform=None,
         method="vllm_npu_quant.methods.w4a4:W4A4DynamicLinear",
         operators=("npu_dynamic_quant", "npu_grouped_matmul"),
+        cost=cost.W4A4,
     ),
     # Floats of the model's dtype, made at load from what the checkpoint stores.
     Row(
@@ -215,6 +228,7 @@ ROWS: tuple[Row, ...] = (
         act_dynamic=None,
         method="vllm_npu_quant.methods.dequantized:DequantizedLinear",
         operators=(),
+        cost=cost.DEQUANTIZED,
     ),
     Row(
         "W8A8 dynamic",
@@ -226,6 +240,7 @@ ROWS: tuple[Row, ...] = (
         act_dynamic=True,
         method="vllm_npu_quant.methods.moe_w8a8:W8A8DynamicExperts",
         operators=("npu_grouped_matmul",),
+        cost=cost.W8A8_EXPERTS,
     ),
     # npu_moe_init_routing_v2 quantizes with one static scale for all experts, and every expert has its own. The integers of
     # the weights stay; tokens get a scale each, which is finer than the calibrated one.
@@ -239,6 +254,7 @@ ROWS: tuple[Row, ...] = (
         act_dynamic=False,
         method="vllm_npu_quant.methods.moe_w8a8:W8A8DynamicExperts",
         operators=("npu_grouped_matmul",),
+        cost=cost.W8A8_EXPERTS,
         remark="experts' activations are quantized per token, and their static scales are not used",
         instead="with dynamic activation scales (W8A8 dynamic)",
     ),
@@ -251,6 +267,7 @@ ROWS: tuple[Row, ...] = (
         act_dynamic=None,
         method="vllm_npu_quant.methods.moe_weight_only:WeightOnlyExperts",
         operators=("npu_grouped_matmul",),
+        cost=cost.WEIGHT_ONLY_EXPERTS,
     ),
     # npu_grouped_matmul takes scales per group for int4 only: floats of the model's dtype, made at load.
     Row(
@@ -262,6 +279,7 @@ ROWS: tuple[Row, ...] = (
         act_dynamic=None,
         method="vllm_npu_quant.methods.moe_weight_only:FloatExperts",
         operators=("npu_grouped_matmul",),
+        cost=cost.FLOAT_EXPERTS,
         remark="experts' weights are dequantized while they load, to two bytes each",
         instead="with one scale per channel (W8A16), or with 4 bits per group (W4A16)",
     ),
@@ -275,6 +293,7 @@ ROWS: tuple[Row, ...] = (
         act_dynamic=None,
         method="vllm_npu_quant.methods.moe_weight_only:WeightOnlyExperts",
         operators=("npu_grouped_matmul",),
+        cost=cost.WEIGHT_ONLY_EXPERTS,
         remark="experts' offsets per group: undocumented for npu_grouped_matmul, used by peers (vllm-ascend, SGLang)",
     ),
     Row(
@@ -286,6 +305,7 @@ ROWS: tuple[Row, ...] = (
         act_dynamic=None,
         method="vllm_npu_quant.methods.moe_weight_only:WeightOnlyExperts",
         operators=("npu_grouped_matmul",),
+        cost=cost.WEIGHT_ONLY_EXPERTS,
     ),
     Row(
         "W4A8",
@@ -297,6 +317,7 @@ ROWS: tuple[Row, ...] = (
         act_dynamic=True,
         method="vllm_npu_quant.methods.moe_int4:W4A8DynamicExperts",
         operators=("npu_grouped_matmul",),
+        cost=cost.W4A8_EXPERTS,
     ),
     Row(
         "W4A4",
@@ -308,6 +329,7 @@ ROWS: tuple[Row, ...] = (
         act_dynamic=True,
         method="vllm_npu_quant.methods.moe_int4:W4A4DynamicExperts",
         operators=("npu_dynamic_quant", "npu_grouped_matmul"),
+        cost=cost.W4A4_EXPERTS,
     ),
     # Float experts beside quantized ones, and what is dequantized at load.
     Row(
@@ -320,30 +342,33 @@ ROWS: tuple[Row, ...] = (
         act_dynamic=None,
         method="vllm_npu_quant.methods.moe_weight_only:FloatExperts",
         operators=("npu_grouped_matmul",),
+        cost=cost.FLOAT_EXPERTS,
     ),
 )
 
 
+_added: list[Row] = []
+
+
+def register_row(row: Row) -> None:
+    """Add a row, for an extension. Built-in rows match first, so that no extension changes what they serve."""
+    if row not in _added:
+        _added.append(row)
+
+
+def rows() -> tuple[Row, ...]:
+    """Every row, in the order in which they are tried."""
+    return (*ROWS, *_added)
+
+
 def find_row(kind: LayerKind, spec: LayerSpec) -> Row | None:
     """The row that serves a layer, or None."""
-    return next((row for row in ROWS if row.matches(kind, spec)), None)
-
-
-def select(kind: LayerKind, spec: LayerSpec, *, layer: str = "", file: str = "") -> Row:
-    """The row that serves a layer.
-
-    Raises:
-        NpuQuantError: unsupported-scheme where no row does; the finding lists the schemes that the kind has.
-    """
-    row = find_row(kind, spec)
-    if row is None:
-        raise NpuQuantError([unsupported(kind, spec, layer=layer, file=file)])
-    return row
+    return next((row for row in rows() if row.matches(kind, spec)), None)
 
 
 def unsupported(kind: LayerKind, spec: LayerSpec, *, layer: str = "", file: str = "") -> Finding:
     """The finding for a spec that no row serves."""
-    served = _names(row for row in ROWS if kind in row.kinds)
+    served = _names(row for row in rows() if kind in row.kinds)
     return Finding(
         "unsupported-scheme",
         f"no NPU method class serves {spec.scheme} for {kind.value} layers",

@@ -10,7 +10,8 @@ import pytest
 from vllm_npu_quant import emulation
 from vllm_npu_quant.errors import CODES, Finding, NpuQuantError, Severity, nearest_names, raise_findings
 from vllm_npu_quant.layouts.tables import LAYOUTS
-from vllm_npu_quant.serving.dispatch import ROWS, Row, describe, find_row, select
+from vllm_npu_quant.serving.decide import Host, decide
+from vllm_npu_quant.serving.dispatch import ROWS, Row, describe, find_row
 from vllm_npu_quant.spec import FLOAT, ActivationSpec, Granularity, LayerKind, LayerSpec, Layout, WeightSpec
 
 TOKEN = ActivationSpec(8, dynamic=True, granularity=Granularity.TOKEN)
@@ -56,7 +57,7 @@ def test_layouts_name_functions_that_exist(layout: Layout) -> None:
     ],
 )
 def test_linear_schemes(kind: LayerKind, wanted: LayerSpec, method: str) -> None:
-    assert select(kind, wanted).method_name == method
+    assert find_row(kind, wanted).method_name == method
 
 
 @pytest.mark.parametrize("kind", LayerKind)
@@ -67,7 +68,7 @@ def test_no_row_serves_float(kind: LayerKind) -> None:
 def test_what_no_row_serves_is_refused_with_what_is_served() -> None:
     odd = spec(5, TOKEN)
     with pytest.raises(NpuQuantError) as caught:
-        select(LayerKind.LINEAR, odd, layer="l.q_proj", file="d.json")
+        decide(LayerKind.LINEAR, odd, Host()).require_row(layer="l.q_proj", file="d.json")
     (finding,) = caught.value.findings
     assert (finding.code, finding.layer, finding.file) == ("unsupported-scheme", "l.q_proj", "d.json")
     assert "W8A8 dynamic" in finding.expected
