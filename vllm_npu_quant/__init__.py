@@ -43,29 +43,13 @@ __all__ = [
     "plan",
 ]
 
-_HOMES = {
-    "CheckReport": "inspection",
-    "Doctor": "inspection",
-    "Finding": "errors",
-    "MatrixRow": "inspection",
-    "NpuQuantError": "errors",
-    "Overview": "inspection",
-    "Plan": "inspection",
-    "Severity": "errors",
-    "check": "inspection",
-    "doctor": "inspection",
-    "inspect": "inspection",
-    "matrix": "inspection",
-    "plan": "inspection",
-}
-
 
 def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
+    home = "errors" if name in ("Finding", "NpuQuantError", "Severity") else "inspection"
     return getattr(import_module(f"{__name__}.{home}"), name)
 
 

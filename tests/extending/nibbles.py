@@ -18,7 +18,7 @@ from vllm_npu_quant.formats.declaration import Format, Sample, register_format
 from vllm_npu_quant.formats.described import FLOAT_ENTRY, Described, LayerEntry, StoredTensor
 from vllm_npu_quant.formats.index import index_layers, stored_layers_of
 from vllm_npu_quant.formats.samples import sample_tensors
-from vllm_npu_quant.layouts.tables import GROUP, OUT, Axis, Dim, LayoutRow, TensorSpec
+from vllm_npu_quant.layouts.tables import GROUP, OUT, Axis, Dim, LayoutRow, Role, TensorSpec
 from vllm_npu_quant.spec import Granularity, LayerSpec, WeightSpec
 
 #: The layout's name in ``LayerSpec.layout``.
@@ -100,7 +100,7 @@ FORMAT = Format(
         LAYOUT: LayoutRow(
             (
                 TensorSpec("codes", ("U8",), (OUT, Dim(Axis.IN, 2)), "uint8"),
-                TensorSpec("steps", ("F32", "BF16", "F16"), (OUT, GROUP), "float32"),
+                TensorSpec("steps", ("F32", "BF16", "F16"), (OUT, GROUP), "float32", role=Role.SCALE),
             ),
             to_canonical,
         )

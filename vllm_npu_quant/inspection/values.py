@@ -13,6 +13,7 @@ from vllm_npu_quant.formats.common import FLOAT_DTYPES
 from vllm_npu_quant.formats.described import LayerEntry
 from vllm_npu_quant.inspection.layers import Layer
 from vllm_npu_quant.inspection.model import Model
+from vllm_npu_quant.layouts.tables import LAYOUTS, Role
 from vllm_npu_quant.spec import Granularity, Layout, NumberKind, WeightSpec
 
 __all__ = ["value_findings"]
@@ -20,20 +21,6 @@ __all__ = ["value_findings"]
 #: Elements of a weight that are worked on at a time.
 BLOCK = 1 << 24
 
-_SCALES = frozenset(
-    {
-        "weight_scale",
-        "weight_scale_inv",
-        "weight_scale_second",
-        "scales",
-        "deq_scale",
-        "input_scale",
-        "activation_scale",
-        "weight_global_scale",
-    }
-)
-#: Zero points that are stored as such; those of packed layouts are looked at after unpacking, when they load.
-_ZEROS = frozenset({"weight_offset", "weight_offset_second", "weight_zero_point"})
 #: Layouts that hold an int4 in a whole byte.
 _BYTES = frozenset({Layout.MODELSLIM_INT, Layout.MODELSLIM_TWO_LEVEL, Layout.CT_INT})
 _FP8_NAN = 0x7F
@@ -86,14 +73,14 @@ def _layer_values(
     entry: LayerEntry | None,
     symmetric: Mapping[str, bool],
 ) -> Iterator[Finding]:
-    quantized = entry is not None and not entry.spec.is_float
+    roles = {} if entry is None else {tensor.name: tensor.role for tensor in LAYOUTS[entry.spec.layout].tensors}
     for tensor in tensors:
         last = tensor.name.rpartition(".")[2]
         if tensor.numel == 0:
             continue
-        if quantized and last in _SCALES:
+        if roles.get(last) is Role.SCALE:
             yield from _scale_values(checkpoint, layer, tensor)
-        elif quantized and entry is not None and last in _ZEROS:
+        elif roles.get(last) is Role.ZERO:
             if symmetric.get(layer, symmetric.get(_starred(layer), False)) and np.any(checkpoint.read(tensor.name)):
                 yield _bad(
                     layer,
@@ -103,7 +90,7 @@ def _layer_values(
                     "nonzero zero points",
                     "re-export the checkpoint with symmetric weights for this scheme",
                 )
-        elif quantized and entry is not None and last == "weight" and tensor.dtype == "I8":
+        elif entry is not None and last == "weight" and tensor.dtype == "I8":
             yield from _integers(checkpoint, layer, tensor, entry)
         elif tensor.dtype in FLOAT_DTYPES or tensor.dtype.startswith("F8_E4M3"):
             broken = _not_finite(checkpoint, tensor)

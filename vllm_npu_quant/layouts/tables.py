@@ -23,6 +23,7 @@ __all__ = [
     "Dim",
     "LayerSizes",
     "LayoutRow",
+    "Role",
     "TensorSpec",
     "group_size_of",
     "register_layout",
@@ -49,6 +50,16 @@ class Axis(str, Enum):
     #: Whatever length there is: for tensors that are not loaded.
     ANY = "*"
     FIXED = ""
+
+
+class Role(str, Enum):
+    """What a stored tensor is to its layer."""
+
+    #: A factor of the weight or of the input: finite, and not 0.
+    SCALE = "scale"
+    #: Zero points, or offsets, one per scale: 0 in a symmetric scheme.
+    ZERO = "zero"
+    OTHER = "other"
 
 
 #: The length of a dimension that may have any.
@@ -159,6 +170,7 @@ class TensorSpec:
             ``loaded_dims``, where a dimension of outputs may be longer than the layer, as long as it is cut to ``outputs``
             rows: N of vLLM's layer, which may hold several checkpoint layers.
         loaded: False for a tensor that is checked and then dropped, since what it says follows from the others.
+        role: what its values are, for ``check --values`` and for placeholders.
     """
 
     name: str
@@ -169,6 +181,7 @@ class TensorSpec:
     loaded_dims: tuple[Dim, ...] = ()
     rearrange: str | Callable[..., Any] = ""
     loaded: bool = True
+    role: Role = Role.OTHER
 
     def as_loaded(self) -> TensorSpec:
         """The tensor as its parameter holds it."""
@@ -211,8 +224,12 @@ _FLOATS = ("F32", "BF16", "F16")
 BIAS = TensorSpec("bias", _FLOATS, (OUT,), "float32", optional=True)
 
 
-def _scale(name: str, *, optional: bool = False) -> TensorSpec:
-    return TensorSpec(name, _FLOATS, (OUT, GROUP), "float32", optional)
+def _scale(name: str, *, optional: bool = False, dims: tuple[Dim, ...] = (OUT, GROUP)) -> TensorSpec:
+    return TensorSpec(name, _FLOATS, dims, "float32", optional, role=Role.SCALE)
+
+
+def _offset(name: str, *, optional: bool = False, dims: tuple[Dim, ...] = (OUT, GROUP)) -> TensorSpec:
+    return TensorSpec(name, _FLOATS, dims, "float32", optional, role=Role.ZERO)
 
 
 _MODELSLIM = "vllm_npu_quant.layouts.modelslim:"
@@ -240,14 +257,14 @@ def _modelslim(weight: tuple[Dim, ...], *, two_level: bool = False) -> LayoutRow
     scales: tuple[TensorSpec, ...]
     if two_level:
         scales = (
-            TensorSpec("weight_scale", _FLOATS, (OUT, ONE), "float32"),
-            TensorSpec("weight_offset", _FLOATS, (OUT, ONE), "float32"),
+            _scale("weight_scale", dims=(OUT, ONE)),
+            _offset("weight_offset", dims=(OUT, ONE)),
             _scale("weight_scale_second"),
-            TensorSpec("weight_offset_second", ("I64", *_FLOATS), (OUT, GROUP), "int64"),
+            TensorSpec("weight_offset_second", ("I64", *_FLOATS), (OUT, GROUP), "int64", role=Role.ZERO),
         )
         function = "two_level_to_canonical"
     else:
-        scales = (_scale("weight_scale"), _scale("weight_offset"))
+        scales = (_scale("weight_scale"), _offset("weight_offset"))
         function = "int_to_canonical"
     # 8 * sum_k(w), for the sum of each of 16 parts of the inputs in row-parallel layers. It follows from the weights,
     # for any number of ranks.
@@ -259,13 +276,13 @@ def _modelslim(weight: tuple[Dim, ...], *, two_level: bool = False) -> LayoutRow
 
 _MODELSLIM_STATIC = (
     TensorSpec("weight", ("I8",), (OUT, IN), "int8"),
-    TensorSpec("input_scale", _FLOATS, (SHARD,), "float32"),
+    _scale("input_scale", dims=(SHARD,)),
     TensorSpec("input_offset", (*_FLOATS, "I8"), (SHARD,), "float32"),
     TensorSpec("quant_bias", ("I32",), (OUT,), "int32"),
     # int64 is the widened bit pattern of the float32, written for float16 models.
-    TensorSpec("deq_scale", ("F32", "I64"), (OUT,), "float32"),
+    TensorSpec("deq_scale", ("F32", "I64"), (OUT,), "float32", role=Role.SCALE),
     _scale("weight_scale", optional=True),
-    _scale("weight_offset", optional=True),
+    _offset("weight_offset", optional=True),
     *_TRANSFORM,
     BIAS,
 )
@@ -275,19 +292,31 @@ _FP8 = "vllm_npu_quant.layouts.fp8:"
 
 
 def _scale_per_row(
-    name: str, *dtypes: str, load_dtype: str = "float32", optional: bool = False, groups: Dim = GROUP
+    name: str,
+    *dtypes: str,
+    load_dtype: str = "float32",
+    optional: bool = False,
+    groups: Dim = GROUP,
+    role: Role = Role.SCALE,
 ) -> TensorSpec:
     """A scale or zero point per row, block or tensor, repeated at load until every row has its own: a parameter that is
     cut along rows like the weight, whatever the blocks."""
     return TensorSpec(
-        name, dtypes or _FLOATS, (ROWS, groups), load_dtype, optional, (OUT, groups), _CT + "one_scale_per_row"
+        name,
+        dtypes or _FLOATS,
+        (ROWS, groups),
+        load_dtype,
+        optional,
+        (OUT, groups),
+        _CT + "one_scale_per_row",
+        role=role,
     )
 
 
 _CT_WEIGHT = (
     TensorSpec("weight", ("I8",), (OUT, IN), "int8"),
     _scale_per_row("weight_scale"),
-    _scale_per_row("weight_zero_point", "I8", load_dtype="int8", optional=True),
+    _scale_per_row("weight_zero_point", "I8", load_dtype="int8", optional=True, role=Role.ZERO),
     BIAS,
 )
 
@@ -306,7 +335,7 @@ def _ct_packed(groups: Axis, *, plain_zero: bool = False, pack: int = PER_WORD) 
         _CT + ("dense_zero_points" if pack == DENSE else "unpacked_zero_points"),
     )
     if plain_zero:
-        zero = _scale_per_row("weight_zero_point", "I8", load_dtype="int8", optional=True, groups=group)
+        zero = _scale_per_row("weight_zero_point", "I8", load_dtype="int8", optional=True, groups=group, role=Role.ZERO)
     tensors = (
         TensorSpec("weight_packed", ("I32",), (OUT, Dim(Axis.IN, pack)), "int32"),
         _scale_per_row("weight_scale", groups=group),
@@ -327,9 +356,9 @@ def _fp8(scale: str) -> tuple[TensorSpec, ...]:
     return (
         TensorSpec("weight", ("F8_E4M3",), (OUT, IN), "uint8", rearrange=_FP8 + "as_bytes"),
         _scale_per_row(scale, *_FLOATS, "F8_E8M0"),
-        TensorSpec("input_scale", _FLOATS, (SHARD,), "float32", optional=True),
-        TensorSpec("activation_scale", _FLOATS, (SHARD,), "float32", optional=True),
-        _scale_per_row("weight_offset", optional=True),
+        _scale("input_scale", dims=(SHARD,), optional=True),
+        _scale("activation_scale", dims=(SHARD,), optional=True),
+        _scale_per_row("weight_offset", optional=True, role=Role.ZERO),
         BIAS,
     )
 
@@ -352,8 +381,8 @@ def _gptq(groups: Axis, v2: bool) -> LayoutRow:
                 loaded_dims=(group, OUT),
                 rearrange=_GPTQ + ("zeros_v2" if v2 else "zeros_v1"),
             ),
-            TensorSpec("scales", _FLOATS, (group, OUT), "float32"),
-            # Activation order is nothing without it; else it says what is known, and is compared and dropped.
+            _scale("scales", dims=(group, OUT)),
+            # Required for activation order; otherwise redundant: verified, then dropped.
             TensorSpec(
                 "g_idx",
                 ("I32", "I64"),
@@ -381,7 +410,7 @@ LAYOUTS: dict[Layout | str, LayoutRow] = {
     Layout.CT_STATIC: LayoutRow(
         (
             *_CT_WEIGHT,
-            TensorSpec("input_scale", _FLOATS, (SHARD,), "float32"),
+            _scale("input_scale", dims=(SHARD,)),
             TensorSpec("input_zero_point", ("I8",), (SHARD,), "float32", optional=True),
         ),
         _CT + "static_to_canonical",
@@ -396,7 +425,7 @@ LAYOUTS: dict[Layout | str, LayoutRow] = {
     Layout.AWQ_GEMM: LayoutRow(
         (
             TensorSpec("qweight", ("I32",), (IN, Dim(Axis.OUT, 8)), "int32"),
-            TensorSpec("scales", _FLOATS, (GROUP, OUT), "float32"),
+            _scale("scales", dims=(GROUP, OUT)),
             TensorSpec("qzeros", ("I32",), (GROUP, Dim(Axis.OUT, 8)), "uint8", True, (GROUP, OUT), _AWQ + "zeros"),
             BIAS,
         ),
