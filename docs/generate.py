@@ -6,6 +6,7 @@ python docs/generate.py
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 from pathlib import Path
@@ -79,6 +80,27 @@ def cli_page() -> str:
             lines += _screen(*line.removeprefix("<!-- screen: ").removesuffix(" -->").split())
         elif line.startswith("<!-- recorded: "):
             lines += _recorded(line.removeprefix("<!-- recorded: ").removesuffix(" -->"))
+        else:
+            lines.append(line)
+    return "\n".join([*lines, ""])
+
+
+def _code(file: str, name: str) -> list[str]:
+    """The source of a top-level class, function or constant of a file."""
+    text = (DOCS.parent / file).read_text()
+    for node in ast.parse(text).body:
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        if name in (getattr(node, "name", None), *(target.id for target in targets if isinstance(target, ast.Name))):
+            return ["```python", f"# {file}", *text.splitlines()[node.lineno - 1 : node.end_lineno], "```"]
+    raise LookupError(f"{file} has no {name}")
+
+
+def extending_page() -> str:
+    """docs/extending.md: docs/extending.in.md with its code filled in."""
+    lines = []
+    for line in (DOCS / "extending.in.md").read_text().splitlines():
+        if line.startswith("<!-- code: "):
+            lines += _code(*line.removeprefix("<!-- code: ").removesuffix(" -->").split())
         else:
             lines.append(line)
     return "\n".join([*lines, ""])
@@ -207,6 +229,7 @@ PAGES = {
     "cli.md": cli_page,
     "cli_json.md": json_page,
     "compatibility.md": compatibility_page,
+    "extending.md": extending_page,
 }
 
 

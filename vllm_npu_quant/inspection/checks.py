@@ -17,9 +17,8 @@ from vllm_npu_quant.inspection.limits import limit_findings
 from vllm_npu_quant.inspection.model import Model, open_model
 from vllm_npu_quant.inspection.overview import dtype_of
 from vllm_npu_quant.inspection.parallel import parallel_findings
-from vllm_npu_quant.layouts.tables import LAYOUTS
 from vllm_npu_quant.serving import dispatch
-from vllm_npu_quant.serving.decide import Host, requantized_findings
+from vllm_npu_quant.serving.decide import Host, expert_findings, requantized_findings
 from vllm_npu_quant.spec import LayerKind
 
 __all__ = ["CheckReport", "check"]
@@ -138,7 +137,7 @@ def served_findings(layers: Iterable[Layer], described: Described) -> list[Findi
         elif layer.row is None:
             refused.setdefault((layer.kind, dispatch.describe(layer.spec, layer.stored)), []).append(layer)
         elif layer.kind == LayerKind.FUSED_MOE.value:
-            for finding in _expert_findings(layer, described):
+            for finding in expert_findings(layer.stored, layer.tensors, layer.name, described.source):
                 found.add(finding)
     for members in refused.values():
         first = members[0]
@@ -174,30 +173,6 @@ def otherwise_findings(layers: Iterable[Layer], source: str) -> list[Finding]:
             )
         )
     return found
-
-
-def _expert_findings(layer: Layer, described: Described) -> Iterable[Finding]:
-    """What is served for Linear layers and not for experts."""
-    if LAYOUTS[layer.stored.layout].act_order:
-        yield Finding(
-            "unsupported-scheme",
-            "experts with activation order would need the input sorted anew for every expert",
-            layer=layer.name,
-            file=described.source,
-            expected="desc_act false",
-            found=layer.spec.scheme,
-            fix="re-export the checkpoint without activation order (desc_act=False, actorder weight or none)",
-        )
-    if "bias" in layer.tensors:
-        yield Finding(
-            "unsupported-scheme",
-            "quantized experts are served without a bias",
-            layer=layer.name,
-            file=described.source,
-            expected="no bias",
-            found=f"{layer.name}.bias",
-            fix="export the experts of this model as float",
-        )
 
 
 def fused_findings(described: Described) -> list[Finding]:

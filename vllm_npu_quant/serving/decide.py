@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 
 from vllm_npu_quant import settings
 from vllm_npu_quant.errors import Finding, NpuQuantError, Severity
+from vllm_npu_quant.layouts.tables import LAYOUTS
 from vllm_npu_quant.serving.dispatch import Row, describe, find_row, unsupported
 from vllm_npu_quant.spec import ActivationSpec, Granularity, LayerKind, LayerSpec, Layout, NumberKind, WeightSpec
 
-__all__ = ["Host", "Served", "decide", "float_experts", "requantized_findings"]
+__all__ = ["Host", "Served", "decide", "expert_findings", "float_experts", "requantized_findings"]
 
 _INT8 = WeightSpec(8)
 _PER_TOKEN = ActivationSpec(8, dynamic=True, granularity=Granularity.TOKEN)
@@ -187,4 +188,40 @@ def requantized_findings(layers: Iterable[tuple[LayerSpec, int]], host: Host, so
         message += "; static input scales are dropped, since a scale per token is finer"
     schemes = ", ".join(f"{scheme}: {count} layers" for scheme, count in sorted(counts.items()))
     found.append(Finding("requantized", message, file=source, found=schemes, fix=fix, severity=Severity.INFO))
+    return found
+
+
+def expert_findings(stored: LayerSpec, tensors: frozenset[str], layer: str, source: str) -> list[Finding]:
+    """What of a stored layer is served for Linear layers and not for experts: activation order, and a bias.
+
+    Args:
+        stored: what the checkpoint holds.
+        tensors: the optional tensors of its layout that are stored.
+        layer: the experts' name. source: the file to name.
+    """
+    found = []
+    if LAYOUTS[stored.layout].act_order:
+        found.append(
+            Finding(
+                "unsupported-scheme",
+                "experts with activation order would need the input sorted anew for every expert",
+                layer=layer,
+                file=source,
+                expected="desc_act false",
+                found=stored.scheme,
+                fix="re-export the checkpoint without activation order (desc_act=False, actorder weight or none)",
+            )
+        )
+    if "bias" in tensors:
+        found.append(
+            Finding(
+                "unsupported-scheme",
+                "quantized experts are served without a bias",
+                layer=layer,
+                file=source,
+                expected="no bias",
+                found=f"{layer}.bias",
+                fix="export the experts of this model as float",
+            )
+        )
     return found
