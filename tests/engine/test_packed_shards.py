@@ -19,7 +19,7 @@ from tests.engine.test_shards import Case, OneMethod, Tensors, as_rank, dequanti
 from tests.layouts.words import dequantized_awq, dequantized_gptq
 from vllm_npu_quant.engine.linear import NpuQuantLinearMethod
 from vllm_npu_quant.errors import NpuQuantError
-from vllm_npu_quant.formats.base import LayerEntry
+from vllm_npu_quant.formats.described import LayerEntry
 from vllm_npu_quant.formats.packed import integer_spec
 from vllm_npu_quant.formats.resolve import ResolvedLayer, joint_spec
 from vllm_npu_quant.layouts import gptq

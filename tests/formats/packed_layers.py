@@ -4,22 +4,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm_npu_quant.checkpoint import Checkpoint, TensorInfo
 from vllm_npu_quant.errors import Finding, Severity
-from vllm_npu_quant.formats.auto_round import AutoRoundFormat
-from vllm_npu_quant.formats.awq import AwqFormat
+from vllm_npu_quant.formats import auto_round, awq, gptq
 from vllm_npu_quant.formats.check import check_checkpoint
-from vllm_npu_quant.formats.gptq import GptqFormat
-from vllm_npu_quant.formats.packed import PackedFormat
+from vllm_npu_quant.formats.described import Described
 
 __all__ = [
     "awq_layer",
     "check",
     "errors",
     "float_layer",
+    "frames",
     "gptq_layer",
     "headers",
     "of_severity",
@@ -72,6 +72,22 @@ def errors(findings: list[Finding]) -> list[Finding]:
     return of_severity(findings, Severity.ERROR)
 
 
+def frames(function: Callable[[], object]) -> int:
+    """How often a call enters or resumes a Python function: a measure of work that does not depend on the machine."""
+    count = 0
+
+    def profile(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(profile)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
 class _Stored:
     findings: tuple[Finding, ...] = ()
 
@@ -79,22 +95,18 @@ class _Stored:
         self.tensors = tensors
 
 
-def check(found: PackedFormat, tensors: Mapping[str, TensorInfo]) -> list[Finding]:
+def check(found: Described, tensors: Mapping[str, TensorInfo]) -> list[Finding]:
     """All errors of a config, and of the headers against it."""
     return errors([*found.findings, *check_checkpoint(found, _Stored(tensors))])
 
 
-def open_packed(folder: Any) -> tuple[PackedFormat, Checkpoint]:
-    """The format of a real folder, by its config.json."""
+def open_packed(folder: Any) -> tuple[Described, Checkpoint]:
+    """The layers of a real folder, by its config.json."""
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     checkpoint = Checkpoint.open(folder)
-    method = config["quant_method"]
-    if method == "awq":
-        return AwqFormat.from_config(config, tensors=checkpoint.tensors), checkpoint
-    if method == "gptq":
-        return GptqFormat.from_config(config, tensors=checkpoint.tensors, read=checkpoint.read), checkpoint
-    return AutoRoundFormat.from_config(config, tensors=checkpoint.tensors), checkpoint
+    reader = {"awq": awq.read, "gptq": gptq.read, "auto-round": auto_round.read}[config["quant_method"]]
+    return reader(config, checkpoint.tensors, "config.json", checkpoint), checkpoint
 
 
-def problems(found: PackedFormat, checkpoint: Checkpoint) -> list[Finding]:
+def problems(found: Described, checkpoint: Checkpoint) -> list[Finding]:
     return errors([*found.findings, *check_checkpoint(found, checkpoint)])

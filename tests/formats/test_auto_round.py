@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from tests.formats.packed_layers import awq_layer, check, errors, float_layer, gptq_layer, headers, of_severity
-from vllm_npu_quant.errors import Severity
-from vllm_npu_quant.formats.auto_round import AutoRoundConfig, AutoRoundFormat
-from vllm_npu_quant.spec import Granularity, Layout
+from tests.formats.packed_layers import awq_layer, check, errors, float_layer, gptq_layer, headers
+from vllm_npu_quant.formats.auto_round import AutoRoundConfig, read
+from vllm_npu_quant.formats.described import Described
+from vllm_npu_quant.spec import ActivationSpec, Granularity, Layout, NumberKind, WeightSpec
 
 PLAIN: dict[str, Any] = {
     "quant_method": "auto-round",
@@ -28,14 +28,12 @@ UP = "model.layers.0.mlp.up_proj"
 DOWN = "model.layers.1.mlp.down_proj"
 
 
-def of(tensors: Any, **changes: Any) -> AutoRoundFormat:
+def of(tensors: Any, **changes: Any) -> Described:
     merged = {**PLAIN, **changes}
-    return AutoRoundFormat.from_config(
-        {key: value for key, value in merged.items() if value != "drop"}, tensors=tensors
-    )
+    return read({key: value for key, value in merged.items() if value != "drop"}, tensors)
 
 
-def scheme(found: AutoRoundFormat, layer: str) -> tuple[int, int, bool]:
+def scheme(found: Described, layer: str) -> tuple[int, int, bool]:
     weight = found.find(layer).spec.weight
     return weight.bits, weight.group_size, weight.symmetric
 
@@ -183,40 +181,49 @@ def test_experts_are_one_entry():
     assert found.find_experts("model.layers.0.mlp.experts").count == 3
 
 
+FP8_BLOCKS: dict[str, Any] = {
+    "bits": 8,
+    "group_size": [128, 128],
+    "data_type": "fp",
+    "packing_format": "auto_round:fp8",
+    "act_bits": 8,
+    "act_data_type": "fp",
+    "act_dynamic": True,
+    "act_group_size": 128,
+    "act_sym": True,
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "weight_block_size": [128, 128],
+}
+FP8_UP = float_layer(UP, 512, 256, dtype="F8_E4M3") | {f"{UP}.weight_scale_inv": ("BF16", (4, 2))}
+
+
 def test_fp8_blocks(monkeypatch):
-    fp8 = {
-        "bits": 8,
-        "group_size": [128, 128],
-        "data_type": "fp",
-        "packing_format": "auto_round:fp8",
-        "act_bits": 8,
-        "act_data_type": "fp",
-        "act_dynamic": True,
-        "act_group_size": 128,
-        "act_sym": True,
-        "activation_scheme": "dynamic",
-        "fmt": "e4m3",
-        "weight_block_size": [128, 128],
-    }
-    tensors = headers(
-        float_layer(UP, 512, 256, dtype="F8_E4M3"),
-        {f"{UP}.weight_scale_inv": ("BF16", (4, 2))},
-        float_layer("lm_head"),
-        float_layer("model.layers.0.mlp.gate", 8, 256),
-    )
-    found = of(tensors, **fp8, extra_config={"model.layers.0.mlp.gate": {"bits": 16}})
+    """What is stored does not depend on the setting that says how it is served."""
+    gate = "model.layers.0.mlp.gate"
+    tensors = headers(FP8_UP, float_layer("lm_head"), float_layer(gate, 8, 256))
+    found = of(tensors, **FP8_BLOCKS, extra_config={gate: {"bits": 16}})
     assert check(found, tensors) == []
-    (finding,) = of_severity(list(found.findings), Severity.INFO)
-    assert finding.code == "requantized"
-    assert "1 layers" in finding.found
+    assert found.findings == ()
     spec = found.find(UP).spec
-    assert spec.layout is Layout.FP8_INV
-    assert spec.stored.granularity is Granularity.BLOCK
-    assert (spec.stored.group_size, spec.stored.block_rows) == (128, 128)
-    assert (spec.weight.bits, spec.activation.bits) == (8, 8)
-    assert pickle.loads(pickle.dumps(found)).find(UP) == found.find(UP)
+    assert (spec.scheme, spec.layout) == ("FP8_BLOCK_DYNAMIC", Layout.FP8_INV)
+    assert spec.weight == WeightSpec(8, NumberKind.FLOAT, Granularity.BLOCK, 128, block_rows=128)
+    assert spec.activation == ActivationSpec(8, True, Granularity.TOKEN, NumberKind.FLOAT)
+    assert pickle.loads(pickle.dumps(found)) == found
     monkeypatch.setenv("VLLM_NPU_QUANT_FP8", "bf16")
-    assert of(tensors, **fp8, extra_config={"model.layers.0.mlp.gate": {"bits": 16}}).find(UP).spec.weight.bits == 16
+    assert of(tensors, **FP8_BLOCKS, extra_config={gate: {"bits": 16}}) == found
+
+
+def test_what_is_stored_decides_for_fp8_too():
+    tensors = headers(FP8_UP)
+    assert check(of(tensors, **FP8_BLOCKS, block_name_to_quantize="language_model.layers"), tensors) == []
+    (finding,) = check(of(tensors, **FP8_BLOCKS, extra_config={UP: {"bits": 16}}), tensors)
+    assert (finding.code, finding.layer) == ("bad-config", UP)
+    assert "F8_E4M3" in finding.found
+    (finding,) = check(of(headers(FP8_UP, {f"{UP}.lora_a": ("F16", (8, 64))}), **FP8_BLOCKS), tensors)
+    assert (finding.code, finding.layer) == ("unexpected-tensor", UP)
+    (finding,) = check(of(tensors), tensors)  # the config is one of integers
+    assert (finding.code, finding.layer, finding.found) == ("wrong-dtype", UP, "F8_E4M3")
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -240,12 +247,22 @@ def test_fp8_per_output(dynamic):
     )
     found = of(tensors, **fp8)
     assert check(found, tensors) == []
-    (finding,) = of_severity(list(found.findings), Severity.INFO)
-    assert finding.code == "requantized"
+    assert found.findings == ()
     entry = found.find(UP)
-    assert (entry.spec.layout, entry.spec.stored.granularity) == (Layout.FP8, Granularity.CHANNEL)
-    assert (entry.spec.weight.bits, entry.spec.activation.bits) == (8, 8)
+    assert entry.spec.layout is Layout.FP8
+    assert entry.spec.weight == WeightSpec(8, NumberKind.FLOAT, Granularity.CHANNEL)
+    granularity = Granularity.TOKEN if dynamic else Granularity.TENSOR
+    assert entry.spec.activation == ActivationSpec(8, dynamic, granularity, NumberKind.FLOAT)
     assert ("input_scale" in entry.tensors) is not dynamic
+
+
+def test_the_name_of_an_fp8_layer_is_its_own():
+    """One layer with scales per output among layers in blocks."""
+    tensors = headers(FP8_UP, float_layer(DOWN, 512, 256, dtype="F8_E4M3"), {f"{DOWN}.weight_scale": ("F32", (512, 1))})
+    found = of(tensors, **FP8_BLOCKS, extra_config={DOWN: {"group_size": -1}})
+    assert check(found, tensors) == []
+    assert found.find(DOWN).spec.scheme == "FP8_CHANNEL_DYNAMIC"
+    assert found.find(UP).spec.scheme == "FP8_BLOCK_DYNAMIC"
 
 
 BROKEN: dict[str, tuple[dict[str, Any], str, str, str]] = {
@@ -290,30 +307,10 @@ def test_broken_configs(case):
     assert finding.file == "config.json"
 
 
-def test_the_plain_format_of_newer_versions_is_no_exllama():
-    """packing_format auto_round:auto_gptq stores zero points minus one, auto_round as they are."""
-    assert of(None, packing_format="auto_round").find(UP).spec.layout is Layout.GPTQ_V2
-
-
 def test_a_regex_bomb_is_matched_in_linear_time():
     layer = "model.layers." + "a" * 500
     tensors = headers(gptq_layer(layer))
     assert check(of(tensors, extra_config={"(a+)+$b": {"bits": 8}, "(.*)*x": {"bits": 2}}), tensors) == []
-
-
-def test_without_headers_the_rules_answer():
-    found = of(None, extra_config=EXTRA)
-    assert scheme(found, "model.layers.0.mlp.down_proj") == (8, 128, True)
-    assert scheme(found, "model.layers.7.self_attn.q_proj") == (8, 128, True)
-    assert found.find("model.layers.0.mlp.gate").spec.is_float
-    assert scheme(found, "lm_head") == (4, 64, True)
-    assert found.find("model.visual.merger").spec.is_float
-    assert found.find("model.layers.0.self_attn.qkv_proj") is None
-    assert of(None).find("lm_head").spec.is_float
-    assert of(None).find(UP).tensors == frozenset()
-    assert of(None, packing_format="auto_round:gptqmodel").find(UP).tensors == {"g_idx"}
-    assert of(None, packing_format="auto_round:auto_awq", sym=False).find(UP).tensors == {"qzeros"}
-    assert pickle.loads(pickle.dumps(found)).find(UP) == found.find(UP)
 
 
 def test_pickles_small_with_many_overrides():

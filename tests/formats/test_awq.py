@@ -10,7 +10,7 @@ import pytest
 
 from tests.formats.packed_layers import awq_layer, check, errors, float_layer, headers, of_severity
 from vllm_npu_quant.errors import Severity
-from vllm_npu_quant.formats.awq import AwqConfig, AwqFormat, ModuleNames
+from vllm_npu_quant.formats.awq import AwqConfig, read
 from vllm_npu_quant.spec import Granularity, Layout
 
 PLAIN: dict[str, Any] = {
@@ -67,7 +67,7 @@ def config(**changes: Any) -> dict[str, Any]:
 )
 def test_spellings(spelling):
     tensors = headers(awq_layer(UP), float_layer("lm_head", 512, 256), float_layer("model.embed_tokens", 512, 256))
-    found = AwqFormat.from_config(spelling, tensors=tensors)
+    found = read(spelling, tensors)
     assert found.findings == ()
     assert check(found, tensors) == []
     spec = found.find(UP).spec
@@ -97,36 +97,14 @@ def test_symmetry(changes, symmetric):
 
 def test_one_scale_per_output():
     tensors = headers(awq_layer(UP, group=-1))
-    found = AwqFormat.from_config(config(group_size=-1), tensors=tensors)
+    found = read(config(group_size=-1), tensors)
     assert check(found, tensors) == []
     assert found.find(UP).spec.weight.granularity is Granularity.CHANNEL
 
 
 def test_a_group_of_all_inputs():
     tensors = headers(awq_layer(UP, inputs=64, group=128))
-    assert check(AwqFormat.from_config(config(), tensors=tensors), tensors) == []
-
-
-@pytest.mark.parametrize(
-    ("names", "layer", "excluded"),
-    [
-        ((), UP, None),
-        (("lm_head",), "lm_head", True),
-        (("mlp.gate",), "model.layers.0.mlp.gate", True),
-        (("mlp.gate",), "model.layers.0.mlp.gate_proj", False),
-        (("mlp.gate",), "model.layers.0.mlp.experts.3.gate_proj", None),
-        (("gate",), "model.layers.0.mlp.gate", True),
-        (("model.layers.1.mlp.gate", "lm_head"), "model.layers.1.mlp.gate", True),
-        (("model.layers.1",), "model.layers.1.mlp.up_proj", True),
-        (("model.layers.1",), "model.layers.11.mlp.up_proj", False),
-        (("visual",), "model.visual.blocks.0.attn.qkv", True),
-        ((".mlp.gate.",), "model.layers.0.mlp.gate", True),
-        (("",), UP, None),
-        (("o_proj", "down"), "model.layers.0.mlp.down_proj", False),
-    ],
-)
-def test_modules_to_not_convert(names, layer, excluded):
-    assert ModuleNames(names).excludes(layer) is excluded
+    assert check(read(config(), tensors), tensors) == []
 
 
 def test_what_is_stored_decides_where_an_entry_is_a_part_of_a_component():
@@ -135,7 +113,7 @@ def test_what_is_stored_decides_where_an_entry_is_a_part_of_a_component():
         awq_layer("model.layers.0.mlp.gate_proj"),
         float_layer("model.layers.1.mlp.gate_proj"),
     )
-    found = AwqFormat.from_config(config(modules_to_not_convert=["mlp.gate"]), tensors=tensors)
+    found = read(config(modules_to_not_convert=["mlp.gate"]), tensors)
     assert found.findings == ()
     assert not found.find("model.layers.0.mlp.gate_proj").spec.is_float
     assert found.find("model.layers.1.mlp.gate_proj").spec.is_float
@@ -143,7 +121,7 @@ def test_what_is_stored_decides_where_an_entry_is_a_part_of_a_component():
 
 def test_a_firm_exclusion_contradicts_quantized_tensors():
     tensors = headers(awq_layer(UP))
-    found = AwqFormat.from_config(config(modules_to_not_convert=[UP]), tensors=tensors)
+    found = read(config(modules_to_not_convert=[UP]), tensors)
     (finding,) = found.findings
     assert (finding.code, finding.layer) == ("bad-config", UP)
     assert "calls the layer float" in finding.message
@@ -160,10 +138,11 @@ def test_float_layers_that_no_entry_names_are_told():
         float_layer("model.embed_tokens", 512, 256),
         float_layer("model.layers.0.input_layernorm", 256),
     )
-    found = AwqFormat.from_config(PLAIN, tensors=tensors)
+    found = read(PLAIN, tensors)
     (finding,) = found.findings
     assert finding.severity is Severity.INFO
     assert finding.found == "model.visual.blocks.0.attn.qkv"
+    assert found.stored_as_float == {"model.visual.blocks.0.attn.qkv"}
     assert found.find("model.visual.blocks.0.attn.qkv").spec.is_float
 
 
@@ -174,29 +153,29 @@ def test_experts_are_one_entry():
         for name, shape in (("gate_proj", (256, 64)), ("up_proj", (256, 64)), ("down_proj", (64, 256)))
     ]
     tensors = headers(*experts, float_layer("model.layers.0.mlp.gate", 4, 256))
-    found = AwqFormat.from_config(PLAIN, tensors=tensors)
+    found = read(PLAIN, tensors)
     assert check(found, tensors) == []
     entry = found.find_experts("model.layers.0.mlp.experts")
     assert (entry.count, entry.names) == (4, ("gate_proj", "up_proj", "down_proj"))
     assert entry.gate == entry.up == entry.down
     assert entry.gate.spec.layout is Layout.AWQ_GEMM
     assert found.find("model.layers.0.mlp.experts.0.gate_proj") is None
-    assert len(list(found.stored_layers(tensors))) == 13
+    assert len(list(found.stored_layers())) == 13
 
 
 def test_a_layers_own_bias():
     layer = awq_layer("model.layers.0.self_attn.q_proj")
     layer["model.layers.0.self_attn.q_proj.bias"] = ("F16", (64,))
     tensors = headers(layer)
-    found = AwqFormat.from_config(PLAIN, tensors=tensors)
+    found = read(PLAIN, tensors)
     assert check(found, tensors) == []
-    assert found.biased_layers() == {"model.layers.0.self_attn.q_proj"}
+    assert found.biased == {"model.layers.0.self_attn.q_proj"}
 
 
 def test_zero_points_may_be_left_out_where_there_are_none():
     tensors = headers(awq_layer(UP, qzeros=False))
-    assert check(AwqFormat.from_config(config(zero_point=False), tensors=tensors), tensors) == []
-    (finding,) = check(AwqFormat.from_config(PLAIN, tensors=tensors), tensors)
+    assert check(read(config(zero_point=False), tensors), tensors) == []
+    (finding,) = check(read(PLAIN, tensors), tensors)
     assert (finding.code, finding.layer) == ("missing-tensor", UP)
     assert "qzeros" in finding.message
 
@@ -226,7 +205,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str, str, str]] = {
 def test_broken_configs(case):
     changes, code, message, fix = BROKEN[case]
     tensors = headers(awq_layer(UP))
-    found = AwqFormat.from_config(config(**changes), tensors=tensors)
+    found = read(config(**changes), tensors)
     (finding,) = errors(list(found.findings))
     assert finding.code == code
     assert message in finding.message
@@ -236,7 +215,7 @@ def test_broken_configs(case):
 
 
 def test_unknown_fields_are_told_and_records_are_not():
-    found = AwqFormat.from_config(config(backend="autoawq", do_fuse=False, some_new_field=3, empty={}), tensors={})
+    found = read(config(backend="autoawq", do_fuse=False, some_new_field=3, empty={}), {})
     (finding,) = found.findings
     assert finding.severity is Severity.WARNING
     assert "some_new_field" in finding.found
@@ -259,7 +238,7 @@ def test_broken_files(case):
     changes, code, message, fix = STORED[case]
     layer = {name: value for name, value in {**awq_layer(UP), **changes}.items() if value is not None}
     tensors = headers(layer)
-    (finding,) = check(AwqFormat.from_config(PLAIN, tensors=tensors), tensors)
+    (finding,) = check(read(PLAIN, tensors), tensors)
     assert (finding.code, finding.layer) == (code, UP)
     assert message in finding.message
     assert fix in finding.fix
@@ -267,31 +246,30 @@ def test_broken_files(case):
 
 def test_an_integer_weight_is_not_awq():
     tensors = headers(float_layer(UP, 64, 256, dtype="I8"))
-    (finding,) = check(AwqFormat.from_config(PLAIN, tensors=tensors), tensors)
+    (finding,) = check(read(PLAIN, tensors), tensors)
     assert (finding.code, finding.layer, finding.found) == ("wrong-dtype", UP, "I8")
 
 
 def test_groups_that_are_too_small():
     tensors = headers(awq_layer(UP, group=8))
-    (finding,) = check(AwqFormat.from_config(config(group_size=8), tensors=tensors), tensors)
+    (finding,) = check(read(config(group_size=8), tensors), tensors)
     assert (finding.code, finding.layer) == ("operator-limit", UP)
     assert "multiple of 32" in finding.message
     for group in (16, 32, 48):
         tensors = headers(awq_layer(UP, inputs=192, group=group))
-        assert check(AwqFormat.from_config(config(group_size=group), tensors=tensors), tensors) == []
+        assert check(read(config(group_size=group), tensors), tensors) == []
 
 
-def test_without_headers_the_rules_answer():
-    found = AwqFormat.from_config(config(modules_to_not_convert=["mlp.gate", "visual"]))
+def test_float_layers_that_the_config_excludes_are_not_reported():
+    tensors = headers(
+        awq_layer(UP), *map(float_layer, ("model.layers.0.mlp.gate", "lm_head", "model.visual.blocks.0.attn.qkv"))
+    )
+    found = read(config(modules_to_not_convert=["visual"]), tensors)
     assert found.findings == ()
-    assert found.find(UP).tensors == {"qzeros"}
-    assert found.find("model.layers.0.mlp.gate").spec.is_float
-    assert found.find("lm_head").spec.is_float
+    assert found.stored_as_float == frozenset()
     assert found.find("model.visual.blocks.0.attn.qkv").spec.is_float
-    assert found.find("model.layers.0.self_attn.qkv_proj") is None
-    assert found.find("model.embed_tokens") is None
-    assert not found.find_experts("model.layers.0.mlp.experts").gate.spec.is_float
-    assert pickle.loads(pickle.dumps(found)).find(UP) == found.find(UP)
+    assert found.find("model.layers.0.mlp.up_proj.weight") is None
+    assert pickle.loads(pickle.dumps(found)) == found
 
 
 def test_pickles_small_with_many_rules_and_layers():
@@ -305,8 +283,8 @@ def test_pickles_small_with_many_rules_and_layers():
         *(awq_layer(name) for name in names), *(float_layer(f"model.layers.{i}.mlp.gate", 256, 256) for i in range(61))
     )
     excluded = [f"model.layers.{i}.mlp.gate" for i in range(61)] + [f"model.visual.layer.{i}" for i in range(100_000)]
-    found = AwqFormat.from_config(config(modules_to_not_convert=excluded), tensors=tensors)
+    found = read(config(modules_to_not_convert=excluded), tensors)
     assert errors(list(found.findings)) == []
-    assert len(found.index.experts) == 58
+    assert len(found.experts) == 58
     assert len(pickle.dumps(found)) < 100_000
     assert of_severity(list(found.findings), Severity.INFO) == []

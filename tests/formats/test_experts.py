@@ -6,13 +6,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from vllm_npu_quant.formats.base import LayerEntry
 
 from tests.formats.packed_layers import awq_layer, float_layer, gptq_layer, headers
 from vllm_npu_quant.errors import NpuQuantError
-from vllm_npu_quant.formats.awq import AwqFormat
-from vllm_npu_quant.formats.base import LayerEntry
+from vllm_npu_quant.formats import awq, gptq
 from vllm_npu_quant.formats.experts import EXPERT_NAMES, collect_experts
-from vllm_npu_quant.formats.gptq import GptqFormat
 from vllm_npu_quant.formats.modelslim import ModelSlimFormat
 from vllm_npu_quant.formats.resolve import LayerResolver
 from vllm_npu_quant.spec import FLOAT, Granularity, LayerSpec, Layout, WeightSpec
@@ -37,7 +36,7 @@ def test_any_single_expert_that_differs_is_named(names: tuple[str, ...], other: 
             assert any(members == str(number) for members in kinds.values())
 
 
-RULES: dict[str, Any] = {"awq": AwqFormat, "gptq": GptqFormat}
+READERS = {"awq": awq.read, "gptq": gptq.read}
 
 
 def described(changes: dict[str, Any], count: int = 4) -> ModelSlimFormat:
@@ -90,7 +89,7 @@ def test_one_expert_of_another_kind_in_the_files(format_name: str) -> None:
             for name in EXPERT_NAMES[0]
         )
     )
-    found = RULES[format_name].from_config(config, tensors=tensors)
+    found = READERS[format_name](config, tensors)
     (finding,) = [finding for finding in found.findings if finding.code == "fused-shards-disagree"]
     assert finding.layer == f"{EXPERTS}.*.up_proj"
     assert "FLOAT: float for experts 2" in finding.found
@@ -116,7 +115,7 @@ def test_experts_stored_as_two_tensors_in_the_files(dtype: str) -> None:
     stored = {f"{EXPERTS}.{name}": (dtype, shape) for name, shape in FUSED.items()}
     tensors = headers(awq_layer("model.layers.0.self_attn.q_proj"), stored)
     config = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True}
-    resolver = LayerResolver(AwqFormat.from_config(config, tensors=tensors))
+    resolver = LayerResolver(awq.read(config, tensors))
     if dtype == "BF16":
         assert resolver.resolve_experts(EXPERTS).w13.spec.is_float
     else:

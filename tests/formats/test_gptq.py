@@ -4,14 +4,19 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.formats.packed_layers import check, errors, float_layer, gptq_layer, headers
+from tests.fixtures_index import fixture
+from tests.formats.packed_layers import check, errors, float_layer, frames, gptq_layer, headers
+from vllm_npu_quant.checkpoint import Checkpoint
 from vllm_npu_quant.errors import NpuQuantError, Severity
-from vllm_npu_quant.formats.gptq import GptqConfig, GptqFormat, compare_files, flat_names
+from vllm_npu_quant.formats import patterns
+from vllm_npu_quant.formats.described import Described
+from vllm_npu_quant.formats.gptq import GptqConfig, compare_files, flat_names, read
 from vllm_npu_quant.spec import Granularity, Layout
 
 PLAIN: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
@@ -24,8 +29,8 @@ def config(**changes: Any) -> dict[str, Any]:
     return {key: value for key, value in merged.items() if value != "drop"}
 
 
-def of(tensors: Any, read: Any = None, **changes: Any) -> GptqFormat:
-    return GptqFormat.from_config(config(**changes), tensors=tensors, read=read)
+def of(tensors: Any, checkpoint: Any = None, **changes: Any) -> Described:
+    return read(config(**changes), tensors, "config.json", checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -169,12 +174,30 @@ def test_a_head_that_is_stored_quantized_is_quantized():
 
 def test_modules_in_block_to_quantize():
     modules = [["self_attn.q_proj", "self_attn.k_proj"], ["mlp.up_proj"], "mlp.gate_proj", [7, None]]
-    assert flat_names(modules) == ["self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.gate_proj"]
+    assert list(flat_names(modules)) == ["self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.gate_proj"]
     tensors = headers(gptq_layer(UP), float_layer(DOWN))
     found = of(tensors, modules_in_block_to_quantize=modules)
     assert found.findings == ()
     assert found.find(DOWN).spec.is_float
     assert not found.find(UP).spec.is_float
+
+
+def test_a_long_list_of_modules():
+    """Full names far behind in a list are found, and a listed layer that is stored as float is reported."""
+    names = [f"model.layers.{i}.mlp.up_proj" for i in range(150_000)]
+    tensors = headers(float_layer(names[-1]), float_layer("model.layers.150000.mlp.up_proj"))
+    found = of(tensors, modules_in_block_to_quantize=[names])
+    assert found.stored_as_float == {names[-1]}
+
+
+def test_a_layer_costs_the_same_whatever_the_list_of_modules():
+    tensors = headers(*(gptq_layer(f"model.layers.{i}.mlp.up_proj") for i in range(200)))
+
+    def work(entries: int) -> int:
+        modules = [[f"other{i}.up_proj" for i in range(entries)]]
+        return frames(lambda: of(tensors, modules_in_block_to_quantize=modules))
+
+    assert work(4000) - work(1000) < 3000 * 20
 
 
 def test_activation_order_that_orders_nothing():
@@ -186,17 +209,23 @@ def test_activation_order_that_orders_nothing():
         f"{other}.g_idx": np.roll(np.arange(256) // 128, 1),
     }
 
-    def read(name: str) -> np.ndarray:
-        if name not in values:
-            raise NpuQuantError([])
-        return values[name]
+    class Values:
+        names = ()
+        has_values = True
 
-    found = of(tensors, read=read, desc_act=True)
+        def read(self, name: str) -> np.ndarray:
+            if name not in values:
+                raise NpuQuantError([])
+            return values[name]
+
+    found = of(tensors, Values(), desc_act=True)
     assert found.find(UP).spec.layout is Layout.GPTQ
     assert found.find(UP).tensors == {"g_idx"}
     assert found.find(other).spec.layout is Layout.GPTQ_ACT_ORDER
     assert found.find(DOWN).spec.layout is Layout.GPTQ_ACT_ORDER  # cannot be read: as the config says
-    assert pickle.loads(pickle.dumps(found)).find(UP) == found.find(UP)
+    assert pickle.loads(pickle.dumps(found)) == found
+    Values.has_values = False  # only the headers are here
+    assert of(tensors, Values(), desc_act=True).find(UP).spec.layout is Layout.GPTQ_ACT_ORDER
 
 
 def test_g_idx_is_needed_for_activation_order():
@@ -254,7 +283,7 @@ def test_deep_nesting_is_no_recursion():
     deep: Any = {}
     for _ in range(100_000):
         deep = {"a": deep}
-    (finding,) = errors(list(GptqFormat.from_config({**PLAIN, "dynamic": {"a": {"bits": deep}}}).findings))
+    (finding,) = errors(list(read({**PLAIN, "dynamic": {"a": {"bits": deep}}}, {}).findings))
     assert finding.code == "bad-config"
     assert len(finding.render()) < 1000
 
@@ -297,20 +326,6 @@ def test_words_that_are_not_full():
     assert check(of(tensors, group_size=-1), tensors) == []
 
 
-def test_without_headers_the_rules_answer():
-    found = GptqFormat.from_config(config(dynamic=DYNAMIC, lm_head=True))
-    assert found.find(DOWN).spec.weight.bits == 8
-    assert found.find(UP).tensors == {"g_idx"}
-    assert found.find("lm_head").spec.weight.bits == 8
-    assert found.find("model.layers.0.mlp.gate").spec.is_float
-    assert found.find("model.layers.0.self_attn.qkv_proj") is None
-    assert found.find("model.embed_tokens") is None
-    assert found.find_experts("model.layers.0.mlp.experts").down.spec.weight.bits == 8
-    again = pickle.loads(pickle.dumps(found))
-    assert again.find(DOWN) == found.find(DOWN)
-    assert GptqFormat.from_config(config()).find("lm_head").spec.is_float
-
-
 def test_pickles_small_with_many_rules():
     names = [f"model.layers.{i}.mlp.up_proj" for i in range(61)]
     tensors = headers(*(gptq_layer(name) for name in names))
@@ -318,6 +333,39 @@ def test_pickles_small_with_many_rules():
     found = of(tensors, dynamic=rules)
     assert found.findings == ()
     assert len(pickle.dumps(found)) < 20_000
+
+
+def folder_with(tmp_path: Path, text: str) -> Checkpoint:
+    """A GPTQ checkpoint of 4 bits with this quantize_config.json."""
+    for file in fixture("gptq-qwen3-gptqmodel-w4g128-asym").iterdir():
+        if file.name != "quantize_config.json":
+            (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "quantize_config.json").write_text(text)
+    return Checkpoint.open(tmp_path)
+
+
+def test_the_file_beside_config_json(tmp_path):
+    checkpoint = folder_with(tmp_path, '{"bits": 8}')
+    own = checkpoint.read_json("config.json")["quantization_config"]
+    found = read(own, checkpoint.tensors, "config.json", checkpoint)
+    (finding,) = errors(list(found.findings))
+    assert (finding.code, finding.found) == ("contradictory-evidence", "4 and 8")
+    assert errors(list(read(own, checkpoint.tensors, "quantize_config.json", checkpoint).findings)) == []
+    assert errors(list(read(own, checkpoint.tensors).findings)) == []
+
+
+def test_the_file_beside_config_json_is_damaged(tmp_path):
+    checkpoint = folder_with(tmp_path, "{")
+    own = checkpoint.read_json("config.json")["quantization_config"]
+    (finding,) = errors(list(read(own, checkpoint.tensors, "config.json", checkpoint).findings))
+    assert (finding.code, finding.file) == ("unreadable-file", "quantize_config.json")
+
+
+def test_patterns_that_take_too_much_work_are_reported(monkeypatch):
+    monkeypatch.setattr(patterns, "MAX_STEPS", 5)
+    (finding,) = of(headers(gptq_layer(UP)), dynamic={"+:.*up_proj": {"bits": 8}}).findings
+    assert finding.code == "bad-config"
+    assert "too much work" in finding.message
 
 
 @pytest.mark.parametrize(

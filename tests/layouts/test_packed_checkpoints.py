@@ -92,7 +92,7 @@ def test_every_layer_is_what_the_files_say(name: str) -> None:
     found, checkpoint = open_packed(folder_of(name))
     assert problems(found, checkpoint) == []
     counts: Counter[tuple[int, int, bool, str]] = Counter()
-    for layer, entry in found.stored_layers(checkpoint.tensors):
+    for layer, entry in found.stored_layers():
         spec = entry.spec
         if spec.is_float:
             assert f"{layer}.qweight" not in checkpoint.tensors
@@ -114,7 +114,7 @@ def test_every_layer_is_what_the_files_say(name: str) -> None:
 def test_every_layer_through_the_method(name: str, dtype: torch.dtype) -> None:
     """Scales of float16 are rounded to bfloat16 where the model is bfloat16: half a unit in the last of 8 places."""
     found, checkpoint = open_packed(folder_of(name))
-    for layer, entry in found.stored_layers(checkpoint.tensors):
+    for layer, entry in found.stored_layers():
         if entry.spec.is_float or "layers.0" in layer:
             continue  # the second block has the same shapes, and all the exceptions
         linear = canonical(layer, entry.spec, entry.tensors, checkpoint)
@@ -145,5 +145,5 @@ def test_activation_order_is_there() -> None:
 def test_autorounds_fp8_blocks() -> None:
     found, checkpoint = open_packed(fixture("autoround-qwen3-fp8block"))
     assert problems(found, checkpoint) == []
-    specs = Counter(entry.spec.layout for _, entry in found.stored_layers(checkpoint.tensors))
+    specs = Counter(entry.spec.layout for _, entry in found.stored_layers())
     assert specs[Layout.FP8_INV] == 14

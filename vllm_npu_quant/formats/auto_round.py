@@ -9,36 +9,41 @@ name, and of others by regular expressions found anywhere in their names, the fi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, field_validator, model_validator
 
-from vllm_npu_quant.errors import Finding
-from vllm_npu_quant.formats.base import LayerEntry
-from vllm_npu_quant.formats.check import FindingLimit, StoredTensor
-from vllm_npu_quant.formats.fp8 import FP8_DTYPES, fp8_spec, fp8_weight
-from vllm_npu_quant.formats.gptq import BITS
+from vllm_npu_quant.errors import Finding, FindingLimit
+from vllm_npu_quant.formats.common import MAX_RULES
+from vllm_npu_quant.formats.declaration import Format, Sample
+from vllm_npu_quant.formats.described import Described, StoredTensor
+from vllm_npu_quant.formats.fp8 import fp8_spec, fp8_weight
 from vllm_npu_quant.formats.packed import (
-    MAX_RULES,
+    BITS,
+    FLOAT_BITS,
+    MAX_PROBLEMS,
+    Configured,
     GroupSize,
-    PackedFormat,
-    Ruling,
-    float_ruling,
+    index_packed,
     integer_spec,
     merge_spellings,
     parse_config,
-    refused_value,
+    producer_of,
+    unsupported,
 )
 from vllm_npu_quant.formats.patterns import PatternSet
-from vllm_npu_quant.layouts.tables import LAYOUTS
+from vllm_npu_quant.formats.samples import sample_tensors
 from vllm_npu_quant.spec import Granularity, LayerSpec, Layout
 
-__all__ = ["AutoRoundConfig", "AutoRoundFormat"]
+if TYPE_CHECKING:
+    from vllm_npu_quant.checkpoint import Checkpoint
+
+__all__ = ["FORMAT", "AutoRoundConfig", "read"]
 
 #: packing_format -> layout of integer weights.
-PACKINGS = {
+_PACKINGS = {
     "auto_round:auto_gptq": Layout.GPTQ,
     "auto_round:gptq": Layout.GPTQ,
     "auto": Layout.GPTQ,
@@ -54,9 +59,6 @@ _SPECIAL = frozenset("*+?^$()[]{}|\\")
 #: Names of E4M3 in data_type.
 _FP8_TYPES = ("fp", "fp8", "fp8_e4m3")
 
-#: Activations of this many bits and more are not quantized.
-_FLOAT_BITS = 16
-
 
 class LayerScheme(BaseModel):
     """Fields of one layer's scheme; None where they are inherited."""
@@ -70,6 +72,11 @@ class LayerScheme(BaseModel):
     act_bits: StrictInt | None = None
     super_bits: StrictInt | None = None
     rotation_config: Any = None
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the bits mean float."""
+        return (self.bits or 0) >= FLOAT_BITS
 
     def over(self, base: LayerScheme) -> LayerScheme:
         """This scheme, with what it leaves open taken from another."""
@@ -144,197 +151,160 @@ class AutoRoundConfig(BaseModel):
         )
 
 
-@dataclass
-class AutoRoundFormat(PackedFormat):
-    """The layers of an AutoRound checkpoint.
+def read(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, StoredTensor],
+    source: str = "config.json",
+    checkpoint: Checkpoint | None = None,
+) -> Described:
+    """Describe the layers of an AutoRound checkpoint. Raises nothing: what is wrong is in ``findings``.
 
-    Attributes:
-        config: the validated config, without its rules once the stored layers are known; None where it is not valid.
-        patterns: the keys of extra_config that are regular expressions.
+    Args:
+        config: config.json's ``quantization_config``.
+        tensors: the stored tensors, by name.
+        source: the file that holds ``config``.
+        checkpoint: not used.
     """
-
-    config: AutoRoundConfig | None = None
-    patterns: PatternSet | None = None
-
-    name = "auto-round"
-
-    def __post_init__(self) -> None:
-        self._regexes: list[str] = []
-        self._blocks: frozenset[str] | None = None
-
-    def _use_patterns(self, keys: Iterable[str]) -> None:
-        self._regexes = list(keys)
-        self.patterns = PatternSet(self._regexes, mode="search", file=self.source, where="extra_config")
-
-    def scheme(self, layer: str) -> tuple[LayerScheme, bool] | None:
-        """A layer's scheme, and whether extra_config names the layer; None where the layer is outside of all blocks."""
-        assert self.config is not None
-        config = self.config
-        named = config.extra_config.get(layer)
-        if named is None:
-            # Keys may leave out what a multimodal model puts in front.
-            dot = layer.find(".")
-            while named is None and dot >= 0:
-                named = config.extra_config.get(layer[dot + 1 :])
-                dot = layer.find(".", dot + 1)
-        if named is None and self.patterns is not None:
-            hit = self.patterns.first(layer)
-            named = None if hit is None else config.extra_config[self._regexes[hit]]
-        if named is not None:
-            return named.over(config.base()), True
-        return (config.base(), False) if self._in_blocks(layer) else None
-
-    def _in_blocks(self, layer: str) -> bool:
-        assert self.config is not None
-        if self._blocks is None:
-            self._blocks = frozenset(self.config.block_name_to_quantize)
-        if not self._blocks:
-            return layer.rpartition(".")[2] != "lm_head"
-        module = layer
-        while module:
-            if module in self._blocks:
-                return True
-            module = module.rpartition(".")[0]
-        return False
-
-    def ruling(self, layer: str) -> Ruling:
-        assert self.config is not None
-        found = self.scheme(layer)
-        if found is None:
-            return float_ruling(self._spec(self.config.base()))
-        scheme, firm = found
-        if (scheme.bits or 0) >= _FLOAT_BITS:
-            return float_ruling(self._spec(self.config.base()), firm=firm)
-        return Ruling(self._spec(scheme), firm)
-
-    def _spec(self, scheme: LayerScheme) -> LayerSpec:
-        assert self.config is not None
-        assert scheme.bits is not None
-        if isinstance(scheme.group_size, tuple):
-            weight = fp8_weight(Granularity.BLOCK, scheme.group_size)
-            return fp8_spec("FP8_BLOCK_DYNAMIC", weight, Layout.FP8_INV, static=False)
-        if scheme.data_type in _FP8_TYPES:
-            weight = fp8_weight(Granularity.CHANNEL)
-            return fp8_spec(self._fp8_name(), weight, Layout.FP8, static=self._static)
-        layout = PACKINGS.get(self.config.packing_format, Layout.GPTQ)
-        return integer_spec("AutoRound", layout, scheme.bits, scheme.group_size or -1, bool(scheme.sym))
-
-    def _fp8_name(self) -> str:
-        assert self.config is not None
-        if isinstance(self.config.group_size, tuple):
-            return "FP8_BLOCK_DYNAMIC"
-        return "FP8_CHANNEL_STATIC" if self._static else "FP8_CHANNEL_DYNAMIC"
-
-    @property
-    def _static(self) -> bool:
-        return self.config is not None and self.config.act_dynamic is False
-
-    def unpacked(
-        self, layer: str, named: Mapping[str, StoredTensor], silent: list[str], found: FindingLimit
-    ) -> LayerEntry | None:
-        weight = named.get("weight")
-        spec = self.ruling(layer).spec
-        if weight is None or weight.dtype not in FP8_DTYPES or spec.layout not in (Layout.FP8, Layout.FP8_INV):
-            return super().unpacked(layer, named, silent, found)
-        known = {tensor.name for tensor in LAYOUTS[spec.layout].tensors if tensor.optional}
-        return LayerEntry(spec, frozenset(known & set(named)))
-
-    @classmethod
-    def from_config(
-        cls,
-        config: Mapping[str, Any],
-        source: str = "config.json",
-        tensors: Mapping[str, StoredTensor] | None = None,
-    ) -> AutoRoundFormat:
-        """Validate a quantization_config and look up the stored layers.
-
-        Args:
-            config: the JSON object.
-            source: the file it is in, for messages.
-            tensors: dtypes and shapes of the checkpoint's tensors, where they are known.
-
-        Returns:
-            The format; ``findings`` holds everything that is wrong. Nothing is raised.
-        """
-        found = FindingLimit()
-        parsed = parse_config(AutoRoundConfig, config, source, found)
-        result = cls(source=source, config=parsed)
-        if parsed is None:
-            result.findings = tuple(found.close())
-            return result
-        stored = {name.rpartition(".")[0] for name in tensors} if tensors is not None else None
-        # AutoRound takes every key that is no layer's name for a regular expression.
-        result._use_patterns(
-            key
-            for key in parsed.extra_config
-            if not _SPECIAL.isdisjoint(key) or (stored is not None and key not in stored and key != "lm_head")
-        )
-        problems = [*_problems(parsed, source), *(result.patterns.findings if result.patterns else ())]
-        return result._finish(tensors, problems, found)
-
-    def _finish(
-        self, tensors: Mapping[str, StoredTensor] | None, problems: list[Finding], found: FindingLimit
-    ) -> AutoRoundFormat:
-        assert self.config is not None
-        if self.config.packing_format == "auto_round:gptqmodel":
-            self.file_tensors = frozenset({"g_idx"})
-        elif PACKINGS.get(self.config.packing_format) is Layout.AWQ_GEMM:
-            self.file_tensors = frozenset({"qzeros"})
-        for finding in problems:
-            found.add(finding)
-        if tensors is not None and not problems:
-            self.index_stored(tensors, found)
-            self.patterns = None
-            self._regexes = []
-            self.config = self.config.model_copy(update={"extra_config": {}})
-        self.findings = tuple(found.close())
-        return self
+    described, found = Described("auto-round", source), FindingLimit()
+    parsed = parse_config(AutoRoundConfig, config, source, found)
+    if parsed is not None:
+        # AutoRound takes every key that is not a layer's name for a regular expression.
+        names = {name.rpartition(".")[0] for name in tensors} | {"lm_head"}
+        keys = [key for key in parsed.extra_config if key not in names or not _SPECIAL.isdisjoint(key)]
+        patterns = PatternSet(keys, mode="search", file=source, where="extra_config")
+        problems = [*islice(_problems(parsed, source), MAX_PROBLEMS), *patterns.findings]
+        found.extend(problems)
+        if not problems:
+            index_packed(described, tensors, _configured(parsed, patterns), found)
+    described.findings = tuple(found.close())
+    return described
 
 
-def _problems(config: AutoRoundConfig, source: str) -> list[Finding]:
-    findings = []
+def _configured(config: AutoRoundConfig, patterns: PatternSet) -> Callable[[str], Configured]:
     base = config.base()
-    schemes = [("", base), *((key, own.over(base)) for key, own in config.extra_config.items())]
-    packing = config.packing_format
+    spec = _spec(base, config)
+    blocks = frozenset(config.block_name_to_quantize)
+
+    def configured(layer: str) -> Configured:
+        override = _named(layer, config.extra_config)
+        if override is None:
+            hit = patterns.first(layer)
+            override = None if hit is None else config.extra_config[patterns.patterns[hit]]
+        if override is None:
+            return Configured(spec, excluded=base.is_float or not _in_blocks(layer, blocks))
+        scheme = override.over(base)
+        if scheme.is_float:
+            return Configured(spec, excluded=True, explicit=True)
+        return Configured(_spec(scheme, config))
+
+    return configured
+
+
+def _named(layer: str, schemes: Mapping[str, LayerScheme]) -> LayerScheme | None:
+    """The scheme under a layer's name, or under its end: keys may leave out what a multimodal model puts in front."""
+    name = layer
+    while name:
+        if name in schemes:
+            return schemes[name]
+        name = name.partition(".")[2]
+    return None
+
+
+def _in_blocks(layer: str, blocks: frozenset[str]) -> bool:
+    """Whether a layer belongs to one of the blocks; all but the head do if there are none."""
+    if not blocks:
+        return layer.rpartition(".")[2] != "lm_head"
+    module = layer
+    while module:
+        if module in blocks:
+            return True
+        module = module.rpartition(".")[0]
+    return False
+
+
+def _spec(scheme: LayerScheme, config: AutoRoundConfig) -> LayerSpec:
+    """The spec of a layer with this scheme, whose fields are set."""
+    if isinstance(scheme.group_size, tuple):
+        weight = fp8_weight(Granularity.BLOCK, scheme.group_size)
+        return fp8_spec("FP8_BLOCK_DYNAMIC", weight, Layout.FP8_INV, static=False)
+    if scheme.data_type in _FP8_TYPES:
+        static = config.act_dynamic is False
+        name = "FP8_CHANNEL_STATIC" if static else "FP8_CHANNEL_DYNAMIC"
+        return fp8_spec(name, fp8_weight(Granularity.CHANNEL), Layout.FP8, static=static)
+    layout = _PACKINGS.get(config.packing_format, Layout.GPTQ)
+    return integer_spec("AutoRound", layout, scheme.bits or config.bits, scheme.group_size or -1, bool(scheme.sym))
+
+
+def _problems(config: AutoRoundConfig, source: str) -> Iterator[Finding]:
+    base = config.base()
+    schemes = [
+        ("", base),
+        *((f"extra_config {key[:60]!r}: ", own.over(base)) for key, own in config.extra_config.items()),
+    ]
     for where, scheme in schemes:
-        if (scheme.bits or 0) >= _FLOAT_BITS:
-            continue
-        findings += [
-            refused_value(
-                f"{f'extra_config {where[:60]!r}: ' if where else ''}AutoRound with {what}", wanted, value, source
-            )
-            for what, wanted, value in _refusals(scheme, packing)
-        ]
-        if len(findings) > 20:
-            break
-    return findings[:20]
+        refused = None if scheme.is_float else _unsupported_part(scheme, config.packing_format)
+        if refused is not None:
+            feature, expected, value = refused
+            yield unsupported(f"{where}AutoRound with {feature}", expected, value, source)
 
 
-def _refusals(scheme: LayerScheme, packing: str) -> list[tuple[str, str, str]]:
-    """What of a scheme is not served: its name, what is, and the config's value."""
+def _unsupported_part(scheme: LayerScheme, packing: str) -> tuple[str, str, str] | None:
+    """The unsupported part of a scheme as (feature, what is supported, config value), or None."""
     if scheme.rotation_config:
-        return [("rotated activations", "no rotation_config", "rotation_config")]
+        return "rotated activations", "no rotation_config", "rotation_config"
     if scheme.super_bits:
-        return [("scales that are quantized, too", "no super_bits", f"super_bits: {scheme.super_bits}")]
+        return "scales that are quantized, too", "no super_bits", f"super_bits: {scheme.super_bits}"
     if scheme.data_type in _FP8_TYPES and scheme.bits == 8:
-        if isinstance(scheme.group_size, tuple) and min(scheme.group_size) > 0:
-            return []
-        if scheme.act_bits != 8:
-            return [("FP8 weights with float inputs", "act_bits: 8", f"act_bits: {scheme.act_bits}")]
-        if scheme.group_size == -1:
-            return []
-        wanted = "group_size -1 or [128, 128]"
-        return [("FP8 weights in groups", wanted, f"group_size: {scheme.group_size}")]
+        return _unsupported_fp8(scheme)
     if scheme.data_type != "int" or isinstance(scheme.group_size, tuple):
         value = f"data_type: {scheme.data_type}, group_size: {scheme.group_size}"
-        return [(f"data_type {scheme.data_type!r:.40}", "data_type int, or FP8 in blocks", value)]
-    if scheme.act_bits is not None and scheme.act_bits < _FLOAT_BITS:
-        wanted = "the format llm_compressor, which quantizes activations, too"
-        return [(f"{scheme.act_bits}-bit activations", wanted, f"act_bits: {scheme.act_bits}")]
-    if packing not in PACKINGS:
-        return [(f"packing_format {packing[:40]!r}", "packing_format: " + ", ".join(PACKINGS), packing)]
-    served = (4,) if PACKINGS[packing] is Layout.AWQ_GEMM else BITS
-    if scheme.bits not in served:
-        wanted = " or ".join(map(str, served)) + f" bits for packing_format {packing}"
-        return [(f"{scheme.bits} bits", wanted, f"bits: {scheme.bits}")]
-    return []
+        return f"data_type {scheme.data_type!r:.40}", "data_type int, or FP8 in blocks", value
+    if scheme.act_bits is not None and scheme.act_bits < FLOAT_BITS:
+        expected = "the format llm_compressor, which quantizes activations, too"
+        return f"{scheme.act_bits}-bit activations", expected, f"act_bits: {scheme.act_bits}"
+    if packing not in _PACKINGS:
+        return f"packing_format {packing[:40]!r}", "packing_format: " + ", ".join(_PACKINGS), packing
+    supported = (4,) if _PACKINGS[packing] is Layout.AWQ_GEMM else BITS
+    if scheme.bits not in supported:
+        expected = " or ".join(map(str, supported)) + f" bits for packing_format {packing}"
+        return f"{scheme.bits} bits", expected, f"bits: {scheme.bits}"
+    return None
+
+
+def _unsupported_fp8(scheme: LayerScheme) -> tuple[str, str, str] | None:
+    """The same for FP8 weights."""
+    if isinstance(scheme.group_size, tuple) and min(scheme.group_size) > 0:
+        return None
+    if scheme.act_bits != 8:
+        return "FP8 weights with float inputs", "act_bits: 8", f"act_bits: {scheme.act_bits}"
+    if scheme.group_size != -1:
+        return "FP8 weights in groups", "group_size -1 or [128, 128]", f"group_size: {scheme.group_size}"
+    return None
+
+
+def _samples() -> Iterator[Sample]:
+    integers = {"quant_method": "auto-round", "group_size": 128, "data_type": "int", "sym": True}
+    gptq = {**integers, "packing_format": "auto_round:auto_gptq"}
+    awq = {**integers, "bits": 4, "sym": False, "packing_format": "auto_round:auto_awq"}
+    fp8 = {**integers, "bits": 8, "data_type": "fp", "act_bits": 8, "packing_format": "auto_round:fp8"}
+    schemes: list[tuple[str, dict[str, Any]]] = [
+        *((f"{bits} bits, auto_gptq packing", {**gptq, "bits": bits}) for bits in BITS),
+        ("4 bits, auto_awq packing", awq),
+        ("FP8 per channel", {**fp8, "group_size": -1}),
+        ("FP8 per block", {**fp8, "group_size": [128, 128]}),
+    ]
+    for label, config in schemes:
+        parsed = AutoRoundConfig.model_validate(config)
+        listed = ["qzeros"] if config is awq else []
+        yield Sample(label, config, sample_tensors(_spec(parsed.base(), parsed), listed))
+
+
+FORMAT = Format(
+    name="auto-round",
+    read=read,
+    method_name="npu_auto_round",
+    quant_methods=frozenset({"auto-round", "intel/auto-round"}),
+    aliases=frozenset({"inc"}),
+    producer=producer_of,
+    samples=_samples,
+)

@@ -8,33 +8,33 @@ full names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
 
-from vllm_npu_quant.errors import Finding
-from vllm_npu_quant.formats.check import FindingLimit, StoredTensor
+from vllm_npu_quant.errors import Finding, FindingLimit
+from vllm_npu_quant.formats.common import FLOAT_BY_CONVENTION, MAX_RULES
+from vllm_npu_quant.formats.declaration import Format, Sample
+from vllm_npu_quant.formats.described import Described, StoredTensor
 from vllm_npu_quant.formats.packed import (
-    MAX_RULES,
+    Configured,
     GroupSize,
-    PackedFormat,
-    Ruling,
-    float_ruling,
+    ModuleNames,
+    index_packed,
     integer_spec,
-    is_float_by_convention,
     merge_spellings,
     parse_config,
-    refused_value,
+    producer_of,
+    unsupported,
 )
+from vllm_npu_quant.formats.samples import sample_tensors
 from vllm_npu_quant.spec import LayerSpec, Layout
 
-#: Entries of modules_to_not_convert that are tried as parts of names, and components of a name that are combined.
-_MAX_PARTS = 100
-_MAX_COMPONENTS = 24
+if TYPE_CHECKING:
+    from vllm_npu_quant.checkpoint import Checkpoint
 
-__all__ = ["AwqConfig", "AwqFormat", "ModuleNames"]
+__all__ = ["FORMAT", "AwqConfig", "read"]
 
 
 class AwqConfig(BaseModel):
@@ -68,105 +68,72 @@ class AwqConfig(BaseModel):
         return not self.zero_point if self.zero_point is not None else bool(self.sym)
 
     def spec(self) -> LayerSpec:
+        """The spec of the quantized layers."""
         return integer_spec("AWQ", Layout.AWQ_GEMM, self.bits, self.group_size, self.symmetric)
 
 
-class ModuleNames:
-    """``modules_to_not_convert``: names, or parts of names.
+def read(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, StoredTensor],
+    source: str = "config.json",
+    checkpoint: Checkpoint | None = None,
+) -> Described:
+    """Describe the layers of an AWQ checkpoint. Raises nothing: what is wrong is in ``findings``.
 
-    AutoAWQ leaves a layer alone where an entry is anywhere in its name. Taken at its word, "mlp.gate" would also exclude
-    ``mlp.gate_proj``. So an entry made of whole components of the name excludes firmly, and one that begins or ends inside
-    of a component only where no quantized tensors are stored.
+    Args:
+        config: config.json's ``quantization_config``, or the object of quant_config.json.
+        tensors: the stored tensors, by name.
+        source: the file that holds ``config``.
+        checkpoint: not used.
     """
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.whole = frozenset(name.strip(".") for name in names if name.strip("."))
-        # Long lists are lists of full names, which have the number of a layer among their components.
-        parts = sorted(dict.fromkeys(filter(None, names)), key=lambda name: any(map(str.isdigit, name.split("."))))
-        self.parts = tuple(parts[:_MAX_PARTS])
-
-    def excludes(self, layer: str) -> bool | None:
-        """True for a firm exclusion, False for a part of a component, None for no match."""
-        if not self.parts:
-            return None
-        components = layer.split(".")[:_MAX_COMPONENTS]
-        length = len(components)
-        for start in range(length):
-            for stop in range(start + 1, length + 1):
-                if ".".join(components[start:stop]) in self.whole:
-                    return True
-        return False if any(part in layer for part in self.parts) else None
+    described, found = Described("awq", source), FindingLimit()
+    parsed = parse_config(AwqConfig, config, source, found)
+    if parsed is not None:
+        problems = list(_problems(parsed, source))
+        found.extend(problems)
+        if not problems:
+            index_packed(described, tensors, _configured(parsed), found)
+    described.findings = tuple(found.close())
+    return described
 
 
-@dataclass
-class AwqFormat(PackedFormat):
-    """The layers of an AWQ checkpoint.
+def _configured(config: AwqConfig) -> Callable[[str], Configured]:
+    spec = config.spec()
+    names = ModuleNames(config.modules_to_not_convert or ())
 
-    Attributes:
-        config: the validated config, without its list of names once the stored layers are known; None where it is not
-            valid.
-    """
+    def configured(layer: str) -> Configured:
+        explicit = names.match_components(layer)
+        by_default = layer.rpartition(".")[2] in FLOAT_BY_CONVENTION or names.match_anywhere(layer)
+        return Configured(spec, excluded=explicit or by_default, explicit=explicit)
 
-    config: AwqConfig | None = None
-
-    name = "awq"
-
-    def __post_init__(self) -> None:
-        self._names: ModuleNames | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_names": None}
-
-    def ruling(self, layer: str) -> Ruling:
-        assert self.config is not None
-        if self._names is None:
-            self._names = ModuleNames(self.config.modules_to_not_convert or ())
-        spec = self.config.spec()
-        excluded = self._names.excludes(layer)
-        if excluded is not None:
-            return float_ruling(spec, firm=excluded)
-        if is_float_by_convention(layer):
-            return float_ruling(spec)
-        return Ruling(spec)
-
-    @classmethod
-    def from_config(
-        cls,
-        config: Mapping[str, Any],
-        source: str = "config.json",
-        tensors: Mapping[str, StoredTensor] | None = None,
-    ) -> AwqFormat:
-        """Validate a quantization_config and look up the stored layers.
-
-        Args:
-            config: the JSON object.
-            source: the file it is in, for messages.
-            tensors: dtypes and shapes of the checkpoint's tensors, where they are known.
-
-        Returns:
-            The format; ``findings`` holds everything that is wrong. Nothing is raised.
-        """
-        found = FindingLimit()
-        parsed = parse_config(AwqConfig, config, source, found)
-        result = cls(source=source, file_tensors=frozenset({"qzeros"}), config=parsed)
-        if parsed is not None:
-            problems = _problems(parsed, source)
-            for finding in problems:
-                found.add(finding)
-            if tensors is not None and not problems:
-                result.index_stored(tensors, found)
-                result._names = None
-                result.config = parsed.model_copy(update={"modules_to_not_convert": None})
-        result.findings = tuple(found.close())
-        return result
+    return configured
 
 
-def _problems(config: AwqConfig, source: str) -> list[Finding]:
-    findings = []
+def _problems(config: AwqConfig, source: str) -> Iterator[Finding]:
     if config.bits != 4:
-        findings.append(refused_value(f"AWQ with {config.bits} bits", "4 bits", f"bits: {config.bits}", source))
+        yield unsupported(f"AWQ with {config.bits} bits", "4 bits", f"bits: {config.bits}", source)
     for name, expected in (("version", "gemm"), ("pack_dtype", "int32"), ("data_type", "int")):
         value = getattr(config, name)
         if value != expected:
-            findings.append(refused_value(f"AWQ with {name} {value[:40]!r}", f"{name}: {expected}", value, source))
-    return findings
+            yield unsupported(f"AWQ with {name} {value[:40]!r}", f"{name}: {expected}", value, source)
+
+
+def _samples() -> Iterator[Sample]:
+    config: dict[str, Any] = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}
+    asymmetric, symmetric = {**config, "zero_point": True}, {**config, "zero_point": False}
+    spec = AwqConfig.model_validate(asymmetric).spec()
+    yield Sample("gemm, zero points", asymmetric, sample_tensors(spec, ["qzeros"]))
+    yield Sample("gemm, symmetric", symmetric, sample_tensors(spec))
+    yield Sample("gemv", {**asymmetric, "version": "gemv"}, {})
+
+
+FORMAT = Format(
+    name="awq",
+    read=read,
+    method_name="npu_awq",
+    quant_methods=frozenset({"awq"}),
+    aliases=frozenset({"auto_awq", "awq_marlin"}),
+    file_beside=lambda names: "quant_config.json" if "quant_config.json" in names else None,
+    producer=producer_of,
+    samples=_samples,
+)

@@ -9,50 +9,56 @@ that matches at the start of a layer's name counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
 
-from vllm_npu_quant.errors import Finding, NpuQuantError
-from vllm_npu_quant.formats.check import FindingLimit, StoredTensor
+from vllm_npu_quant.errors import Finding, FindingLimit, NpuQuantError
+from vllm_npu_quant.formats.common import FLOAT_BY_CONVENTION, MAX_RULES
+from vllm_npu_quant.formats.declaration import Format, Sample
+from vllm_npu_quant.formats.described import Described, StoredTensor
 from vllm_npu_quant.formats.experts import split_expert
 from vllm_npu_quant.formats.packed import (
-    MAX_RULES,
+    BITS,
+    FLOAT_BITS,
+    MAX_PROBLEMS,
+    Configured,
     GroupSize,
-    PackedFormat,
-    Reader,
-    Ruling,
-    float_ruling,
+    ModuleNames,
+    index_packed,
     integer_spec,
-    is_float_by_convention,
     merge_spellings,
     parse_config,
-    refused_value,
+    producer_of,
+    unsupported,
 )
 from vllm_npu_quant.formats.patterns import PatternSet
+from vllm_npu_quant.formats.samples import sample_tensors
 from vllm_npu_quant.spec import LayerSpec, Layout
 
-__all__ = ["BITS", "GptqConfig", "GptqFormat", "compare_files", "flat_names", "gptq_layout"]
+if TYPE_CHECKING:
+    from vllm_npu_quant.checkpoint import Checkpoint
 
-#: Bits per weight that the operators hold.
-BITS = (2, 3, 4, 8)
+__all__ = ["FORMAT", "GptqConfig", "compare_files", "flat_names", "read"]
 
+#: (zero points as they are, activation order) -> layout.
 _LAYOUTS = {
     (False, False): Layout.GPTQ,
     (True, False): Layout.GPTQ_V2,
     (False, True): Layout.GPTQ_ACT_ORDER,
     (True, True): Layout.GPTQ_V2_ACT_ORDER,
 }
-_PLAIN = {Layout.GPTQ_ACT_ORDER: Layout.GPTQ, Layout.GPTQ_V2_ACT_ORDER: Layout.GPTQ_V2}
+_IN_ORDER: dict[Layout | str, Layout] = {
+    Layout.GPTQ_ACT_ORDER: Layout.GPTQ,
+    Layout.GPTQ_V2_ACT_ORDER: Layout.GPTQ_V2,
+}
 
-#: Values that two files of one checkpoint must agree on.
+#: The same config in a file of its own, and the values that the two must agree on.
+_FILE = "quantize_config.json"
 _COMPARED = ("bits", "group_size", "desc_act", "sym", "checkpoint_format")
-
-
-def gptq_layout(*, v2: bool, act_order: bool = False) -> Layout:
-    return _LAYOUTS[v2, act_order]
 
 
 class Override(BaseModel):
@@ -92,17 +98,13 @@ class GptqConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _spellings(cls, config: Any) -> Any:
-        merged = merge_spellings(
-            config,
-            {"bits": ("w_bit",), "group_size": ("q_group_size",), "checkpoint_format": ("format",)},
-            lower=("checkpoint_format", "pack_dtype", "data_type"),
-        )
+        merged = _one_spelling(config)
         if merged.get("dynamic", 0) is None:
             del merged["dynamic"]
         return merged
 
     def spec(self, override: Override | None = None) -> LayerSpec:
-        """The spec of a layer."""
+        """The spec of a quantized layer."""
         change = override or Override()
         bits = self.bits if change.bits is None else change.bits
         group = self.group_size if change.group_size is None else change.group_size
@@ -110,121 +112,111 @@ class GptqConfig(BaseModel):
         desc_act = self.desc_act if change.desc_act is None else change.desc_act
         # Where the producer fixed the groups before it reordered, or there is one group only, g_idx is in order.
         act_order = desc_act and not self.static_groups and group > 0
-        layout = gptq_layout(v2=self.checkpoint_format == "gptq_v2", act_order=act_order)
+        layout = _LAYOUTS[self.checkpoint_format == "gptq_v2", act_order]
         return integer_spec("GPTQ", layout, bits, group, bool(sym))
 
 
-@dataclass
-class GptqFormat(PackedFormat):
-    """The layers of a GPTQ checkpoint.
+def _one_spelling(config: Any) -> dict[str, Any]:
+    return merge_spellings(
+        config,
+        {"bits": ("w_bit",), "group_size": ("q_group_size",), "checkpoint_format": ("format",)},
+        lower=("checkpoint_format", "pack_dtype", "data_type"),
+    )
 
-    Attributes:
-        config: the validated config, without its rules once the stored layers are known; None where it is not valid.
-        patterns: the regular expressions of ``dynamic``, in its order.
+
+def read(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, StoredTensor],
+    source: str = "config.json",
+    checkpoint: Checkpoint | None = None,
+) -> Described:
+    """Describe the layers of a GPTQ checkpoint. Raises nothing: what is wrong is in ``findings``.
+
+    Args:
+        config: config.json's ``quantization_config``, or the object of quantize_config.json.
+        tensors: the stored tensors, by name.
+        source: the file that holds ``config``.
+        checkpoint: gives the values of g_idx, and quantize_config.json beside config.json, which is compared.
     """
-
-    config: GptqConfig | None = None
-    patterns: PatternSet | None = None
-
-    name = "gptq"
-
-    def __post_init__(self) -> None:
-        self._read: Reader | None = None
-        self._overrides: list[tuple[bool, Override]] | None = None
-
-    def ruling(self, layer: str) -> Ruling:
-        assert self.config is not None
-        config = self.config
-        hit = self.patterns.first(layer) if self.patterns is not None else None
-        if hit is not None:
-            if self._overrides is None:
-                self._overrides = [(key.startswith("-:"), value) for key, value in config.dynamic.items()]
-            skipped, override = self._overrides[hit]
-            if skipped or (override.bits or 0) >= 16:
-                return float_ruling(config.spec(), firm=True)
-            return Ruling(config.spec(override), firm=True)
-        spec = config.spec()
-        if layer.rpartition(".")[2] == "lm_head":
-            return Ruling(spec, firm=True) if config.lm_head else float_ruling(spec)
-        modules = config.modules_in_block_to_quantize
-        if modules and not any(name in layer for name in flat_names(modules)):
-            return float_ruling(spec)
-        return float_ruling(spec) if is_float_by_convention(layer) else Ruling(spec)
-
-    def refine(self, layer: str, spec: LayerSpec, named: Mapping[str, StoredTensor]) -> LayerSpec:
-        """Without activation order where g_idx is in order: many producers write desc_act true and reorder nothing."""
-        plain = _PLAIN.get(spec.layout)
-        if plain is None or self._read is None or "g_idx" not in named or split_expert(layer) is not None:
-            return spec
+    described, found = Described("gptq", source), FindingLimit()
+    parsed = parse_config(GptqConfig, config, source, found)
+    if parsed is not None:
+        keys = [key[2:] if key[:2] in ("-:", "+:") else key for key in parsed.dynamic]
+        patterns = PatternSet(keys, file=source, where="dynamic")
+        problems = [*islice(_problems(parsed, source), MAX_PROBLEMS), *patterns.findings]
+        found.extend(problems)
+        if not problems:
+            values = checkpoint if checkpoint is not None and checkpoint.has_values else None
+            index_packed(described, tensors, _configured(parsed, patterns), found, adjust=_without_order(values))
+    if checkpoint is not None and source == "config.json" and _FILE in checkpoint.names:
         try:
-            g_idx = self._read(f"{layer}.g_idx")
+            found.extend(compare_files(config, checkpoint.read_json(_FILE), (source, _FILE)))
+        except NpuQuantError as error:
+            found.extend(error.findings)
+    described.findings = tuple(found.close())
+    return described
+
+
+def _configured(config: GptqConfig, patterns: PatternSet) -> Callable[[str], Configured]:
+    spec = config.spec()
+    overrides = [
+        None if key.startswith("-:") or (override.bits or 0) >= FLOAT_BITS else override
+        for key, override in config.dynamic.items()
+    ]
+    modules = ModuleNames(flat_names(config.modules_in_block_to_quantize or ()))
+
+    def configured(layer: str) -> Configured:
+        hit = patterns.first(layer)
+        if hit is not None:
+            override = overrides[hit]
+            if override is None:
+                return Configured(spec, excluded=True, explicit=True)
+            return Configured(config.spec(override))
+        last = layer.rpartition(".")[2]
+        if last == "lm_head":
+            return Configured(spec, excluded=not config.lm_head)
+        listed = not modules or modules.match_anywhere(layer) or modules.match_components(layer)
+        return Configured(spec, excluded=last in FLOAT_BY_CONVENTION or not listed)
+
+    return configured
+
+
+def _without_order(
+    checkpoint: Checkpoint | None,
+) -> Callable[[str, LayerSpec, Mapping[str, StoredTensor]], LayerSpec]:
+    """Take activation order off layers whose g_idx is in order: many producers write desc_act true and reorder nothing."""
+
+    def adjust(layer: str, spec: LayerSpec, named: Mapping[str, StoredTensor]) -> LayerSpec:
+        in_order = _IN_ORDER.get(spec.layout)
+        weight = spec.weight
+        if in_order is None or weight is None or checkpoint is None or "g_idx" not in named:
+            return spec
+        if split_expert(layer) is not None:
+            return spec  # all experts have one layout
+        try:
+            g_idx = checkpoint.read(f"{layer}.g_idx")
         except NpuQuantError:
             return spec  # the files' own check reports what is wrong with them
-        group = spec.weight.group_size if spec.weight is not None else 0
-        if g_idx.ndim == 1 and group and (g_idx == [k // group for k in range(g_idx.size)]).all():
-            return LayerSpec(spec.scheme, plain, spec.weight)
+        if np.array_equal(g_idx, np.arange(g_idx.size) // weight.group_size):
+            return LayerSpec(spec.scheme, in_order, weight)
         return spec
 
-    @classmethod
-    def from_config(
-        cls,
-        config: Mapping[str, Any],
-        source: str = "config.json",
-        tensors: Mapping[str, StoredTensor] | None = None,
-        read: Reader | None = None,
-    ) -> GptqFormat:
-        """Validate a quantization_config and look up the stored layers.
-
-        Args:
-            config: the JSON object.
-            source: the file it is in, for messages.
-            tensors: dtypes and shapes of the checkpoint's tensors, where they are known.
-            read: gives the values of a stored tensor; used for g_idx of layers with activation order.
-
-        Returns:
-            The format; ``findings`` holds everything that is wrong. Nothing is raised.
-        """
-        found = FindingLimit()
-        parsed = parse_config(GptqConfig, config, source, found)
-        result = cls(source=source, file_tensors=frozenset({"g_idx"}), config=parsed)
-        if parsed is not None:
-            result.patterns = PatternSet(
-                [key[2:] if key[:2] in ("-:", "+:") else key for key in parsed.dynamic], file=source, where="dynamic"
-            )
-            problems = [*_problems(parsed, source), *result.patterns.findings]
-            for finding in problems:
-                found.add(finding)
-            if tensors is not None and not problems:
-                result._read = read
-                result.index_stored(tensors, found)
-                result._read = result._overrides = result.patterns = None
-                result.config = parsed.model_copy(update={"dynamic": {}, "modules_in_block_to_quantize": None})
-        result.findings = tuple(found.close())
-        return result
+    return adjust
 
 
-def flat_names(names: Iterable[Any]) -> list[str]:
+def flat_names(names: Iterable[Any]) -> Iterator[str]:
     """The texts in a list of lists of texts."""
-    flat: list[str] = []
     for name in names:
         if isinstance(name, str):
-            flat.append(name)
+            yield name
         elif isinstance(name, (list, tuple)):
-            flat += [inner for inner in name if isinstance(inner, str)]
-    return flat
+            yield from (inner for inner in name if isinstance(inner, str))
 
 
 def compare_files(config: Mapping[str, Any], other: Mapping[str, Any], files: tuple[str, str]) -> list[Finding]:
     """Findings where config.json and quantize_config.json of one checkpoint disagree about the stored numbers."""
     try:
-        both = [
-            merge_spellings(
-                each,
-                {"bits": ("w_bit",), "group_size": ("q_group_size",), "checkpoint_format": ("format",)},
-                lower=("checkpoint_format",),
-            )
-            for each in (config, other)
-        ]
+        both = [_one_spelling(each) for each in (config, other)]
     except ValueError:
         return []  # validation reports it
     return [
@@ -241,25 +233,46 @@ def compare_files(config: Mapping[str, Any], other: Mapping[str, Any], files: tu
     ]
 
 
-def _problems(config: GptqConfig, source: str) -> list[Finding]:
-    findings = []
-    for where, bits in [
-        ("", config.bits),
-        *((f"dynamic {key[:60]!r}: ", rule.bits) for key, rule in config.dynamic.items()),
-    ]:
-        if bits is not None and bits not in BITS and not (where and bits >= 16):
-            expected = "2, 3, 4 or 8 bits"
-            findings.append(refused_value(f"{where}GPTQ with {bits} bits", expected, f"bits: {bits}", source))
+def _problems(config: GptqConfig, source: str) -> Iterator[Finding]:
+    bits_of = [("", config.bits), *((f"dynamic {key[:60]!r}: ", rule.bits) for key, rule in config.dynamic.items())]
+    for where, bits in bits_of:
+        if bits is not None and bits not in BITS and not (where and bits >= FLOAT_BITS):
+            yield unsupported(f"{where}GPTQ with {bits} bits", "2, 3, 4 or 8 bits", f"bits: {bits}", source)
     if config.is_marlin_format or config.checkpoint_format not in ("gptq", "gptq_v2"):
-        found = "marlin" if config.is_marlin_format else config.checkpoint_format
+        value = "marlin" if config.is_marlin_format else config.checkpoint_format
         expected = "checkpoint_format: gptq or gptq_v2"
-        findings.append(refused_value(f"checkpoint_format {found[:40]!r}", expected, found, source))
+        yield unsupported(f"checkpoint_format {value[:40]!r}", expected, value, source)
     for name, expected in (("pack_dtype", "int32"), ("data_type", "int")):
         value = getattr(config, name)
         if value != expected:
-            findings.append(refused_value(f"GPTQ with {name} {value[:40]!r}", f"{name}: {expected}", value, source))
+            yield unsupported(f"GPTQ with {name} {value[:40]!r}", f"{name}: {expected}", value, source)
     if config.rotation:
-        findings.append(refused_value("GPTQModel's rotation of activations", "no rotation", config.rotation, source))
+        yield unsupported("GPTQModel's rotation of activations", "no rotation", config.rotation, source)
     if config.adapter:
-        findings.append(refused_value("an adapter beside GPTQ weights", "no adapter", "adapter", source))
-    return findings[:20]
+        yield unsupported("an adapter beside GPTQ weights", "no adapter", "adapter", source)
+
+
+def _samples() -> Iterator[Sample]:
+    plain = {"quant_method": "gptq", "group_size": 128, "desc_act": False, "checkpoint_format": "gptq"}
+    schemes: list[tuple[str, dict[str, Any]]] = [
+        *((f"{bits} bits, symmetric", {"bits": bits, "sym": True}) for bits in BITS),
+        ("4 bits, zero points", {"bits": 4, "sym": False}),
+        ("4 bits, desc_act", {"bits": 4, "sym": True, "desc_act": True}),
+        ("4 bits, gptq_v2", {"bits": 4, "sym": True, "checkpoint_format": "gptq_v2"}),
+        ("4 bits, marlin", {"bits": 4, "sym": True, "checkpoint_format": "marlin"}),
+    ]
+    for label, fields in schemes:
+        config = {**plain, **fields}
+        yield Sample(label, config, sample_tensors(GptqConfig.model_validate(config).spec()))
+
+
+FORMAT = Format(
+    name="gptq",
+    read=read,
+    method_name="npu_gptq",
+    quant_methods=frozenset({"gptq"}),
+    aliases=frozenset({"auto_gptq", "gptq_marlin"}),
+    file_beside=lambda names: _FILE if _FILE in names else None,
+    producer=producer_of,
+    samples=_samples,
+)

@@ -1,52 +1,57 @@
 # SPDX-License-Identifier: Apache-2.0
 """What AWQ, GPTQ and AutoRound share: layers that are stored as qweight, qzeros and scales.
 
-Their configs have one scheme, exceptions from it, and much that goes without saying: no embedding, head, router or vision
-tower is quantized, whether the config says so or not. So a stored qweight makes a layer quantized, a stored float weight
-makes it float, and the config says how. Where it says firmly that a quantized layer is float, that is an error.
+Their configs have a default scheme, exceptions, and implicit exclusions: no embedding, head, router or vision tower is
+quantized, whether the config says so or not. So the stored tensors decide whether a layer is quantized, and the config says
+how. A layer that is stored quantized although an entry of the config excludes it is an error.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, StrictInt, ValidationError
+from pydantic import AfterValidator, BaseModel, StrictInt
 
-from vllm_npu_quant.errors import Finding
-from vllm_npu_quant.formats.base import FLOAT_ENTRY, LayerEntry
-from vllm_npu_quant.formats.check import FindingLimit, StoredTensor
-from vllm_npu_quant.formats.fp8 import config_findings, silent_finding, unknown_fields_finding
-from vllm_npu_quant.formats.rules import FLOAT_DTYPES, RuleFormat, index_layers, is_embedding, stored_layers_of
+from vllm_npu_quant.errors import Finding, FindingLimit, NpuQuantError
+from vllm_npu_quant.formats import common
+from vllm_npu_quant.formats.described import FLOAT_ENTRY, Described, LayerEntry, StoredTensor
+from vllm_npu_quant.formats.index import index_layers, is_embedding, stored_layers_of
 from vllm_npu_quant.layouts.tables import LAYOUTS
-from vllm_npu_quant.spec import FLOAT, Granularity, LayerSpec, Layout, WeightSpec
-
-if TYPE_CHECKING:
-    import numpy as np
+from vllm_npu_quant.spec import Granularity, LayerSpec, Layout, NumberKind, WeightSpec
 
 __all__ = [
-    "MAX_RULES",
-    "PRODUCER_FIELDS",
+    "BITS",
+    "FLOAT_BITS",
+    "MAX_PROBLEMS",
+    "MIN_GROUP",
+    "Configured",
     "GroupSize",
-    "PackedFormat",
-    "Reader",
-    "Ruling",
-    "float_ruling",
+    "ModuleNames",
+    "index_packed",
     "integer_spec",
-    "is_float_by_convention",
     "merge_spellings",
     "parse_config",
-    "refused_value",
+    "producer_of",
+    "unsupported",
 ]
 
 #: Groups smaller than this cannot be filled up to the operator's 32 within twice the memory.
 MIN_GROUP = 16
-#: Entries of lists and dictionaries in a config at most.
-MAX_RULES = 200_000
 
-#: Tensors that mark a layer as quantized, should its qweight be missing.
+#: Bits per weight that the operators hold; schemes of 16 bits and more mean float.
+BITS = (2, 3, 4, 8)
+FLOAT_BITS = 16
+
+#: Unsupported parts of a config that are reported.
+MAX_PROBLEMS = 20
+
+#: Module names that are tried anywhere in a layer's name, and components of a layer's name that are combined.
+_MAX_PARTS = 100
+_MAX_COMPONENTS = 24
+
+#: Tensors that mark a layer as quantized, in case its qweight is missing.
 _MARKS = frozenset({"qweight", "qzeros", "scales", "g_idx"})
 
 
@@ -59,27 +64,14 @@ def _group_size(value: int) -> int:
 #: Inputs that share a scale; -1 for all of them.
 GroupSize = Annotated[StrictInt, AfterValidator(_group_size)]
 
-#: Config fields that say how a checkpoint was made, or how its producer's runtime loads it, and nothing about its numbers.
-PRODUCER_FIELDS = frozenset(
+#: Config fields that record how a checkpoint was made, or how its producer's runtime loads it.
+_RECORDS = frozenset(
     {
         # AutoGPTQ, optimum, GPTQModel
-        *(
-            "damp_percent",
-            "damp_auto_increment",
-            "true_sequential",
-            "model_name_or_path",
-            "model_file_base_name",
-            "meta",
-        ),
-        *("tokenizer", "dataset", "model_seqlen", "batch_size", "pad_token_id", "max_input_length", "use_cuda_fp16"),
-        *(
-            "use_exllama",
-            "disable_exllama",
-            "exllama_config",
-            "cache_block_outputs",
-            "module_name_preceding_first_block",
-        ),
-        *("method", "mse", "offload_to_disk", "act_group_aware"),
+        *("damp_percent", "damp_auto_increment", "true_sequential", "model_name_or_path", "model_file_base_name"),
+        *("meta", "tokenizer", "dataset", "model_seqlen", "batch_size", "pad_token_id", "max_input_length"),
+        *("use_cuda_fp16", "use_exllama", "disable_exllama", "exllama_config", "cache_block_outputs"),
+        *("module_name_preceding_first_block", "method", "mse", "offload_to_disk", "act_group_aware"),
         # AutoAWQ, transformers
         *("backend", "do_fuse", "fuse_max_seq_len", "modules_to_fuse"),
         # AutoRound
@@ -92,23 +84,53 @@ PRODUCER_FIELDS = frozenset(
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
-#: The values of a stored tensor.
-Reader = Callable[[str], "np.ndarray"]
-
 
 @dataclass(frozen=True)
-class Ruling:
+class Configured:
     """What a config says about a layer.
 
     Attributes:
-        spec: its quantization, or FLOAT.
-        firm: whether a rule names the layer; else it is what goes without saying, and the stored tensors decide.
-        fallback: for a float layer, how it would be quantized if its tensors say that it is.
+        spec: its quantization if its tensors are stored quantized.
+        excluded: whether the config leaves the layer as float.
+        explicit: whether an entry of the config excludes it; else a default does, which the stored tensors may overrule.
     """
 
     spec: LayerSpec
-    firm: bool = False
-    fallback: LayerSpec | None = None
+    excluded: bool = False
+    explicit: bool = False
+
+
+class ModuleNames:
+    """A config's list of module names, or of parts of names, tried on layers in time that does not grow with the list.
+
+    AutoAWQ and optimum compare by ``entry in layer``. Taken literally, "mlp.gate" is also in ``mlp.gate_proj``. So entries
+    that are whole components of a layer's name are distinguished from those that begin or end inside a component. Of the
+    latter, 100 are tried: real lists have a handful, and longer ones are lists of full names.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        distinct = dict.fromkeys(filter(None, names))
+        self.whole = frozenset(stripped for name in distinct if (stripped := name.strip(".")))
+        # Full names have the number of a layer among their components: they come last.
+        parts = sorted(distinct, key=lambda name: any(map(str.isdigit, name.split("."))))
+        self.parts = tuple(parts[:_MAX_PARTS])
+
+    def __bool__(self) -> bool:
+        return bool(self.parts)
+
+    def match_components(self, layer: str) -> bool:
+        """Whether an entry equals successive whole components of a layer's name."""
+        components = layer.split(".")[:_MAX_COMPONENTS] if self.whole else []
+        length = len(components)
+        return any(
+            ".".join(components[start:stop]) in self.whole
+            for start in range(length)
+            for stop in range(start + 1, length + 1)
+        )
+
+    def match_anywhere(self, layer: str) -> bool:
+        """Whether one of ``parts`` is anywhere in a layer's name."""
+        return any(part in layer for part in self.parts)
 
 
 def integer_spec(scheme: str, layout: Layout, bits: int, group_size: int, symmetric: bool) -> LayerSpec:
@@ -146,171 +168,153 @@ def merge_spellings(
     for name in lower:
         if name in merged:
             merged[name] = _lowered(merged[name])
-    return {key: value for key, value in merged.items() if key not in PRODUCER_FIELDS}
+    return {key: value for key, value in merged.items() if key not in _RECORDS}
 
 
 def _lowered(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
 
-def refused_value(what: str, expected: str, found: Any, source: str, *, layer: str = "") -> Finding:
-    """The finding for a config value that is known, or may be, and is not served."""
-    return Finding(
-        "unsupported-scheme",
-        f"{what} is not served",
-        layer=layer,
-        file=source,
-        expected=expected,
-        found=str(found)[:80],
-        fix="re-export the checkpoint with " + expected,
-    )
-
-
 def parse_config(model: type[_Model], config: Mapping[str, Any], source: str, found: FindingLimit) -> _Model | None:
-    """Validate a quantization config; None, after findings, where it is not valid."""
-    try:
-        parsed = model.model_validate(dict(config))
-    except ValidationError as error:
-        for finding in config_findings(error, source):
-            found.add(finding)
-        return None
-    unknown = unknown_fields_finding(parsed.model_extra, source)
+    """Validate a quantization config, and report unknown fields. Returns None, after findings, if it is not valid."""
+    parsed = common.parse_config(model, config, source, found)
+    unknown = common.unknown_fields_finding(parsed.model_extra, source) if parsed is not None else None
     if unknown is not None:
         found.add(unknown)
     return parsed
 
 
-@dataclass
-class PackedFormat(RuleFormat):
-    """A format whose layers are stored as qweight, qzeros and scales.
+def unsupported(what: str, expected: str, value: Any, source: str) -> Finding:
+    """The finding for a config value that is valid, or may be, and not supported.
 
-    Attributes:
-        file_tensors: names of optional tensors that its producers store in every layer, for checkpoints whose files are not
-            known yet.
+    Args:
+        what: the subject of "... is not served".
+        expected: what is supported.
+        value: what the config says.
+        source: the config's file.
     """
+    return Finding(
+        "unsupported-scheme",
+        f"{what} is not served",
+        file=source,
+        expected=expected,
+        found=str(value)[:80],
+        fix="re-export the checkpoint with " + expected,
+    )
 
-    file_tensors: frozenset[str] = field(default_factory=frozenset)
 
-    @abstractmethod
-    def ruling(self, layer: str) -> Ruling:
-        """What the config says about a layer."""
+def producer_of(config: Mapping[str, Any]) -> str:
+    """The tool that wrote a config, and its version; empty if the config does not say."""
 
-    def rule(self, layer: str) -> LayerEntry | None:
-        if is_embedding(layer):
+    def text(value: Any, limit: int = 40) -> str:
+        return value[:limit] if isinstance(value, str) else ""
+
+    if version := text(config.get("autoround_version")):
+        return f"AutoRound {version}"
+    meta = config.get("meta")
+    quantizer = meta.get("quantizer") if isinstance(meta, Mapping) else None
+    if isinstance(quantizer, list) and quantizer:
+        quantizer = quantizer[0]
+    return text(quantizer, 60).replace(":", " ") or text(config.get("provider"))
+
+
+def index_packed(
+    described: Described,
+    tensors: Mapping[str, StoredTensor],
+    configured: Callable[[str], Configured],
+    found: FindingLimit,
+    *,
+    adjust: Callable[[str, LayerSpec, Mapping[str, StoredTensor]], LayerSpec] | None = None,
+) -> None:
+    """Fill ``described`` with the stored layers, and report where config and tensors disagree.
+
+    Args:
+        described: whose layers are filled.
+        tensors: the stored tensors, by name.
+        configured: what the config says about a layer, by its name.
+        found: collects the findings.
+        adjust: the spec of a quantized layer from its name, the config's spec and its tensors, if they say more than the
+            config.
+    """
+    not_excluded: list[str] = []
+
+    def entry_of(layer: str, named: Mapping[str, StoredTensor]) -> LayerEntry | None:
+        weight = None
+        if _MARKS.isdisjoint(named):
+            weight = named.get("weight")
+            if weight is None:
+                return None
+            if weight.dtype in common.FLOAT_DTYPES:
+                if len(weight.shape) == 2 and not is_embedding(layer) and not configured(layer).excluded:
+                    not_excluded.append(layer)
+                return FLOAT_ENTRY
+        layer_config = configured(layer)
+        if weight is not None and LAYOUTS[layer_config.spec.layout].tensors[0].name != "weight":
+            found.add(_foreign_dtype(layer, weight, described.format))
             return None
-        spec = self.ruling(layer).spec
-        return FLOAT_ENTRY if spec.is_float else LayerEntry(spec, self.file_tensors)
-
-    def refine(self, layer: str, spec: LayerSpec, named: Mapping[str, StoredTensor]) -> LayerSpec:
-        """The spec of a stored layer, where its tensors say more than the config."""
-        return spec
-
-    def index_stored(self, tensors: Mapping[str, StoredTensor], found: FindingLimit) -> None:
-        """Look up every stored layer, and report where config and tensors disagree."""
-        silent: list[str] = []
-
-        def decide(layer: str, named: Mapping[str, StoredTensor]) -> LayerEntry | None:
-            if _MARKS.isdisjoint(named):
-                return self.unpacked(layer, named, silent, found)
-            ruling = self.ruling(layer)
-            spec = ruling.spec
-            if spec.is_float:
-                if ruling.firm or ruling.fallback is None:
-                    found.add(self._stored_quantized(layer, named))
-                    return None
-                spec = ruling.fallback
-            spec = self.refine(layer, spec, named)
-            return self._entry(layer, spec, named, found)
-
-        self.index = index_layers(stored_layers_of(tensors), decide, self.source)
-        for finding in self.index.findings:
-            found.add(finding)
-        line = silent_finding(silent, self.source)
-        if line is not None:
-            found.add(line)
-
-    def unpacked(
-        self, layer: str, named: Mapping[str, StoredTensor], silent: list[str], found: FindingLimit
-    ) -> LayerEntry | None:
-        """The entry of a layer without packed tensors."""
-        weight = named.get("weight")
-        if weight is None:
+        if layer_config.explicit:
+            found.add(_excluded_but_quantized(layer, named, described.source))
             return None
-        if weight.dtype not in FLOAT_DTYPES:
-            found.add(
-                Finding(
-                    "wrong-dtype",
-                    f"the config is {self.name}'s, and this weight has a dtype that {self.name} does not store",
-                    layer=layer,
-                    file=weight.file,
-                    expected=f"{layer}.qweight I32, or a float weight",
-                    found=weight.dtype,
-                    fix="check that the config and the weights belong together",
-                )
+        spec = layer_config.spec if adjust is None else adjust(layer, layer_config.spec, named)
+        return _quantized_entry(layer, spec, named, described.source, found)
+
+    try:
+        index_layers(described, stored_layers_of(tensors), entry_of, found)
+    except NpuQuantError as error:  # the config's patterns take too much work
+        found.extend(error.findings)
+    described.stored_as_float = frozenset(not_excluded)
+    note = common.silent_finding(not_excluded, described.source)
+    if note is not None:
+        found.add(note)
+
+
+def _quantized_entry(
+    layer: str, spec: LayerSpec, named: Mapping[str, StoredTensor], source: str, found: FindingLimit
+) -> LayerEntry:
+    """The entry of a layer that is stored quantized."""
+    weight = spec.weight
+    scales = named.get("scales")
+    several = scales is None or not scales.shape or scales.shape[0] > 1
+    if weight is not None and weight.kind is NumberKind.INT and 0 < weight.group_size < MIN_GROUP and several:
+        found.add(
+            Finding(
+                "operator-limit",
+                "npu_weight_quant_batchmatmul takes groups of a multiple of 32 inputs, and filling these up with zeros "
+                "would more than double the weight",
+                layer=layer,
+                file=source,
+                expected=f"a group size of at least {MIN_GROUP}, or -1",
+                found=f"groups of {weight.group_size}",
+                fix="re-export the checkpoint with a larger group size",
             )
-            return None
-        if len(weight.shape) == 2 and not is_embedding(layer) and not self.ruling(layer).spec.is_float:
-            silent.append(layer)
-        return FLOAT_ENTRY
-
-    def _entry(
-        self, layer: str, spec: LayerSpec, named: Mapping[str, StoredTensor], found: FindingLimit
-    ) -> LayerEntry | None:
-        """The entry of a layer whose packed tensors are stored."""
-        assert spec.weight is not None
-        known = {tensor.name: tensor for tensor in LAYOUTS[spec.layout].tensors}
-        for name, tensor in named.items():
-            if name not in known:
-                found.add(
-                    Finding(
-                        "unexpected-tensor",
-                        f"{spec.scheme} has no tensor {name}, so its effect would be lost",
-                        layer=layer,
-                        file=tensor.file,
-                        expected=", ".join(known),
-                        found=name,
-                        fix="update vllm-npu-quant, or re-export the checkpoint without it",
-                    )
-                )
-        group = spec.weight.group_size
-        scales = named.get("scales")
-        several = scales is None or not scales.shape or scales.shape[0] > 1
-        if 0 < group < MIN_GROUP and several:
-            found.add(
-                Finding(
-                    "operator-limit",
-                    "npu_weight_quant_batchmatmul takes groups of a multiple of 32 inputs, and filling these up with zeros "
-                    "would more than double the weight",
-                    layer=layer,
-                    file=self.source,
-                    expected=f"a group size of at least {MIN_GROUP}, or -1",
-                    found=f"groups of {group}",
-                    fix="re-export the checkpoint with a larger group size",
-                )
-            )
-        optional = {name for name, tensor in known.items() if tensor.optional and name in named}
-        if not spec.weight.symmetric and "qzeros" in known and known["qzeros"].optional:
-            optional.add("qzeros")  # not optional then: the check of the layout reports its absence
-        return LayerEntry(spec, frozenset(optional))
-
-    def _stored_quantized(self, layer: str, named: Mapping[str, StoredTensor]) -> Finding:
-        stored = next(tensor for name, tensor in named.items() if name in _MARKS)
-        return Finding(
-            "bad-config",
-            "the config calls the layer float, and its weight is stored quantized",
-            layer=layer,
-            file=self.source,
-            expected=f"{layer}.weight in a float dtype",
-            found=f"{', '.join(sorted(_MARKS & set(named)))} in {stored.file}",
-            fix="remove the rule that excludes the layer from the quantization config, or re-export the weights",
         )
+    # Zero points that the config calls for are not optional: the check of the layout reports their absence.
+    asymmetric = weight is not None and not weight.symmetric
+    needs = [tensor.name for tensor in LAYOUTS[spec.layout].tensors if tensor.optional and tensor.name == "qzeros"]
+    return common.layer_entry(layer, spec, named, found, needs=needs if asymmetric else ())
 
 
-def is_float_by_convention(layer: str) -> bool:
-    """Whether producers leave a layer alone without saying so, as far as its name tells."""
-    return layer.rpartition(".")[2] in ("lm_head", "gate", "shared_expert_gate", "router")
+def _foreign_dtype(layer: str, weight: StoredTensor, format_name: str) -> Finding:
+    return Finding(
+        "wrong-dtype",
+        f"the config is {format_name}'s, and this weight has a dtype that {format_name} does not store",
+        layer=layer,
+        file=weight.file,
+        expected=f"{layer}.qweight I32, or a float weight",
+        found=weight.dtype,
+        fix="check that the config and the weights belong together",
+    )
 
 
-def float_ruling(fallback: LayerSpec, *, firm: bool = False) -> Ruling:
-    """A layer that the config calls float."""
-    return Ruling(FLOAT, firm, fallback)
+def _excluded_but_quantized(layer: str, named: Mapping[str, StoredTensor], source: str) -> Finding:
+    marks = sorted(_MARKS & named.keys())
+    stored = named[marks[0] if marks else "weight"]
+    return Finding(
+        "bad-config",
+        "the config calls the layer float, and its weight is stored quantized",
+        layer=layer,
+        file=source,
+        expected=f"{layer}.weight in a float dtype",
+        found=f"{', '.join(marks) or stored.dtype} in {stored.file}",
+        fix="remove the rule that excludes the layer from the quantization config, or re-export the weights",
+    )

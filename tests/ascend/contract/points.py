@@ -367,12 +367,7 @@ def reference(method: Any, layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 def test_09_apply_is_called_by_vllm_ascends_layers(host: World) -> None:
     """Column, row, merged and QKV layers of vllm-ascend with dequantized weights as the oracle."""
-    from vllm_npu_quant.checkpoint import Checkpoint
-    from vllm_npu_quant.formats.awq import AwqFormat  # noqa: F401  (the format that the oracle below reads)
-
     _, model = model_of(host, AWQ)
-    checkpoint = Checkpoint.open(FIXTURES / AWQ)
-    assert checkpoint is not None
     layer = model.model.layers[0].mlp.down_proj
     weight = awq_weight("model.layers.0.mlp.down_proj")
     x = torch.randn(5, weight.shape[0], dtype=torch.bfloat16)
