@@ -15,7 +15,7 @@ from math import gcd
 from typing import Any
 
 from vllm_npu_quant.errors import Finding, NpuQuantError, nearest_names
-from vllm_npu_quant.formats.base import ExpertsEntry, LayerEntry, QuantFormat
+from vllm_npu_quant.formats.described import Described, ExpertsEntry, LayerEntry
 from vllm_npu_quant.serving.dispatch import describe
 from vllm_npu_quant.spec import Granularity, LayerSpec, Layout
 
@@ -136,7 +136,7 @@ class LayerResolver:
         aliases: vLLM layer name -> checkpoint layer name, from the model's name mapper.
     """
 
-    format: QuantFormat
+    format: Described
     packed: Mapping[str, Sequence[str]] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
 
