@@ -19,15 +19,18 @@ from vllm_npu_quant.checkpoint import Checkpoint
 from vllm_npu_quant.errors import Severity
 from vllm_npu_quant.formats.check import check_checkpoint
 from vllm_npu_quant.formats.compressed_tensors import (
+    FORMAT,
     CompressedTensorsConfig,
-    CompressedTensorsFormat,
     Match,
     QuantizationArgs,
     Targets,
+    read,
 )
+from vllm_npu_quant.formats.described import Described
 from vllm_npu_quant.formats.resolve import LayerResolver
-from vllm_npu_quant.serving import dispatch
-from vllm_npu_quant.spec import LayerKind, Layout
+from vllm_npu_quant.formats.samples import EXPERTS, LAYER
+from vllm_npu_quant.serving.decide import Host, decide, requantized_findings
+from vllm_npu_quant.spec import LayerKind, LayerSpec, Layout, NumberKind
 
 W8 = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
 W4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
@@ -52,6 +55,12 @@ def layer_w8(name: str, outputs: int = 16, inputs: int = 64) -> dict[str, Any]:
     }
 
 
+def layer_f8(name: str) -> dict[str, Any]:
+    tensors = layer_w8(name)
+    tensors[f"{name}.weight"].dtype = "F8_E4M3"
+    return tensors
+
+
 def layer_float(name: str, shape: tuple[int, ...] = (16, 64)) -> dict[str, Any]:
     return {f"{name}.weight": SimpleNamespace(dtype="BF16", shape=shape, file="model.safetensors")}
 
@@ -67,12 +76,15 @@ def config(weights: Any = W8, inputs: Any = A8, **fields: Any) -> dict[str, Any]
     }
 
 
-def parse(config: dict[str, Any], tensors: dict[str, Any] | None = None) -> CompressedTensorsFormat:
-    return CompressedTensorsFormat.from_config(config, tensors=tensors)
-
-
-def errors(described: CompressedTensorsFormat) -> list[Any]:
+def errors(described: Described) -> list[Any]:
     return [finding for finding in described.findings if finding.severity is Severity.ERROR]
+
+
+def spec_of(quantization: dict[str, Any], tensors: dict[str, Any] | None = None) -> LayerSpec:
+    """The spec of the only layer of a checkpoint without findings."""
+    described = read(quantization, tensors or layer_w8("model.layers.0.mlp.up_proj"))
+    assert described.findings == ()
+    return described.find("model.layers.0.mlp.up_proj").spec
 
 
 # The producers' own files.
@@ -153,21 +165,23 @@ def opened(name: str) -> tuple[dict[str, Any], Checkpoint]:
 @pytest.mark.parametrize("name", FOLDERS)
 def test_producers_folders_are_understood(name: str) -> None:
     quantization, checkpoint = opened(name)
-    described = parse(quantization, dict(checkpoint.tensors))
+    described = read(quantization, checkpoint.tensors)
     assert not errors(described)
     assert check_checkpoint(described, checkpoint) == []
     scheme, text, count = FOLDERS[name]
-    quantized = [entry.spec for _, entry in described.stored_layers(checkpoint.tensors) if not entry.spec.is_float]
-    assert {dispatch.describe(spec) for spec in quantized} == {f"{scheme}: {text}"}
+    quantized = [entry.spec for _, entry in described.stored_layers() if not entry.spec.is_float]
+    assert {decide(LayerKind.LINEAR, spec, Host()).describe() for spec in quantized} == {f"{scheme}: {text}"}
+    assert {spec.weight.kind for spec in quantized} == {NumberKind.FLOAT if "fp8" in name else NumberKind.INT}
+    assert pickle.loads(pickle.dumps(described)) == described
     assert len(quantized) == count
     if "moe" in name or "dsv3" in name:
-        assert {experts.count for experts in described.index.experts.values()} == {8}
+        assert {experts.count for experts in described.experts.values()} == {8}
 
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_fused_layers_resolve_to_their_shards(name: str) -> None:
     quantization, checkpoint = opened(name)
-    resolver = LayerResolver(parse(quantization, dict(checkpoint.tensors)), {})
+    resolver = LayerResolver(read(quantization, checkpoint.tensors), {})
     if "dsv3" in name:
         fused = resolver.resolve("model.layers.0.self_attn.fused_qkv_a_proj")
         assert [shard.rpartition(".")[2] for shard in fused.shards] == ["q_a_proj", "kv_a_proj_with_mqa"]
@@ -178,26 +192,9 @@ def test_fused_layers_resolve_to_their_shards(name: str) -> None:
     assert resolver.resolve("lm_head").spec.is_float
 
 
-@pytest.mark.parametrize("name", FOLDERS)
-def test_without_headers_the_rules_say_the_same(name: str) -> None:
-    """A hub id whose files are not here yet: the config alone."""
-    quantization, checkpoint = opened(name)
-    known, blind = parse(quantization, dict(checkpoint.tensors)), parse(quantization)
-    assert not errors(blind)
-    assert blind.find("model.layers.0.self_attn.qkv_proj") is None
-    assert blind.find("model.embed_tokens") is None
-    for layer, entry in known.index.layers.items():
-        if layer.endswith("norm") or "embed" in layer:
-            continue
-        assert blind.find(layer) == entry, layer
-    for layer, experts in known.index.experts.items():
-        assert blind.find_experts(layer).gate.spec == experts.gate.spec
-    assert pickle.loads(pickle.dumps(blind)).find("lm_head").spec.is_float
-
-
 def test_mxfp4_is_refused_by_name_with_the_chips() -> None:
     quantization, checkpoint = opened("ct-qwen3-mxfp4")
-    (finding,) = errors(parse(quantization, dict(checkpoint.tensors)))
+    (finding,) = errors(read(quantization, checkpoint.tensors))
     assert finding.code == "unsupported-scheme"
     assert "mxfp4-pack-quantized" in finding.message
     assert "A2, A3 and 310P have no MXFP4" in finding.message
@@ -270,7 +267,7 @@ def test_actorder_in_every_spelling(written: Any, meant: str | None) -> None:
     ],
 )
 def test_contradictory_arguments_are_refused(fields: dict[str, Any]) -> None:
-    described = parse(config({"num_bits": 8, **fields}))
+    described = read(config({"num_bits": 8, **fields}), {})
     assert {finding.code for finding in errors(described)} == {"bad-config"}
     for finding in errors(described):
         assert finding.fix
@@ -279,11 +276,11 @@ def test_contradictory_arguments_are_refused(fields: dict[str, Any]) -> None:
 
 def test_a_field_that_says_nothing_is_accepted() -> None:
     QuantizationArgs.model_validate({**W8, "newfield": None, "other": {}})
-    assert not errors(parse(config({**W8, "observer": "minmax", "observer_kwargs": {}, "scale_dtype": None})))
+    assert not errors(read(config({**W8, "observer": "minmax", "observer_kwargs": {}, "scale_dtype": None}), {}))
 
 
 def test_unknown_fields_of_the_config_are_reported_and_ignored() -> None:
-    described = parse(config(new_feature={"on": True}, empty=None, version="0.19.0"))
+    described = read(config(new_feature={"on": True}, empty=None, version="0.19.0"), {})
     (finding,) = described.findings
     assert (finding.code, finding.severity) == ("bad-config", Severity.WARNING)
     assert finding.found == "new_feature"
@@ -434,17 +431,17 @@ def test_rules_match_as_in_the_library(groups: list[list[str]], ignore: list[str
 @pytest.mark.parametrize("bomb", ["re:(a+)+$", "re:(.*)*proj", "re:([a-z.]*)*x", "re:" + "(a?)" * 30 + "a" * 30])
 def test_expressions_take_no_exponential_time(bomb: str) -> None:
     start = time.perf_counter()
-    described = parse(
+    described = read(
         config() | {"config_groups": {"group_0": {"targets": [bomb], "weights": W8}}, "ignore": [bomb]},
         layer_float("a" * 200) | layer_float("model.layers.0.self_attn.q_proj"),
     )
     assert time.perf_counter() - start < 5
-    assert described.index is not None
+    assert described.find("model.layers.0.self_attn.q_proj").spec.is_float
 
 
 @pytest.mark.parametrize("rule", ["re:(", "re:(?P<a>x)(?P=a)", "re:" + "x" * 10_000])
 def test_expressions_that_cannot_be_used_are_named(rule: str) -> None:
-    described = parse(config(ignore=[rule]), layer_w8("model.layers.0.mlp.up_proj"))
+    described = read(config(ignore=[rule]), layer_w8("model.layers.0.mlp.up_proj"))
     (finding,) = errors(described)
     assert finding.code == "bad-config"
     assert finding.message.startswith("ignore:")
@@ -462,24 +459,25 @@ UP = layer_w8("model.layers.0.mlp.up_proj")
 
 def test_a_router_that_no_rule_excludes_runs_as_float() -> None:
     router = layer_float("model.layers.0.mlp.gate", (8, 64)) | layer_float("model.layers.1.mlp.gate", (8, 64))
-    described = parse(config(), UP | NORM | EMBEDDING | HEAD | router)
+    described = read(config(), UP | NORM | EMBEDDING | HEAD | router)
     (finding,) = described.findings
     assert finding.severity is Severity.INFO
     assert finding.message.startswith("2 layers are stored as float although the config does not exclude them")
     assert finding.found == "model.layers.0.mlp.gate, model.layers.1.mlp.gate"
+    assert described.stored_as_float == {"model.layers.0.mlp.gate", "model.layers.1.mlp.gate"}
     assert described.find("model.layers.0.mlp.gate").spec.is_float
 
 
 def test_norms_embeddings_and_lone_parameters_need_no_rule() -> None:
     lone = stored(model__layers__0__mlp__gate__e_score_correction_bias=("F32", (8,)))
-    described = parse(config(), UP | NORM | EMBEDDING | HEAD | lone)
+    described = read(config(), UP | NORM | EMBEDDING | HEAD | lone)
     assert described.findings == ()
     assert described.find("model.layers.0.mlp.gate") is None
     assert described.find("model.embed_tokens").spec.is_float
 
 
 def test_a_head_may_be_quantized() -> None:
-    described = parse(config(ignore=[]), layer_w8("lm_head", 512))
+    described = read(config(ignore=[]), layer_w8("lm_head", 512))
     assert described.findings == ()
     assert described.find("lm_head").spec.scheme == "W8A8_DYNAMIC"
 
@@ -499,7 +497,7 @@ def test_mixed_precision_gives_each_group_its_format() -> None:
         model__layers__0__mlp__up_proj__weight_scale=("BF16", (16, 2)),
         model__layers__0__mlp__up_proj__weight_shape=("I64", (2,)),
     )
-    described = parse(
+    described = read(
         config(config_groups=groups, format="mixed-precision"), packed | layer_w8("model.layers.0.self_attn.o_proj")
     )
     assert described.findings == ()
@@ -529,7 +527,7 @@ def test_3_bits_are_packed_without_padding_since_0_18(words: int, version: Any, 
         layer + "weight_scale": ("BF16", (16, groups)),
         layer + "weight_shape": ("I64", (2,)),
     }
-    described = parse(config(weights, None, format="pack-quantized", version=version), stored(**tensors))
+    described = read(config(weights, None, format="pack-quantized", version=version), stored(**tensors))
     assert described.findings == ()
     assert described.find("model.layers.0.mlp.up_proj").spec.layout is layout
     assert not check_of(described, stored(**tensors))
@@ -544,14 +542,14 @@ def test_stored_activation_order_is_found() -> None:
         layer + "weight_g_idx": ("I32", (64,)),
     }
     for actorder in (None, "group"):
-        described = parse(config({**W4, "actorder": actorder}, None, format="pack-quantized"), stored(**tensors))
+        described = read(config({**W4, "actorder": actorder}, None, format="pack-quantized"), stored(**tensors))
         assert not errors(described)
         entry = described.find("model.layers.0.mlp.up_proj")
         assert entry.spec.layout is Layout.CT_PACKED_ACT_ORDER
         assert not check_of(described, stored(**tensors))
     del tensors[layer + "weight_g_idx"]
     (finding,) = check_of(
-        parse(config({**W4, "actorder": True}, None, format="pack-quantized"), stored(**tensors)), stored(**tensors)
+        read(config({**W4, "actorder": True}, None, format="pack-quantized"), stored(**tensors)), stored(**tensors)
     )
     assert (finding.code, finding.expected.split()[0]) == ("missing-tensor", "model.layers.0.mlp.up_proj.weight_g_idx")
 
@@ -568,22 +566,22 @@ def test_zero_points_of_old_releases_are_not_packed(ordered: bool) -> None:
         **({layer + "weight_g_idx": ("I32", (64,))} if ordered else {}),
     }
     asymmetric = config({**W4, "symmetric": False}, None, format="pack-quantized")
-    described = parse(asymmetric, stored(**tensors))
+    described = read(asymmetric, stored(**tensors))
     layout = Layout.CT_PACKED_PLAIN_ZERO_ACT_ORDER if ordered else Layout.CT_PACKED_PLAIN_ZERO
     assert described.find("model.layers.0.mlp.up_proj").spec.layout is layout
     assert not check_of(described, stored(**tensors))
     tensors[layer + "weight_zero_point"] = ("I8", (2, 2))
-    (finding,) = check_of(parse(asymmetric, stored(**tensors)), stored(**tensors))
+    (finding,) = check_of(read(asymmetric, stored(**tensors)), stored(**tensors))
     assert (finding.code, finding.found) == ("wrong-shape", "[2, 2]")
 
 
-def check_of(described: CompressedTensorsFormat, tensors: dict[str, Any]) -> list[Any]:
+def check_of(described: Described, tensors: dict[str, Any]) -> list[Any]:
     return check_checkpoint(described, SimpleNamespace(tensors=tensors, findings=()))
 
 
 def test_a_named_layer_of_which_nothing_is_stored_is_missing() -> None:
     groups = {"group_0": {"targets": ["model.layers.0.mlp.up_proj"], "weights": W8, "input_activations": A8}}
-    described = parse(config(config_groups=groups), NORM)
+    described = read(config(config_groups=groups), NORM)
     found = check_of(described, NORM)
     assert [finding.code for finding in found] == ["missing-tensor", "missing-tensor"]
     assert {finding.layer for finding in found} == {"model.layers.0.mlp.up_proj"}
@@ -594,16 +592,15 @@ def test_a_kv_cache_scheme_drops_its_scales() -> None:
     scales = stored(
         model__layers__0__self_attn__k_scale=("BF16", (1,)), model__layers__0__self_attn__v_scale=("BF16", (1,))
     )
-    described = parse(config(kv_cache_scheme=scheme), UP | scales)
+    described = read(config(kv_cache_scheme=scheme), UP | scales)
     (finding,) = described.findings
     assert (finding.code, finding.severity) == ("kv-cache-not-quantized", Severity.WARNING)
     assert "k_scale" in finding.found
     assert "8-bit int per tensor" in finding.found
-    assert {"k_scale", "v_scale"} <= set(described.dropped_tensors())
-    assert not hasattr(described, "kv_cache_scheme")
+    assert {"k_scale", "v_scale"} <= set(described.dropped)
     # The scales alone say it, too; and a checkpoint without either drops nothing.
-    assert {"k_scale", "v_scale"} <= set(parse(config(), UP | scales).dropped_tensors())
-    assert parse(config(), UP).dropped_tensors() == ()
+    assert {"k_scale", "v_scale"} <= set(read(config(), UP | scales).dropped)
+    assert read(config(), UP).dropped == ()
 
 
 def test_an_old_kv_cache_group_drops_its_scales() -> None:
@@ -614,42 +611,50 @@ def test_an_old_kv_cache_group_drops_its_scales() -> None:
     projection = layer_w8("model.layers.0.self_attn.k_proj") | stored(
         model__layers__0__self_attn__k_proj__output_scale=("BF16", (1,))
     )
-    described = parse(config(config_groups=groups), projection)
+    described = read(config(config_groups=groups), projection)
     assert [finding.code for finding in described.findings] == ["kv-cache-not-quantized"]
     assert described.find("model.layers.0.self_attn.k_proj").spec.scheme == "W8A8_DYNAMIC"
-    assert "output_scale" in described.dropped_tensors()
+    assert "output_scale" in described.dropped
 
 
-def test_fp8_is_said_once() -> None:
+def test_fp8_is_stored_as_the_config_says() -> None:
     tensors = {}
     for number in range(30):
         name = f"model.layers.{number}.mlp.up_proj"
-        tensors |= layer_w8(name)
-        tensors[name + ".weight"].dtype = "F8_E4M3"
+        tensors |= layer_f8(name)
         tensors[name + ".input_scale"] = SimpleNamespace(dtype="BF16", shape=(1,), file="model.safetensors")
     static = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
-    described = parse(config(F8, static, format="float-quantized"), tensors)
-    (finding,) = described.findings
-    assert (finding.code, finding.severity) == ("requantized", Severity.INFO)
+    described = read(config(F8, static, format="float-quantized"), tensors)
+    assert described.findings == ()
+    entry = described.find("model.layers.0.mlp.up_proj")
+    assert (entry.spec.scheme, entry.tensors) == ("FP8_CHANNEL_STATIC", {"input_scale"})
+    assert (entry.spec.activation.kind, entry.spec.activation.dynamic) == (NumberKind.FLOAT, False)
+    assert not check_of(described, tensors)
+    specs = ((entry.spec, 1) for _, entry in described.stored_layers())
+    (finding,) = requantized_findings(specs, Host(), described.source)
     assert finding.found == "FP8_CHANNEL_STATIC: 30 layers"
     assert "static input scales are dropped" in finding.message
-    assert "input_scale" in described.find("model.layers.0.mlp.up_proj").tensors
-    assert not check_of(described, tensors)
+    del tensors["model.layers.7.mlp.up_proj.input_scale"]
+    (finding,) = check_of(read(config(F8, static, format="float-quantized"), tensors), tensors)
+    assert (finding.code, finding.layer) == ("missing-tensor", "model.layers.7.mlp.up_proj")
 
 
 @pytest.mark.parametrize(("mode", "scheme"), [("int8", "as W8A8_DYNAMIC"), ("bf16", "as float")])
-def test_the_setting_decides_what_fp8_becomes(mode: str, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_setting_decides_what_is_served_and_not_what_is_read(
+    mode: str, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("VLLM_NPU_QUANT_FP8", mode)
-    described = parse(config(F8, F8_TOKEN, format="float-quantized"))
-    entry = described.find("model.layers.0.mlp.up_proj")
-    assert entry.spec.scheme == f"FP8_CHANNEL_DYNAMIC {scheme}"
-    assert dispatch.find_row(LayerKind.LINEAR, entry.spec) is not None
+    spec = spec_of(config(F8, F8_TOKEN, format="float-quantized"), layer_f8("model.layers.0.mlp.up_proj"))
+    assert spec.scheme == "FP8_CHANNEL_DYNAMIC"
+    served = decide(LayerKind.LINEAR, spec, Host(fp8=mode))
+    assert served.spec.scheme == f"FP8_CHANNEL_DYNAMIC {scheme}"
+    assert served.row is not None
 
 
 def test_fp8_weights_alone_keep_float_inputs() -> None:
-    entry = parse(config(F8, None, format="float-quantized")).find("model.layers.0.mlp.up_proj")
-    assert entry.spec.scheme == "FP8_CHANNEL_W8A16 as W8A16"
-    assert entry.spec.activation is None
+    spec = spec_of(config(F8, None, format="float-quantized"), layer_f8("model.layers.0.mlp.up_proj"))
+    assert (spec.scheme, spec.activation) == ("FP8_CHANNEL_W8A16", None)
+    assert decide(LayerKind.LINEAR, spec, Host()).spec.scheme == "FP8_CHANNEL_W8A16 as W8A16"
 
 
 # Contradictions between the config and the files, one finding each: code, layer, and what it says.
@@ -686,7 +691,7 @@ CONTRADICTIONS = {
 @pytest.mark.parametrize("case", CONTRADICTIONS)
 def test_contradictions_are_named(case: str) -> None:
     quantization, tensors, code, message = CONTRADICTIONS[case]
-    (finding,) = errors(parse(quantization, tensors))
+    (finding,) = errors(read(quantization, tensors))
     assert finding.code == code
     assert message in finding.message
     assert finding.layer == "model.layers.0.mlp.up_proj"
@@ -709,7 +714,7 @@ def test_files_that_do_not_fit_are_named(case: str) -> None:
         del tensors[f"model.layers.0.mlp.up_proj.{name}"]
         if tensor is not None:
             tensors |= stored(**{f"model__layers__0__mlp__up_proj__{name}": tensor})
-    found = check_of(parse(config(), tensors), tensors)
+    found = check_of(read(config(), tensors), tensors)
     assert [finding.code for finding in found] == [code]
     assert expected in found[0].expected
     assert found[0].layer == "model.layers.0.mlp.up_proj"
@@ -725,7 +730,7 @@ def test_a_group_size_that_does_not_fit_is_named() -> None:
             layer + "weight_shape": ("I64", (2,)),
         }
     )
-    (finding,) = check_of(parse(config(W4, None, format="pack-quantized"), tensors), tensors)
+    (finding,) = check_of(read(config(W4, None, format="pack-quantized"), tensors), tensors)
     assert (finding.code, finding.found) == ("wrong-shape", "[16, 4]")
     assert finding.expected.endswith("[16, 2]")
 
@@ -851,7 +856,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_not_served_is_refused_by_name(case: str) -> None:
     quantization, code, message = REFUSED[case]
-    (finding,) = errors(parse(quantization))
+    (finding,) = errors(read(quantization, {}))
     assert finding.code == code
     assert message in finding.message
     assert finding.fix
@@ -860,45 +865,56 @@ def test_what_is_not_served_is_refused_by_name(case: str) -> None:
 
 @pytest.mark.parametrize("weights", [ASYMMETRIC, {**W8, "strategy": "group", "group_size": 32}])
 def test_asymmetric_or_grouped_weights_with_quantized_inputs_have_a_method(weights: dict[str, Any]) -> None:
-    entry = parse(config(weights)).find("model.layers.0.mlp.up_proj")
-    row = dispatch.find_row(LayerKind.LINEAR, entry.spec)
-    assert row is not None
-    assert row.method_name == "W8A8DynamicGroupedLinear"
-    assert dispatch.find_row(LayerKind.LINEAR, parse(config(weights, A8_STATIC)).find("lm_head").spec) is None
+    served = decide(LayerKind.LINEAR, spec_of(config(weights)), Host())
+    assert served.require_row().method_name == "W8A8DynamicGroupedLinear"
+    assert decide(LayerKind.LINEAR, spec_of(config(weights, A8_STATIC)), Host()).row is None
 
 
 def test_asymmetric_dynamic_inputs_have_a_method() -> None:
-    entry = parse(config(W8, {**A8, "symmetric": False})).find("model.layers.0.mlp.up_proj")
-    row = dispatch.find_row(LayerKind.LINEAR, entry.spec)
-    assert row is not None
-    assert row.method_name == "W8A8DynamicAsymmetricLinear"
+    served = decide(LayerKind.LINEAR, spec_of(config(W8, {**A8, "symmetric": False})), Host())
+    assert served.require_row().method_name == "W8A8DynamicAsymmetricLinear"
 
 
-def test_an_unknown_setting_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_NPU_QUANT_FP8", "fp16")
-    (finding,) = errors(parse(config(F8, F8_TOKEN, format="float-quantized")))
-    assert finding.code == "bad-config"
-    assert "VLLM_NPU_QUANT_FP8 must be int8 or bf16" in finding.message
-    assert finding.fix
+@pytest.mark.parametrize(
+    ("weights", "inputs", "packing", "needs"),
+    [
+        (ASYMMETRIC, A8, "int-quantized", ["weight_zero_point"]),
+        (
+            ASYMMETRIC,
+            {**A8_STATIC, "symmetric": False},
+            "int-quantized",
+            ["input_scale", "input_zero_point", "weight_zero_point"],
+        ),
+        ({**W8, "symmetric": False}, None, "pack-quantized", ["weight_packed", "weight_zero_point"]),
+        (W8, A8_STATIC, "int-quantized", ["input_scale"]),
+        (W8, A8, "int-quantized", []),
+    ],
+)
+def test_zero_points_and_scales_that_the_config_calls_for_are_missed(
+    weights: Any, inputs: Any, packing: str, needs: list[str]
+) -> None:
+    described = read(config(weights, inputs, format=packing), UP)
+    found = [finding for finding in check_of(described, UP) if finding.code == "missing-tensor"]
+    assert sorted(finding.expected.split()[0].rpartition(".")[2] for finding in found) == needs
 
 
 def test_values_of_strangers_are_cut() -> None:
     deep: Any = "x"
     for _ in range(100_000):
         deep = [deep]
-    described = parse(config(ignore=deep, **{"y" * 10_000: 1}, quantization_status="z" * 100_000))
+    described = read(config(ignore=deep, **{"y" * 10_000: 1}, quantization_status="z" * 100_000), {})
     assert errors(described)
     assert all(len(finding.render()) < 2000 for finding in described.findings)
 
 
 def test_empty_transforms_and_dense_sparsity_are_nothing() -> None:
-    described = parse(config(transform_config={"config_groups": {}}, sparsity_config={"format": "dense"}))
+    described = read(config(transform_config={"config_groups": {}}, sparsity_config={"format": "dense"}), {})
     assert described.findings == ()
-    assert parse(config(transform_config=None, sparsity_config=None, kv_cache_scheme={})).findings == ()
+    assert read(config(transform_config=None, sparsity_config=None, kv_cache_scheme={}), {}).findings == ()
 
 
 def test_transforms_that_the_producer_fused_into_the_weights_are_nothing() -> None:
-    described = parse(config(transform_config={"config_groups": {"R1": FUSED_TRANSFORM}}))
+    described = read(config(transform_config={"config_groups": {"R1": FUSED_TRANSFORM}}), {})
     assert described.findings == ()
 
 
@@ -915,7 +931,7 @@ def test_transforms_that_the_producer_fused_into_the_weights_are_nothing() -> No
     ids=repr,
 )
 def test_transforms_that_are_not_understood_are_refused(transforms: Any) -> None:
-    found = parse(config(transform_config=transforms)).findings
+    found = read(config(transform_config=transforms), {}).findings
     assert [finding.code for finding in found] == ["unsupported-scheme"]
 
 
@@ -929,10 +945,10 @@ def test_a_large_moe_stays_small_and_fast() -> None:
             for name in ("gate_proj", "up_proj", "down_proj"):
                 tensors |= layer_w8(f"model.layers.{number}.mlp.experts.{expert}.{name}")
     start = time.perf_counter()
-    described = parse(config(ignore=["lm_head", "re:.*mlp.gate$"]), tensors)
+    described = read(config(ignore=["lm_head", "re:.*mlp.gate$"]), tensors)
     assert time.perf_counter() - start < 20
     assert described.findings == ()
-    assert len(described.index.experts) == 61
+    assert len(described.experts) == 61
     assert len(pickle.dumps(described)) < 1 << 20
 
 
@@ -942,8 +958,88 @@ def test_experts_that_differ_are_named() -> None:
         for name in ("gate_proj", "up_proj", "down_proj"):
             tensors |= layer_w8(f"model.layers.0.mlp.experts.{expert}.{name}")
     broken = {name: value for name, value in tensors.items() if ".experts.1.up_proj" not in name}
-    (finding,) = errors(parse(config(), broken))
+    (finding,) = errors(read(config(), broken))
     assert (finding.code, finding.layer) == ("undescribed-layer", "model.layers.0.mlp.experts")
     mixed = broken | layer_float("model.layers.0.mlp.experts.1.up_proj")
-    (finding,) = errors(parse(config(), mixed))
+    (finding,) = errors(read(config(), mixed))
     assert (finding.code, finding.layer) == ("fused-shards-disagree", "model.layers.0.mlp.experts.*.up_proj")
+
+
+def test_a_name_beyond_the_limit_of_expressions_is_a_finding() -> None:
+    (finding,) = errors(read(config(ignore=["re:.*x"]), layer_float("a" * 2000)))
+    assert (finding.code, finding.file) == ("bad-config", "config.json")
+    assert "longer than any real one" in finding.message
+
+
+# The declaration.
+
+#: Label -> scheme and layout of every sample that is served.
+SAMPLES = {
+    "W8A8 dynamic": ("W8A8_DYNAMIC", Layout.CT_INT),
+    "W8A8 dynamic, asymmetric": ("W8A8_DYNAMIC", Layout.CT_INT),
+    "W8A8 static": ("W8A8_STATIC", Layout.CT_STATIC),
+    "W8A8 static, asymmetric": ("W8A8_STATIC", Layout.CT_STATIC),
+    "W8A16 channel": ("W8A16", Layout.CT_PACKED),
+    "W8A16 group": ("W8A16", Layout.CT_PACKED),
+    "W4A16 channel": ("W4A16", Layout.CT_PACKED),
+    "W4A16 group": ("W4A16", Layout.CT_PACKED),
+    "W4A16 group, asymmetric": ("W4A16", Layout.CT_PACKED),
+    "W4A8 channel": ("W4A8_DYNAMIC", Layout.CT_INT),
+    "W4A8 group": ("W4A8_DYNAMIC", Layout.CT_INT),
+    "W4A4 channel": ("W4A4_DYNAMIC", Layout.CT_INT),
+    "FP8 dynamic": ("FP8_CHANNEL_DYNAMIC", Layout.FP8),
+    "FP8 static": ("FP8_STATIC", Layout.FP8),
+    "FP8 block": ("FP8_BLOCK_DYNAMIC", Layout.FP8),
+}
+
+
+def test_samples_are_what_they_say() -> None:
+    samples = list(FORMAT.samples())
+    assert [sample.label for sample in samples] == [*SAMPLES, "MXFP4", "NVFP4"]
+    for sample in samples:
+        described = read(sample.config, sample.tensors)
+        if sample.label not in SAMPLES:
+            assert [finding.code for finding in errors(described)] == ["unsupported-scheme"]
+            continue
+        assert described.findings == (), sample.label
+        assert not check_of(described, dict(sample.tensors)), sample.label
+        entry = described.find(LAYER)
+        assert (entry.spec.scheme, entry.spec.layout) == SAMPLES[sample.label]
+        numbers = (entry.spec.weight, entry.spec.activation)
+        asymmetric = any(not part.symmetric for part in numbers if part is not None)
+        assert asymmetric == ("asymmetric" in sample.label), sample.label
+        assert described.find_experts(EXPERTS).gate == entry
+
+
+@pytest.mark.parametrize(
+    ("quantization", "left"),
+    [
+        (config(), True),
+        (config(W8, A8_STATIC), True),
+        (config(W8, {**A8, "symmetric": False}), False),
+        (config(W4, None, format="pack-quantized"), False),
+        (config(config_groups={}), False),
+    ],
+)
+def test_what_vllm_ascend_serves_is_left_to_it(quantization: dict[str, Any], left: bool) -> None:
+    assert FORMAT.left_to_vllm_ascend(quantization) is left
+
+
+def test_the_declaration_serves_configs_of_both_spellings() -> None:
+    assert FORMAT.serves({"quant_method": "compressed-tensors"})
+    assert FORMAT.serves({"quant_method": "compressed_tensors"})
+    assert not FORMAT.serves({"quant_method": "fp8"})
+    assert FORMAT.answers_to("npu_compressed_tensors")
+
+
+@pytest.mark.parametrize(
+    ("fields", "producer"),
+    [
+        ({"version": "0.19.0"}, "compressed-tensors 0.19.0"),
+        ({"version": "0.19.0", "autoround_version": "0.9"}, "AutoRound 0.9"),
+        ({"provider": "auto-round"}, "auto-round"),
+        ({"version": 3, "provider": ["x"]}, ""),
+    ],
+)
+def test_the_producer_is_named(fields: dict[str, Any], producer: str) -> None:
+    assert FORMAT.producer(config(**fields)) == producer

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FP8 configs and layers: every spelling, what the scale's shape tells, and the one line about the conversion."""
+"""FP8 configs and layers: every spelling, the granularity from the scale's shape, and what the layers become."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from vllm_npu_quant import settings
 from vllm_npu_quant.errors import Severity
 from vllm_npu_quant.formats.check import check_checkpoint
-from vllm_npu_quant.formats.fp8 import Fp8Config, Fp8Format
+from vllm_npu_quant.formats.described import Described
+from vllm_npu_quant.formats.fp8 import FORMAT, Fp8Config, read
 from vllm_npu_quant.formats.resolve import LayerResolver
-from vllm_npu_quant.serving import dispatch
-from vllm_npu_quant.spec import Granularity, LayerKind, Layout
+from vllm_npu_quant.formats.samples import EXPERTS, LAYER
+from vllm_npu_quant.serving.decide import Host, decide, requantized_findings
+from vllm_npu_quant.spec import Granularity, LayerKind, Layout, NumberKind
 
 DEEPSEEK = {
     "activation_scheme": "dynamic",
@@ -50,15 +53,11 @@ def floats(name: str, *shape: int) -> dict[str, Any]:
     return {f"{name}.weight": tensor("BF16", *shape)}
 
 
-def parse(config: dict[str, Any], tensors: dict[str, Any] | None = None) -> Fp8Format:
-    return Fp8Format.from_config(config, tensors=tensors)
-
-
-def errors(described: Fp8Format) -> list[Any]:
+def errors(described: Described) -> list[Any]:
     return [finding for finding in described.findings if finding.severity is Severity.ERROR]
 
 
-def check(described: Fp8Format, tensors: dict[str, Any]) -> list[Any]:
+def check(described: Described, tensors: dict[str, Any]) -> list[Any]:
     return check_checkpoint(described, SimpleNamespace(tensors=tensors, findings=()))
 
 
@@ -111,54 +110,57 @@ SPELLINGS = {
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_spellings(name: str) -> None:
     config, tensors, scheme, layout, granularity = SPELLINGS[name]
-    described = parse(config, tensors)
+    described = read(config, tensors)
     assert not errors(described)
     assert not check(described, tensors)
     spec = described.find(UP).spec
-    assert spec.scheme == f"{scheme} as W8A8_DYNAMIC"
+    assert spec.scheme == scheme
     assert spec.layout is layout
-    assert spec.stored is not None
-    assert spec.stored.granularity is granularity
-    assert (spec.stored.block_rows, spec.stored.group_size) == (
+    assert (spec.weight.bits, spec.weight.kind, spec.weight.granularity) == (8, NumberKind.FLOAT, granularity)
+    assert (spec.weight.block_rows, spec.weight.group_size) == (
         (128, 128) if granularity is Granularity.BLOCK else (0, 0)
     )
-    row = dispatch.find_row(LayerKind.LINEAR, spec)
-    assert row is not None
-    assert row.method_name == "W8A8DynamicLinear"
+    assert (spec.activation.kind, spec.activation.dynamic) == (NumberKind.FLOAT, not scheme.endswith("STATIC"))
+    served = decide(LayerKind.LINEAR, spec, Host())
+    assert served.require_row().method_name == "W8A8DynamicLinear"
+    assert served.spec.scheme == f"{scheme} as W8A8_DYNAMIC"
+
+
+def requantized(described: Described, host: Host) -> list[Any]:
+    return requantized_findings(((entry.spec, 1) for _, entry in described.stored_layers()), host, described.source)
 
 
 def test_the_conversion_is_said_once() -> None:
     tensors: dict[str, Any] = {}
     for number in range(40):
         tensors |= layer(f"model.layers.{number}.mlp.up_proj", (2, 3), "weight_scale_inv")
-    (finding,) = parse(DEEPSEEK, tensors).findings
+    described = read(DEEPSEEK, tensors)
+    assert described.findings == ()
+    (finding,) = requantized(described, Host())
     assert (finding.code, finding.severity) == ("requantized", Severity.INFO)
     assert finding.found == "FP8_BLOCK_DYNAMIC: 40 layers"
     assert "VLLM_NPU_QUANT_FP8=bf16" in finding.fix
     assert "static" not in finding.message
-    (static,) = parse(AUTO_FP8, layer(UP, (), input_scale=tensor("F32"))).findings
+    (static,) = requantized(read(AUTO_FP8, layer(UP, (), input_scale=tensor("F32"))), Host())
     assert "static input scales are dropped" in static.message
 
 
-@pytest.mark.parametrize("value", ["", "int8", " INT8 ", "bf16"])
-def test_the_setting(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_NPU_QUANT_FP8", value)
-    described = parse(DEEPSEEK, layer(UP, (2, 3), "weight_scale_inv"))
-    spec = described.find(UP).spec
-    assert spec.scheme.endswith("as float" if value == "bf16" else "as W8A8_DYNAMIC")
-    row = dispatch.find_row(LayerKind.LINEAR, spec)
-    assert row is not None
-    assert row.method_name == ("DequantizedLinear" if value == "bf16" else "W8A8DynamicLinear")
-    assert ("doubles their memory" in described.findings[0].message) == (value == "bf16")
-
-
-def test_an_unknown_setting_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_NPU_QUANT_FP8", "fp8")
-    with pytest.raises(ValueError, match="VLLM_NPU_QUANT_FP8 must be int8 or bf16, not 'fp8'"):
-        settings.fp8_mode()
-    (finding,) = errors(parse(DEEPSEEK))
-    assert (finding.code, finding.expected) == ("bad-config", "int8 or bf16")
-    assert "VLLM_NPU_QUANT_FP8" in finding.fix
+@pytest.mark.parametrize(
+    ("mode", "scheme", "method"),
+    [("int8", "as W8A8_DYNAMIC", "W8A8DynamicLinear"), ("bf16", "as float", "DequantizedLinear")],
+)
+def test_the_setting_decides_what_is_served_and_not_what_is_read(
+    mode: str, scheme: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = layer(UP, (2, 3), "weight_scale_inv")
+    described = read(DEEPSEEK, tensors)
+    served = decide(LayerKind.LINEAR, described.find(UP).spec, Host(fp8=mode))
+    assert served.spec.scheme == f"FP8_BLOCK_DYNAMIC {scheme}"
+    assert served.require_row().method_name == method
+    (finding,) = requantized(described, Host(fp8=mode))
+    assert ("doubles their memory" in finding.message) == (mode == "bf16")
+    monkeypatch.setenv("VLLM_NPU_QUANT_FP8", mode)
+    assert read(DEEPSEEK, tensors) == described
 
 
 def test_what_is_stored_as_float_runs_as_float() -> None:
@@ -170,50 +172,121 @@ def test_what_is_stored_as_float_runs_as_float() -> None:
         | floats("model.norm", 320)
         | floats("model.layers.3.mlp.gate", 8, 320)
     )
-    described = parse(DEEPSEEK, tensors)
+    described = read(DEEPSEEK, tensors)
     silent = next(finding for finding in described.findings if finding.code == "undescribed-layer")
     assert silent.severity is Severity.INFO
     assert silent.found == "lm_head, model.layers.3.mlp.gate"
+    assert described.stored_as_float == {"lm_head", "model.layers.3.mlp.gate"}
     for name in ("lm_head", "model.embed_tokens", "model.norm", "model.layers.3.mlp.gate"):
         assert described.find(name).spec.is_float
 
 
-def test_layers_that_the_config_excludes_need_no_line() -> None:
-    config = {**DEEPSEEK, "modules_to_not_convert": ["lm_head", "gate", "model.visual", "shared"]}
-    tensors = (
-        layer(UP, (2, 3), "weight_scale_inv")
-        | floats("lm_head", 512, 320)
-        | floats("model.layers.3.mlp.gate", 8, 320)
-        | floats("model.visual.blocks.0.qkv", 8, 320)
-        | floats("model.layers.3.shared.fc", 8, 320)
-    )
-    assert [finding.code for finding in parse(config, tensors).findings] == ["requantized"]
+@pytest.mark.parametrize("key", ["modules_to_not_convert", "ignored_layers"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "model.visual.blocks.0.qkv",
+        "qkv",
+        "visual",
+        "model.visual",
+        "blocks.0",
+        "re:.*qkv",
+        "re:model.visual",
+        "re:.*l.b",
+    ],
+)
+def test_layers_that_the_config_excludes_need_no_line(key: str, rule: str) -> None:
+    tensors = layer(UP, (2, 3), "weight_scale_inv") | floats("model.visual.blocks.0.qkv", 8, 320)
+    described = read({**DEEPSEEK, key: [rule]}, tensors)
+    assert described.findings == ()
+    assert described.stored_as_float == frozenset()
+    assert described.find("model.visual.blocks.0.qkv").spec.is_float
+
+
+@pytest.mark.parametrize(
+    "rule", ["kv", "model.vis", "visual.0", "blocks.0.q", "s.0", "model.visual.blocks.0.qkv.a", "", ".", "re:visual"]
+)
+def test_rules_are_of_whole_components(rule: str) -> None:
+    tensors = layer(UP, (2, 3), "weight_scale_inv") | floats("model.visual.blocks.0.qkv", 8, 320)
+    described = read({**DEEPSEEK, "ignored_layers": [rule]}, tensors)
+    assert [finding.code for finding in described.findings] == ["undescribed-layer"]
+    assert described.stored_as_float == {"model.visual.blocks.0.qkv"}
+
+
+names = st.lists(st.sampled_from(["a", "b", "ab"]), min_size=1, max_size=6).map(".".join)
+
+
+@given(names, st.lists(names, max_size=4))
+def test_a_rule_means_a_run_of_components(name: str, rules: list[str]) -> None:
+    described = read({**DEEPSEEK, "ignored_layers": rules}, floats(name, 8, 320))
+    assert (name in described.stored_as_float) == (not any(f".{rule}." in f".{name}." for rule in rules))
+
+
+def test_the_number_of_rules_does_not_multiply_the_layers() -> None:
+    """At the limit of rules, comparing every rule with every layer takes minutes."""
+    rules = [f"model.layers.{number}.mlp.nothing" for number in range(200_000)]
+    tensors: dict[str, Any] = {}
+    for number in range(1000):
+        tensors |= floats(f"model.layers.{number}.mlp.gate", 8, 320)
+    start = time.perf_counter()
+    described = read({**DEEPSEEK, "ignored_layers": rules}, tensors)
+    assert time.perf_counter() - start < 15
+    assert len(described.stored_as_float) == 1000
+
+
+def test_a_name_beyond_the_limit_of_patterns_is_a_finding() -> None:
+    (finding,) = errors(read({**DEEPSEEK, "ignored_layers": ["re:.*x"]}, floats("a" * 2000, 8, 320)))
+    assert (finding.code, finding.file) == ("bad-config", "config.json")
+    assert "longer than any real one" in finding.message
 
 
 @pytest.mark.parametrize("key", ["modules_to_not_convert", "ignored_layers"])
 @pytest.mark.parametrize("rule", [UP, "re:.*up_proj"])
 def test_an_excluded_layer_that_is_stored_quantized_is_an_error(key: str, rule: str) -> None:
-    (finding,) = errors(parse({**DEEPSEEK, key: [rule]}, layer(UP, (2, 3), "weight_scale_inv")))
+    (finding,) = errors(read({**DEEPSEEK, key: [rule]}, layer(UP, (2, 3), "weight_scale_inv")))
     assert (finding.code, finding.layer) == ("bad-config", UP)
     assert "calls the layer float" in finding.message
     assert key in finding.fix or "modules_to_not_convert" in finding.fix
 
 
-def test_without_headers_the_config_decides() -> None:
-    described = parse({**DEEPSEEK, "modules_to_not_convert": ["model.layers.0.mlp.down_proj"]})
-    assert [finding.code for finding in described.findings] == ["requantized"]
+def test_layers_and_experts_resolve_to_what_is_stored() -> None:
+    tensors = floats("model.layers.0.mlp.down_proj", 200, 320) | floats("model.layers.3.mlp.gate", 8, 320)
+    for name in ("model.layers.0.mlp.gate_proj", UP):
+        tensors |= layer(name, (2, 3), "weight_scale_inv")
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        tensors |= layer(f"model.layers.3.mlp.experts.0.{name}", (2, 3), "weight_scale_inv")
+    described = read({**DEEPSEEK, "modules_to_not_convert": ["down_proj", "gate"]}, tensors)
+    assert described.findings == ()
     resolver = LayerResolver(described, {})
     fused = resolver.resolve("model.layers.0.mlp.gate_up_proj")
     assert fused.spec.layout is Layout.FP8_INV
     assert fused.shards == ("model.layers.0.mlp.gate_proj", UP)
     assert resolver.resolve("model.layers.0.mlp.down_proj").spec.is_float
-    assert resolver.resolve("lm_head").spec.is_float
     assert resolver.resolve("model.layers.3.mlp.gate").spec.is_float
     assert not resolver.describes("model.embed_tokens")
     assert resolver.resolve_experts("model.layers.3.mlp.experts").w2.spec == fused.spec
-    assert pickle.loads(pickle.dumps(described)).find(UP).spec == fused.spec
-    static = parse(AUTO_FP8).find(UP)
-    assert (static.spec.layout, static.tensors) == (Layout.FP8, frozenset({"input_scale"}))
+    assert pickle.loads(pickle.dumps(described)) == described
+
+
+def test_samples_are_what_they_say() -> None:
+    samples = list(FORMAT.samples())
+    assert [sample.label for sample in samples] == ["block 128 x 128", "per tensor, dynamic", "per tensor, static"]
+    schemes = []
+    for sample in samples:
+        described = read(sample.config, sample.tensors)
+        assert described.findings == ()
+        assert not check(described, dict(sample.tensors))
+        assert described.find_experts(EXPERTS).down == described.find(LAYER)
+        schemes.append(described.find(LAYER).spec.scheme)
+    assert schemes == ["FP8_BLOCK_DYNAMIC", "FP8_DYNAMIC", "FP8_STATIC"]
+
+
+def test_the_declaration_serves_configs_of_fp8() -> None:
+    assert FORMAT.serves(DEEPSEEK)
+    assert not FORMAT.serves({"quant_method": "gptq"})
+    assert FORMAT.answers_to("npu_fp8")
+    assert FORMAT.producer({**DEEPSEEK, "autoround_version": "0.16.1"}) == "AutoRound 0.16.1"
+    assert FORMAT.producer(DEEPSEEK) == ""
 
 
 def test_kv_cache_scales_are_dropped_with_a_finding() -> None:
@@ -221,18 +294,18 @@ def test_kv_cache_scales_are_dropped_with_a_finding() -> None:
         "model.layers.0.self_attn.k_scale": tensor("F32", 1),
         "model.layers.0.self_attn.v_scale": tensor("F32", 1),
     }
-    described = parse(DEEPSEEK, tensors)
-    assert [finding.code for finding in described.findings] == ["kv-cache-not-quantized", "requantized"]
-    assert {"k_scale", "v_scale"} <= set(described.dropped_tensors())
-    assert parse(DEEPSEEK, layer(UP, (2, 3), "weight_scale_inv")).dropped_tensors() == ()
+    described = read(DEEPSEEK, tensors)
+    assert [finding.code for finding in described.findings] == ["kv-cache-not-quantized"]
+    assert {"k_scale", "v_scale"} <= set(described.dropped)
+    assert read(DEEPSEEK, layer(UP, (2, 3), "weight_scale_inv")).dropped == ()
     old = layer("model.layers.0.self_attn.k_proj", (), output_scale=tensor("F32", 1))
-    described = parse({"quant_method": "fp8"}, old)
+    described = read({"quant_method": "fp8"}, old)
     assert not errors(described)
-    assert "output_scale" in described.dropped_tensors()
+    assert "output_scale" in described.dropped
 
 
 def test_a_tensor_that_nothing_knows_is_named() -> None:
-    (finding,) = errors(parse(DEEPSEEK, layer(UP, (2, 3), "weight_scale_inv", smooth=tensor("F32", 320))))
+    (finding,) = errors(read(DEEPSEEK, layer(UP, (2, 3), "weight_scale_inv", smooth=tensor("F32", 320))))
     assert (finding.code, finding.layer, finding.found) == ("unexpected-tensor", UP, "smooth")
 
 
@@ -252,7 +325,7 @@ def test_files_that_do_not_fit_are_named(case: str) -> None:
         tensors.pop(f"{UP}.{name}")
         if value is not None:
             tensors[f"{UP}.{name}"] = value
-    found = check(parse(DEEPSEEK, tensors), tensors)
+    found = check(read(DEEPSEEK, tensors), tensors)
     assert [finding.code for finding in found] == [code]
     assert expected in found[0].expected
     assert found[0].layer == UP
@@ -262,7 +335,7 @@ def test_files_that_do_not_fit_are_named(case: str) -> None:
 def test_power_of_two_scales_are_taken() -> None:
     tensors = layer(UP, (2, 3), "weight_scale_inv")
     tensors[f"{UP}.weight_scale_inv"] = tensor("F8_E8M0", 2, 3)
-    assert not check(parse(DEEPSEEK, tensors), tensors)
+    assert not check(read(DEEPSEEK, tensors), tensors)
 
 
 BROKEN = {
@@ -286,7 +359,7 @@ BROKEN = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_broken_configs_are_refused(case: str) -> None:
     config, code, expected = BROKEN[case]
-    found = errors(parse(config))
+    found = errors(read(config, {}))
     assert {finding.code for finding in found} == {code}
     assert expected in found[0].expected
     assert found[0].fix
@@ -301,13 +374,12 @@ def test_the_fields_that_auto_round_adds_are_known() -> None:
         "autoround_version": "0.16.1",
         "block_name_to_quantize": "model.layers",
     }
-    codes = [finding.code for finding in Fp8Format.from_config({**DEEPSEEK, **added}).findings]
-    assert codes == [finding.code for finding in Fp8Format.from_config(DEEPSEEK).findings]
-    assert "bad-config" in [f.code for f in Fp8Format.from_config({**DEEPSEEK, **added, "bits": 4}).findings]
+    assert read({**DEEPSEEK, **added}, {}).findings == ()
+    assert [finding.code for finding in read({**DEEPSEEK, **added, "bits": 4}, {}).findings] == ["bad-config"]
 
 
 def test_unknown_fields_are_reported_and_ignored() -> None:
-    described = parse({**DEEPSEEK, "rotation": {"kind": "hadamard"}, "empty": []})
+    described = read({**DEEPSEEK, "rotation": {"kind": "hadamard"}, "empty": []}, {})
     warning = next(finding for finding in described.findings if finding.severity is Severity.WARNING)
     assert warning.found == "rotation"
     assert not errors(described)
@@ -324,8 +396,8 @@ def test_deepseek_r1_stays_small_and_fast() -> None:
             for name in ("gate_proj", "up_proj", "down_proj"):
                 tensors |= layer(f"model.layers.{number}.mlp.experts.{expert}.{name}", (2, 3), "weight_scale_inv")
     start = time.perf_counter()
-    described = parse(DEEPSEEK, tensors)
+    described = read(DEEPSEEK, tensors)
     assert time.perf_counter() - start < 20
     assert not errors(described)
     assert len(pickle.dumps(described)) < 1 << 20
-    assert {experts.count for experts in described.index.experts.values()} == {256}
+    assert {experts.count for experts in described.experts.values()} == {256}

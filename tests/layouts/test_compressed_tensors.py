@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tests.fixtures_index import fixture, shared
 from vllm_npu_quant.checkpoint import Checkpoint
 from vllm_npu_quant.errors import NpuQuantError
-from vllm_npu_quant.formats.compressed_tensors import CompressedTensorsFormat
+from vllm_npu_quant.formats.compressed_tensors import read
 from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight
 from vllm_npu_quant.layouts.compressed_tensors import (
     act_order_to_canonical,
@@ -330,9 +330,9 @@ def canonical_layers(folder: Path) -> dict[str, tuple[CanonicalLinear, dict[str,
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     checkpoint = Checkpoint.open(folder)
     stored = load_file(folder / "model.safetensors")
-    described = CompressedTensorsFormat.from_config(config, tensors=checkpoint.tensors)
+    described = read(config, checkpoint.tensors)
     layers = {}
-    for layer, entry in described.stored_layers(checkpoint.tensors):
+    for layer, entry in described.stored_layers():
         if entry.spec.is_float:
             continue
         parts = {name.rpartition(".")[2]: t for name, t in stored.items() if name.rpartition(".")[0] == layer}

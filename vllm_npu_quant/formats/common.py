@@ -42,6 +42,12 @@ KV_OUTPUTS = ("output_scale", "output_zero_point")
 _KV_LAYERS = frozenset({"q_proj", "k_proj", "v_proj", "qkv_proj"})
 
 
+def config_text(config: Mapping[str, Any], key: str) -> str:
+    """A short text in a config, cut to 40 characters; empty if the key is absent or holds anything else."""
+    value = config.get(key)
+    return value[:40] if isinstance(value, str) else ""
+
+
 def kv_cache_tensors(layer: str, named: Mapping[str, StoredTensor]) -> set[str]:
     """The names among a layer's tensors that quantize the KV cache."""
     kv = named.keys() & set(KV_CACHE_TENSORS)

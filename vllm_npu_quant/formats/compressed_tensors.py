@@ -13,10 +13,10 @@ dimensions that is not an embedding.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -25,36 +25,39 @@ from pydantic import (
     StrictBool,
     StrictInt,
     StrictStr,
-    ValidationError,
     field_validator,
     model_validator,
 )
 
 from vllm_npu_quant.checkpoint.text import shown, shown_name
-from vllm_npu_quant.errors import Finding
-from vllm_npu_quant.formats.base import FLOAT_ENTRY, LayerEntry
-from vllm_npu_quant.formats.check import FindingLimit, StoredTensor
-from vllm_npu_quant.formats.fp8 import (
+from vllm_npu_quant.errors import Finding, FindingLimit, NpuQuantError
+from vllm_npu_quant.formats.common import (
+    FLOAT_DTYPES,
     KV_CACHE_TENSORS,
     KV_OUTPUTS,
-    config_findings,
-    fp8_spec,
-    fp8_weight,
+    MAX_RULES,
+    config_text,
     kv_cache_finding,
     kv_cache_tensors,
+    layer_entry,
+    parse_config,
     silent_finding,
     unknown_fields_finding,
 )
+from vllm_npu_quant.formats.declaration import Format, Sample
+from vllm_npu_quant.formats.described import FLOAT_ENTRY, Described, LayerEntry, StoredTensor
+from vllm_npu_quant.formats.fp8 import fp8_spec, fp8_weight
+from vllm_npu_quant.formats.index import index_layers, is_embedding, stored_layers_of
 from vllm_npu_quant.formats.patterns import PatternSet
 from vllm_npu_quant.formats.resolve import variants
-from vllm_npu_quant.formats.rules import FLOAT_DTYPES, RuleFormat, index_layers, is_embedding, stored_layers_of
-from vllm_npu_quant.layouts.tables import LAYOUTS
+from vllm_npu_quant.formats.samples import sample_tensors
 from vllm_npu_quant.spec import ActivationSpec, Granularity, LayerSpec, Layout, NumberKind, WeightSpec
 
-__all__ = ["CompressedTensorsConfig", "CompressedTensorsFormat", "QuantizationArgs", "QuantizationScheme", "Targets"]
+if TYPE_CHECKING:
+    from vllm_npu_quant.checkpoint import Checkpoint
 
-#: Entries of targets and ignore at most: real lists have a few per decoder layer.
-_MAX_RULES = 200_000
+__all__ = ["FORMAT", "CompressedTensorsConfig", "Match", "QuantizationArgs", "QuantizationScheme", "Targets", "read"]
+
 _MAX_GROUPS = 10_000
 
 _CLASS_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -73,7 +76,6 @@ _REFUSED_FORMATS = {
 }
 _PACKED, _INT, _FLOAT, _NAIVE = "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"
 _SERVED_FORMATS = (_PACKED, _INT, _FLOAT, _NAIVE)
-_PACKED_LAYOUTS = (Layout.CT_PACKED, Layout.CT_PACKED_DENSE, Layout.CT_PACKED_ACT_ORDER)
 
 _VERSION = re.compile(r"(\d{1,4})\.(\d{1,4})")
 #: The first release that packs integers as a stream of bits, without padding.
@@ -175,7 +177,7 @@ class QuantizationArgs(_Model):
 class QuantizationScheme(_Model):
     """A group of layers that are quantized alike."""
 
-    targets: tuple[StrictStr, ...] = Field(max_length=_MAX_RULES)
+    targets: tuple[StrictStr, ...] = Field(max_length=MAX_RULES)
     weights: QuantizationArgs | None = None
     input_activations: QuantizationArgs | None = None
     output_activations: QuantizationArgs | None = None
@@ -213,7 +215,7 @@ class CompressedTensorsConfig(BaseModel):
     quant_method: StrictStr = "compressed-tensors"
     config_groups: dict[StrictStr, QuantizationScheme] = Field(default_factory=dict, max_length=_MAX_GROUPS)
     format: StrictStr | None = None
-    ignore: tuple[StrictStr, ...] = Field(default=(), max_length=_MAX_RULES)
+    ignore: tuple[StrictStr, ...] = Field(default=(), max_length=MAX_RULES)
     kv_cache_scheme: QuantizationArgs | None = None
     quantization_status: StrictStr | None = None
     global_compression_ratio: float | None = None
@@ -325,9 +327,10 @@ def _linear_classes(names: Mapping[str, int]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Group:
-    """What a group's arguments mean: a spec, or None where it is not served (there is a finding then).
+    """What the arguments of a group mean.
 
     Attributes:
+        spec: the quantization of its layers; None if it has no weights, or is refused.
         needs: optional tensors of the layout that the arguments call for.
     """
 
@@ -335,83 +338,62 @@ class _Group:
     needs: frozenset[str] = frozenset()
 
 
-@dataclass
-class CompressedTensorsFormat(RuleFormat):
-    """The layers of a compressed-tensors checkpoint.
+def read(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, StoredTensor],
+    source: str = "config.json",
+    checkpoint: Checkpoint | None = None,
+) -> Described:
+    """Describe the layers of a compressed-tensors checkpoint. Raises nothing: what is wrong is in ``findings``.
 
-    Attributes:
-        targets: the rules; None where the config could not be read, or where the stored layers are known.
-        groups: what each group means.
-        kv_cache: names of the tensors that are dropped because they quantize the KV cache.
+    Args:
+        config: the ``quantization_config``.
+        tensors: the stored tensors by name.
+        source: the name of the config's file, for findings.
+        checkpoint: not used.
     """
+    found = FindingLimit()
+    described = Described("compressed-tensors", source)
+    parsed = parse_config(CompressedTensorsConfig, config, source, found)
+    if parsed is not None:
+        found.extend(_refused_parts(parsed, source))
+        _describe_layers(described, parsed, tensors, found)
+    described.findings = tuple(found.close())
+    return described
 
-    targets: Targets | None = None
-    groups: tuple[_Group, ...] = ()
-    kv_cache: tuple[str, ...] = ()
 
-    name = "compressed-tensors"
-
-    def rule(self, layer: str) -> LayerEntry | None:
-        if self.targets is None:
-            return None
-        embedding = is_embedding(layer)
-        number, _ = self.targets.match(layer, linear=not embedding)
-        group = self.groups[number] if number is not None else None
-        if group is None or group.spec is None:
-            return None if embedding else FLOAT_ENTRY
-        # What every release writes beside packed weights.
-        listed = {"weight_shape"} if group.spec.layout in _PACKED_LAYOUTS else set()
-        return LayerEntry(group.spec, group.needs | listed)
-
-    def dropped_tensors(self) -> tuple[str, ...]:
-        return self.kv_cache
-
-    @classmethod
-    def from_config(
-        cls,
-        config: Mapping[str, Any],
-        source: str = "config.json",
-        tensors: Mapping[str, StoredTensor] | None = None,
-    ) -> CompressedTensorsFormat:
-        """Validate a quantization_config and look up the stored layers.
-
-        Args:
-            config: the JSON object.
-            source: the file it is in, for messages.
-            tensors: dtypes and shapes of the checkpoint's tensors, where they are known.
-
-        Returns:
-            The format; ``findings`` holds everything that is wrong. Nothing is raised.
-        """
-        found = FindingLimit()
-        try:
-            parsed = CompressedTensorsConfig.model_validate(dict(config))
-        except ValidationError as error:
-            for finding in config_findings(error, source):
-                found.add(finding)
-            return cls(source=source, findings=tuple(found.close()))
-        for finding in _refused_parts(parsed, source):
-            found.add(finding)
-        groups = []
-        for name, scheme in parsed.config_groups.items():
-            group, findings = _Reader(name, scheme, parsed.format, source).read()
-            groups.append(group)
-            for finding in findings:
-                found.add(finding)
-        # A group without weights (attention, the outputs of k_proj) does not take a layer from the group that has them.
-        rules = [scheme.targets if scheme.weights is not None else () for scheme in parsed.config_groups.values()]
-        targets = Targets(rules, parsed.ignore, source)
-        for finding in targets.findings:
-            found.add(finding)
-        result = cls(source=source, groups=tuple(groups))
-        builder = _Builder(parsed, tuple(groups), targets, found, source)
-        if tensors is None:
-            result.targets = targets
-        else:
-            builder.index(result, tensors)
-        result.kv_cache = builder.kv_tensors(known=tensors is not None)
-        result.findings = tuple(found.close())
-        return result
+def _describe_layers(
+    described: Described, config: CompressedTensorsConfig, tensors: Mapping[str, StoredTensor], found: FindingLimit
+) -> None:
+    """Fill ``described`` with the stored layers, and with those that the config names."""
+    source = described.source
+    schemes = config.config_groups.values()
+    groups = [_read_group(name, group, config.format, source, found) for name, group in config.config_groups.items()]
+    # A group without weights (attention, the outputs of k_proj) does not take a layer from the group that has them.
+    targets = Targets([group.targets if group.weights is not None else () for group in schemes], config.ignore, source)
+    found.extend(targets.findings)
+    stored = stored_layers_of(tensors)
+    for name in targets.names:
+        # A layer that the config names, and of which nothing is stored: its tensors are reported missing.
+        if "." in name or name == "lm_head":
+            stored.setdefault(name, {})
+    layers = _Layers(groups, targets, _packs_dense(config.version), source, found)
+    try:
+        index_layers(described, stored, layers.entry, found)
+    except NpuQuantError as error:  # a layer's name is too long for the expressions, or they need too much work
+        found.extend(error.findings)
+    described.stored_as_float = frozenset(layers.stored_as_float)
+    silent = silent_finding(layers.stored_as_float, source)
+    if silent is not None:
+        found.add(silent)
+    if layers.not_compressed:
+        found.add(_not_compressed(layers.not_compressed, source))
+    scheme = config.kv_cache_scheme
+    outputs = any(group.output_activations is not None and group.weights is None for group in schemes)
+    if layers.kv_cache or scheme is not None or outputs:
+        described.dropped = (*KV_CACHE_TENSORS, *KV_OUTPUTS)
+        what = ", ".join(sorted(layers.kv_cache)) or "kv_cache_scheme"
+        found.add(kv_cache_finding(f"{what}: {scheme.describe()}" if scheme is not None else what, source))
 
 
 #: Where the producer has multiplied the stored weights by the transform; nothing is left to do when the model runs.
@@ -481,168 +463,154 @@ def _refused_parts(config: CompressedTensorsConfig, source: str) -> list[Finding
     return findings + ([unknown] if unknown is not None else [])
 
 
-class _Reader:
-    """Turns one group's arguments into a LayerSpec."""
+class _Refused(Exception):
+    """A group that is not served: the message, and fields of its finding."""
 
-    def __init__(self, name: str, scheme: QuantizationScheme, config_format: str | None, source: str) -> None:
-        self.name = name
-        self.scheme = scheme
-        self.format = scheme.format or config_format or ""
-        self.source = source
-        self.findings: list[Finding] = []
+    def __init__(self, message: str, *, code: str = "unsupported-scheme", expected: str = "", found: str = "") -> None:
+        super().__init__(message)
+        self.code, self.expected, self.found = code, expected, found
 
-    def refuse(self, message: str, *, code: str = "unsupported-scheme", expected: str = "", found: str = "") -> _Group:
-        self.findings.append(
+
+def _read_group(
+    name: str, scheme: QuantizationScheme, config_format: str | None, source: str, found: FindingLimit
+) -> _Group:
+    """What a group's arguments mean; without a spec, after a finding, if they are refused."""
+    try:
+        return _group_of(scheme, scheme.format or config_format or "")
+    except _Refused as refused:
+        found.add(
             Finding(
-                code,
-                message,
-                layer=f"config_groups.{shown_name(self.name, 80)}",
-                file=self.source,
-                expected=expected,
-                found=found or ", ".join(shown_name(target, 80) for target in self.scheme.targets[:4]),
+                refused.code,
+                str(refused),
+                layer=f"config_groups.{shown_name(name, 80)}",
+                file=source,
+                expected=refused.expected,
+                found=refused.found or ", ".join(shown_name(target, 80) for target in scheme.targets[:4]),
                 fix="export the checkpoint with a scheme that is served, or leave these layers float",
             )
         )
         return _Group()
 
-    def read(self) -> tuple[_Group, list[Finding]]:
-        return self._read(), self.findings
 
-    def _read(self) -> _Group:
-        scheme, weights, inputs = self.scheme, self.scheme.weights, self.scheme.input_activations
-        if weights is None:
-            return self._without_weights()
-        if scheme.output_activations is not None:
-            return self.refuse("quantized outputs are not served", found=scheme.output_activations.describe())
-        if self.format in _REFUSED_FORMATS:
-            return self.refuse(f"{self.format}: {_REFUSED_FORMATS[self.format]}", found=weights.describe())
-        if weights.type == "float" and weights.num_bits == 4:
-            return self.refuse(_CHIPS_WITHOUT.format(what="FP4") + " some", found=weights.describe())
-        if self.format not in _SERVED_FORMATS:
-            known = (*_SERVED_FORMATS, *_REFUSED_FORMATS, *_NO_FORMAT)
-            if self.format and self.format not in known:
-                return self.refuse(
-                    f"no such format: {shown_name(self.format, 80)}", code="unknown-scheme", expected=", ".join(known)
-                )
-            if self.format in ("dense", "fakequant"):
-                return self.refuse(
-                    "the weights were saved as floats (fake quantization), not compressed",
-                    expected=f"format {', '.join(_SERVED_FORMATS)}",
-                    found=f"format {self.format}",
-                )
-            return self.refuse("the group has no format", code="bad-config", expected=", ".join(_SERVED_FORMATS))
-        if weights.dynamic:
-            return self.refuse("weights cannot be dynamic", code="bad-config", found=weights.describe())
-        if weights.type == "float":
-            return self._fp8(weights, inputs)
-        return self._int(weights, inputs)
+def _group_of(scheme: QuantizationScheme, packing: str) -> _Group:
+    """What a group's arguments mean. ``packing`` is its format."""
+    weights, inputs = scheme.weights, scheme.input_activations
+    if weights is None:
+        _check_attention(scheme)
+        return _Group()
+    if scheme.output_activations is not None:
+        raise _Refused("quantized outputs are not served", found=scheme.output_activations.describe())
+    _check_format(packing, weights)
+    if weights.dynamic:
+        raise _Refused("weights cannot be dynamic", code="bad-config", found=weights.describe())
+    return _float_group(packing, weights, inputs) if weights.type == "float" else _int_group(packing, weights, inputs)
 
-    def _without_weights(self) -> _Group:
-        """A group that quantizes inputs or outputs only: attention, whose KV cache stays in the model's dtype."""
-        if self.scheme.input_activations is None and self.scheme.output_activations is None:
-            return _Group()
-        attention = all(
-            target.endswith(("Attention", "Attn", "attn", "attn$", "k_proj", "v_proj", "proj$"))
-            for target in self.scheme.targets
+
+def _check_attention(scheme: QuantizationScheme) -> None:
+    """Refuse a group that quantizes inputs or outputs only, unless it is of attention: the KV cache stays float."""
+    attention = ("Attention", "Attn", "attn", "attn$", "k_proj", "v_proj", "proj$")
+    activations = scheme.input_activations is not None or scheme.output_activations is not None
+    if activations and not all(target.endswith(attention) for target in scheme.targets):
+        raise _Refused("quantized activations without quantized weights are not served")
+
+
+def _check_format(packing: str, weights: QuantizationArgs) -> None:
+    """Refuse a format whose weights are not read."""
+    if packing in _REFUSED_FORMATS:
+        raise _Refused(f"{packing}: {_REFUSED_FORMATS[packing]}", found=weights.describe())
+    if weights.type == "float" and weights.num_bits == 4:
+        raise _Refused(_CHIPS_WITHOUT.format(what="FP4") + " some", found=weights.describe())
+    if packing in _SERVED_FORMATS:
+        return
+    known = (*_SERVED_FORMATS, *_REFUSED_FORMATS, *_NO_FORMAT)
+    if packing and packing not in known:
+        raise _Refused(f"no such format: {shown_name(packing, 80)}", code="unknown-scheme", expected=", ".join(known))
+    if packing in ("dense", "fakequant"):
+        raise _Refused(
+            "the weights were saved as floats (fake quantization), not compressed",
+            expected=f"format {', '.join(_SERVED_FORMATS)}",
+            found=f"format {packing}",
         )
-        if attention:
-            return _Group()
-        return self.refuse("quantized activations without quantized weights are not served")
+    raise _Refused("the group has no format", code="bad-config", expected=", ".join(_SERVED_FORMATS))
 
-    def _fp8(self, weights: QuantizationArgs, inputs: QuantizationArgs | None) -> _Group:
-        granularities = {"tensor": Granularity.TENSOR, "channel": Granularity.CHANNEL, "block": Granularity.BLOCK}
-        if weights.num_bits != 8 or weights.granularity not in granularities or not weights.symmetric:
-            return self.refuse(
-                "FP8 weights are served per tensor, channel or block, symmetric",
-                expected="8-bit float per tensor, channel or block",
-                found=weights.describe(),
-            )
-        if self.format not in (_FLOAT, _NAIVE):
-            return self.refuse(f"FP8 weights cannot have format {self.format}", code="bad-config", expected=_FLOAT)
-        if inputs is not None and (inputs.type != "float" or inputs.num_bits != 8):
-            return self.refuse("FP8 weights are served with FP8 or float inputs", found=inputs.describe())
-        granularity = granularities[weights.granularity]
-        stored = fp8_weight(granularity, weights.block_structure or (0, 0))
-        static = inputs is not None and not inputs.dynamic
-        kind = "W8A16" if inputs is None else "STATIC" if static else "DYNAMIC"
-        name = f"FP8{'' if granularity is Granularity.TENSOR else '_' + granularity.value.upper()}_{kind}"
-        spec = fp8_spec(name, stored, Layout.FP8, static=None if inputs is None else static)
-        return _Group(spec, frozenset({"input_scale"}) if static else frozenset())
 
-    def _int(self, weights: QuantizationArgs, inputs: QuantizationArgs | None) -> _Group:
-        if self.format == _FLOAT:
-            return self.refuse("integer weights cannot have format float-quantized", code="bad-config", expected=_INT)
-        granularity = {"tensor": Granularity.TENSOR, "channel": Granularity.CHANNEL, "group": Granularity.GROUP}.get(
-            weights.granularity
+def _float_group(packing: str, weights: QuantizationArgs, inputs: QuantizationArgs | None) -> _Group:
+    """A group with FP8 weights."""
+    granularity = {"tensor": Granularity.TENSOR, "channel": Granularity.CHANNEL, "block": Granularity.BLOCK}.get(
+        weights.granularity
+    )
+    if granularity is None or weights.num_bits != 8 or not weights.symmetric:
+        raise _Refused(
+            "FP8 weights are served per tensor, channel or block, symmetric",
+            expected="8-bit float per tensor, channel or block",
+            found=weights.describe(),
         )
-        if granularity is None or weights.num_bits > 8:
-            return self.refuse(
-                "integer weights are served with up to 8 bits per tensor, channel or group", found=weights.describe()
-            )
-        grouped = granularity is Granularity.GROUP
-        weight = WeightSpec(
-            weights.num_bits,
-            NumberKind.INT,
-            granularity,
-            weights.group_size if grouped and weights.group_size else 0,
-            weights.symmetric,
+    if packing not in (_FLOAT, _NAIVE):
+        raise _Refused(f"FP8 weights cannot have format {packing}", code="bad-config", expected=_FLOAT)
+    if inputs is not None and (inputs.type != "float" or inputs.num_bits != 8):
+        raise _Refused("FP8 weights are served with FP8 or float inputs", found=inputs.describe())
+    static = None if inputs is None else not inputs.dynamic
+    kind = {None: "W8A16", True: "STATIC", False: "DYNAMIC"}[static]
+    name = f"FP8{'' if granularity is Granularity.TENSOR else '_' + granularity.value.upper()}_{kind}"
+    spec = fp8_spec(name, fp8_weight(granularity, weights.block_structure or (0, 0)), Layout.FP8, static=static)
+    return _Group(spec, frozenset({"input_scale"}) if static else frozenset())
+
+
+def _int_group(packing: str, weights: QuantizationArgs, inputs: QuantizationArgs | None) -> _Group:
+    """A group with integer weights."""
+    if packing == _FLOAT:
+        raise _Refused("integer weights cannot have format float-quantized", code="bad-config", expected=_INT)
+    weight = _int_weight(weights)
+    activation = None if inputs is None else _int_activation(inputs)
+    layout = _int_layout(packing, weights, activation)
+    needs = set() if weight.symmetric else {"weight_zero_point"}
+    if layout is Layout.CT_STATIC and activation is not None and not activation.symmetric:
+        needs.add("input_zero_point")
+    return _Group(LayerSpec(_int_name(weight, activation), layout, weight, activation), frozenset(needs))
+
+
+def _int_weight(weights: QuantizationArgs) -> WeightSpec:
+    granularity = {"tensor": Granularity.TENSOR, "channel": Granularity.CHANNEL, "group": Granularity.GROUP}.get(
+        weights.granularity
+    )
+    if granularity is None or weights.num_bits > 8:
+        raise _Refused(
+            "integer weights are served with up to 8 bits per tensor, channel or group", found=weights.describe()
         )
-        activation = None
-        if inputs is not None:
-            activation = self._activation(inputs)
-            if activation is None:
-                return _Group()
-        static = activation is not None and not activation.dynamic
-        if static and self.format == _PACKED:
-            return self.refuse("packed weights with static input scales are not served", found=weights.describe())
-        act_order = weights.actorder == "group"
-        if act_order and self.format != _PACKED:
-            return self.refuse(
-                "activation order by groups is served for packed weights", expected=_PACKED, found=self.format
-            )
-        needs = set() if weights.symmetric else {"weight_zero_point"}
-        if static and activation is not None and not activation.symmetric:
-            needs.add("input_zero_point")
-        layout = Layout.CT_INT
-        if self.format == _PACKED:
-            layout = Layout.CT_PACKED_ACT_ORDER if act_order else Layout.CT_PACKED
-        elif static:
-            layout = Layout.CT_STATIC
-        return _Group(LayerSpec(_int_name(weight, activation), layout, weight, activation), frozenset(needs))
+    group_size = (weights.group_size or 0) if granularity is Granularity.GROUP else 0
+    return WeightSpec(weights.num_bits, NumberKind.INT, granularity, group_size, weights.symmetric)
 
-    def _activation(self, inputs: QuantizationArgs) -> ActivationSpec | None:
-        """The activation of an integer scheme; None (after a finding) where there is no operator for it."""
-        if inputs.type != "int":
-            self.refuse(
-                _CHIPS_WITHOUT.format(what="FP8")
-                + " them; FP8 inputs of integer weights are not replaced by another scheme",
-                found=inputs.describe(),
-            )
-            return None
-        wanted = "token" if inputs.dynamic else "tensor"
-        if inputs.granularity != wanted or inputs.dynamic == "local":
-            self.refuse(
-                "integer inputs are served dynamic per token, or static per tensor",
-                expected="strategy token with dynamic: true, or strategy tensor with dynamic: false",
-                found=inputs.describe(),
-            )
-            return None
-        granularity = Granularity.TOKEN if inputs.dynamic else Granularity.TENSOR
-        return ActivationSpec(
-            inputs.num_bits, dynamic=bool(inputs.dynamic), granularity=granularity, symmetric=inputs.symmetric
+
+def _int_activation(inputs: QuantizationArgs) -> ActivationSpec:
+    if inputs.type != "int":
+        raise _Refused(
+            _CHIPS_WITHOUT.format(what="FP8")
+            + " them; FP8 inputs of integer weights are not replaced by another scheme",
+            found=inputs.describe(),
         )
+    wanted = "token" if inputs.dynamic else "tensor"
+    if inputs.granularity != wanted or inputs.dynamic == "local":
+        raise _Refused(
+            "integer inputs are served dynamic per token, or static per tensor",
+            expected="strategy token with dynamic: true, or strategy tensor with dynamic: false",
+            found=inputs.describe(),
+        )
+    granularity = Granularity.TOKEN if inputs.dynamic else Granularity.TENSOR
+    return ActivationSpec(
+        inputs.num_bits, dynamic=bool(inputs.dynamic), granularity=granularity, symmetric=inputs.symmetric
+    )
 
 
-def _stored_layout(layout: Layout, named: Mapping[str, StoredTensor]) -> Layout:
-    """The layout of a packed weight by its tensors: activation order is stored where the config does not tell, and old
-    releases did not pack zero points."""
-    if layout not in (Layout.CT_PACKED, Layout.CT_PACKED_ACT_ORDER):
-        return layout
-    ordered = layout is Layout.CT_PACKED_ACT_ORDER or "weight_g_idx" in named
-    zero = named.get("weight_zero_point")
-    if zero is not None and zero.dtype == "I8":
-        return Layout.CT_PACKED_PLAIN_ZERO_ACT_ORDER if ordered else Layout.CT_PACKED_PLAIN_ZERO
-    return Layout.CT_PACKED_ACT_ORDER if ordered else Layout.CT_PACKED
+def _int_layout(packing: str, weights: QuantizationArgs, activation: ActivationSpec | None) -> Layout:
+    static = activation is not None and not activation.dynamic
+    ordered = weights.actorder == "group"
+    if packing == _PACKED:
+        if static:
+            raise _Refused("packed weights with static input scales are not served", found=weights.describe())
+        return Layout.CT_PACKED_ACT_ORDER if ordered else Layout.CT_PACKED
+    if ordered:
+        raise _Refused("activation order by groups is served for packed weights", expected=_PACKED, found=packing)
+    return Layout.CT_STATIC if static else Layout.CT_INT
 
 
 def _int_name(weight: WeightSpec, activation: ActivationSpec | None) -> str:
@@ -652,136 +620,95 @@ def _int_name(weight: WeightSpec, activation: ActivationSpec | None) -> str:
     return f"W{weight.bits}A{activation.bits}_{'DYNAMIC' if activation.dynamic else 'STATIC'}"
 
 
+def _packs_dense(version: str | None) -> bool:
+    """Whether the release that a config names packs integers as a stream of bits."""
+    release = _VERSION.match(version or "")
+    return release is not None and tuple(map(int, release.groups())) >= _DENSE_SINCE
+
+
 @dataclass
-class _Builder:
-    """Looks up the stored layers of one checkpoint."""
+class _Layers:
+    """Decides the entries of one checkpoint's layers.
 
-    config: CompressedTensorsConfig
-    groups: tuple[_Group, ...]
+    Attributes:
+        packs_dense: whether integers are packed without padding if the stored shapes leave it open.
+        stored_as_float: Linear layers that are stored as float although no rule excludes them.
+        not_compressed: float layers with scales.
+        kv_cache: names of tensors that quantize the KV cache.
+    """
+
+    groups: Sequence[_Group]
     targets: Targets
-    found: FindingLimit
+    packs_dense: bool
     source: str
-    silent: list[str] = field(default_factory=list)
-    kv_found: set[str] = field(default_factory=set)
+    found: FindingLimit
+    stored_as_float: list[str] = field(default_factory=list)
     not_compressed: list[str] = field(default_factory=list)
+    kv_cache: set[str] = field(default_factory=set)
 
-    def index(self, result: CompressedTensorsFormat, tensors: Mapping[str, StoredTensor]) -> None:
-        stored = stored_layers_of(tensors)
-        for name in self.targets.names:
-            # A layer that the config names, and of which nothing is stored: its tensors are reported missing.
-            if ("." in name or name == "lm_head") and name not in stored:
-                stored[name] = {}
-        result.index = index_layers(stored, self.decide, self.source)
-        for finding in result.index.findings:
-            self.found.add(finding)
-        line = silent_finding(self.silent, self.source)
-        if line is not None:
-            self.found.add(line)
-        if self.not_compressed:
-            self.found.add(
-                Finding(
-                    "unsupported-scheme",
-                    f"{len(self.not_compressed)} layers have scales beside float weights: they were saved as fake "
-                    "quantization, not compressed",
-                    layer=self.not_compressed[0],
-                    file=self.source,
-                    expected="weight_packed, or a weight of 8 bits per element",
-                    found=", ".join(self.not_compressed[:4]),
-                    fix="save the model with save_compressed=True",
-                )
-            )
-
-    def kv_tensors(self, *, known: bool) -> tuple[str, ...]:
-        """The tensors to drop; reports them."""
-        outputs = any(
-            scheme.output_activations is not None and scheme.weights is None
-            for scheme in self.config.config_groups.values()
-        )
-        scheme = self.config.kv_cache_scheme
-        if not (self.kv_found or scheme is not None or outputs):
-            return () if known else KV_CACHE_TENSORS
-        what = ", ".join(sorted(self.kv_found)) or "kv_cache_scheme"
-        self.found.add(kv_cache_finding(f"{what}: {scheme.describe()}" if scheme is not None else what, self.source))
-        return (*KV_CACHE_TENSORS, *KV_OUTPUTS)
-
-    def decide(self, layer: str, named: Mapping[str, StoredTensor]) -> LayerEntry | None:
-        """The entry of one stored layer."""
+    def entry(self, layer: str, named: Mapping[str, StoredTensor]) -> LayerEntry | None:
+        """The entry of one layer; None for a lone parameter, or if a finding says why it has none."""
         kv = kv_cache_tensors(layer, named)
-        self.kv_found |= kv
+        self.kv_cache |= kv
         weight = named.get("weight_packed") or named.get("weight")
-        scaled = not {"weight_scale", "weight_scale_inv"}.isdisjoint(named)
         floats = weight is not None and weight.dtype in FLOAT_DTYPES and "weight_packed" not in named
+        scaled = not {"weight_scale", "weight_scale_inv"}.isdisjoint(named)
         linear = not is_embedding(layer) and (weight is None or not floats or len(weight.shape) == 2)
         number, match = self.targets.match(layer, linear=linear)
-        group = self.groups[number] if number is not None else None
         if weight is None and not scaled and match is not Match.NAME:
             return None  # a lone parameter, or the scales of a KV cache
-        if floats:
-            if group is None or group.spec is None:
-                return FLOAT_ENTRY
-            if scaled:
-                self.not_compressed.append(layer)
-                return None
-            if match is not Match.NAME:
-                if linear:
-                    self.silent.append(layer)
-                return FLOAT_ENTRY
+        group = self.groups[number] if number is not None else None
+        if floats and (group is None or group.spec is None):
+            return FLOAT_ENTRY
         if group is None:
-            self._contradiction(layer, named, match)
+            self._report_contradiction(layer, named, ignored=match is Match.IGNORED)
             return None
         if group.spec is None:
             return None  # the group's finding says why
-        return self._entry(layer, group, named, kv)
+        if floats and (scaled or match is not Match.NAME):
+            return self._float_entry(layer, scaled=scaled, linear=linear)
+        spec = replace(group.spec, layout=self._stored_layout(group.spec, named))
+        return layer_entry(layer, spec, named, self.found, needs=group.needs, ignored=kv)
 
-    def _entry(self, layer: str, group: _Group, named: Mapping[str, StoredTensor], kv: set[str]) -> LayerEntry | None:
-        spec = group.spec
-        assert spec is not None
-        spec = replace(spec, layout=_stored_layout(spec.layout, named))
-        if spec.layout is Layout.CT_PACKED and self._dense(spec, named):
-            spec = replace(spec, layout=Layout.CT_PACKED_DENSE)
-        known = {tensor.name: tensor for tensor in LAYOUTS[spec.layout].tensors}
-        for name in named:
-            if name not in known and name not in kv:
-                self.found.add(
-                    Finding(
-                        "unexpected-tensor",
-                        f"{spec.scheme} has no tensor {name}, so its effect would be lost",
-                        layer=layer,
-                        file=named[name].file,
-                        expected=", ".join(known),
-                        found=name,
-                        fix="update vllm-npu-quant, or re-export the checkpoint without it",
-                    )
-                )
-        optional = {name for name in named if name in known and known[name].optional}
-        return LayerEntry(spec, group.needs | optional)
+    def _float_entry(self, layer: str, *, scaled: bool, linear: bool) -> LayerEntry | None:
+        """The entry of a layer that is stored as float, although a group takes it."""
+        if scaled:
+            self.not_compressed.append(layer)
+            return None
+        if linear:
+            self.stored_as_float.append(layer)
+        return FLOAT_ENTRY
 
-    def _dense(self, spec: LayerSpec, named: Mapping[str, StoredTensor]) -> bool:
-        """Whether integers are packed without padding, where that is another thing: for 3 bits.
+    def _stored_layout(self, spec: LayerSpec, named: Mapping[str, StoredTensor]) -> Layout | str:
+        """The layout of a packed weight by its tensors: the config may not tell the activation order, and old releases did
+        not pack zero points."""
+        if spec.layout not in (Layout.CT_PACKED, Layout.CT_PACKED_ACT_ORDER):
+            return spec.layout
+        ordered = spec.layout is Layout.CT_PACKED_ACT_ORDER or "weight_g_idx" in named
+        zero = named.get("weight_zero_point")
+        if zero is not None and zero.dtype == "I8":
+            return Layout.CT_PACKED_PLAIN_ZERO_ACT_ORDER if ordered else Layout.CT_PACKED_PLAIN_ZERO
+        if ordered:
+            return Layout.CT_PACKED_ACT_ORDER
+        # Only integers of 3 bits differ with and without padding.
+        dense = spec.weight is not None and spec.weight.bits == 3 and self._is_dense(spec.weight, named)
+        return Layout.CT_PACKED_DENSE if dense else Layout.CT_PACKED
 
-        The number of words says it where the groups tell the number of inputs, else the release that is named in the config.
-        """
-        weight = spec.weight
-        if weight is None or weight.bits != 3:
-            return False
+    def _is_dense(self, weight: WeightSpec, named: Mapping[str, StoredTensor]) -> bool:
+        """Whether integers are packed without padding: by the number of words if the groups tell the number of inputs."""
         packed, scale = named.get("weight_packed"), named.get("weight_scale")
-        if (
-            weight.group_size
-            and packed is not None
-            and scale is not None
-            and len(packed.shape) == len(scale.shape) == 2
-        ):
+        if packed is None or scale is None or not weight.group_size:
+            return self.packs_dense
+        if len(packed.shape) == len(scale.shape) == 2:
             inputs = scale.shape[1] * weight.group_size
             if packed.shape[1] == -(-inputs * weight.bits // 32):
                 return True
             if packed.shape[1] == -(-inputs // (32 // weight.bits)):
                 return False
-        release = _VERSION.match(self.config.version or "")
-        return release is not None and tuple(map(int, release.groups())) >= _DENSE_SINCE
+        return self.packs_dense
 
-    def _contradiction(self, layer: str, named: Mapping[str, StoredTensor], match: Match) -> None:
+    def _report_contradiction(self, layer: str, named: Mapping[str, StoredTensor], *, ignored: bool) -> None:
         stored = named.get("weight_packed") or named.get("weight") or next(iter(named.values()))
-        ignored = match is Match.IGNORED
         self.found.add(
             Finding(
                 "bad-config",
@@ -796,3 +723,74 @@ class _Builder:
                 else "add the layer to the targets of its group",
             )
         )
+
+
+def _not_compressed(layers: Sequence[str], source: str) -> Finding:
+    return Finding(
+        "unsupported-scheme",
+        f"{len(layers)} layers have scales beside float weights: they were saved as fake quantization, not compressed",
+        layer=layers[0],
+        file=source,
+        expected="weight_packed, or a weight of 8 bits per element",
+        found=", ".join(layers[:4]),
+        fix="save the model with save_compressed=True",
+    )
+
+
+def _left_to_vllm_ascend(config: Mapping[str, Any]) -> bool:
+    from vllm_npu_quant.ascend.ownership import serves_compressed_tensors
+
+    return serves_compressed_tensors(config)
+
+
+def _producer(config: Mapping[str, Any]) -> str:
+    for key, tool in (("autoround_version", "AutoRound"), ("version", "compressed-tensors")):
+        if config_text(config, key):
+            return f"{tool} {config_text(config, key)}"
+    return config_text(config, "provider")
+
+
+_W4_GROUP = _args(4, "group", group_size=128)
+_W4_CHANNEL = _args(4, "channel")
+_W8_CHANNEL = _args(8, "channel")
+_STATIC_8 = _args(8, "tensor")
+#: (label, weights, inputs, format) of the support matrix.
+_SCHEMES: tuple[tuple[str, dict[str, Any], dict[str, Any] | None, str], ...] = (
+    ("W8A8 dynamic", _W8_CHANNEL, _PER_TOKEN_8, _INT),
+    ("W8A8 dynamic, asymmetric", _W8_CHANNEL, {**_PER_TOKEN_8, "symmetric": False}, _INT),
+    ("W8A8 static", _W8_CHANNEL, _STATIC_8, _INT),
+    ("W8A8 static, asymmetric", _W8_CHANNEL, {**_STATIC_8, "symmetric": False}, _INT),
+    ("W8A16 channel", _W8_CHANNEL, None, _PACKED),
+    ("W8A16 group", _args(8, "group", group_size=128), None, _PACKED),
+    ("W4A16 channel", _W4_CHANNEL, None, _PACKED),
+    ("W4A16 group", _W4_GROUP, None, _PACKED),
+    ("W4A16 group, asymmetric", {**_W4_GROUP, "symmetric": False}, None, _PACKED),
+    ("W4A8 channel", _W4_CHANNEL, _PER_TOKEN_8, _INT),
+    ("W4A8 group", _W4_GROUP, _PER_TOKEN_8, _INT),
+    ("W4A4 channel", _W4_CHANNEL, _args(4, "token", dynamic=True), _INT),
+    ("FP8 dynamic", *_PRESETS["FP8_DYNAMIC"].values(), _FLOAT),
+    ("FP8 static", *_PRESETS["FP8"].values(), _FLOAT),
+    ("FP8 block", *_PRESETS["FP8_BLOCK"].values(), _FLOAT),
+    ("MXFP4", _args(4, "group", group_size=32, type="float"), None, "mxfp4-pack-quantized"),
+    ("NVFP4", _args(4, "tensor_group", group_size=16, type="float"), None, "nvfp4-pack-quantized"),
+)
+
+
+def _samples() -> Iterator[Sample]:
+    for label, weights, inputs, packing in _SCHEMES:
+        scheme = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+        config = {"quant_method": "compressed-tensors", "format": packing, "config_groups": {"group_0": scheme}}
+        group = _read_group("group_0", QuantizationScheme.model_validate(scheme), packing, "", FindingLimit())
+        listed = group.needs | ({"weight_shape"} if packing == _PACKED else set())
+        yield Sample(label, config, sample_tensors(group.spec, listed) if group.spec is not None else {})
+
+
+FORMAT = Format(
+    name="compressed-tensors",
+    read=read,
+    method_name="npu_compressed_tensors",
+    quant_methods=frozenset({"compressed-tensors"}),
+    left_to_vllm_ascend=_left_to_vllm_ascend,
+    producer=_producer,
+    samples=_samples,
+)

@@ -8,32 +8,41 @@ activations; ``modules_to_not_convert`` or ``ignored_layers``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, field_validator
 
 from vllm_npu_quant.checkpoint.text import shown
-from vllm_npu_quant.errors import Finding
-from vllm_npu_quant.formats.base import FLOAT_ENTRY, LayerEntry
-from vllm_npu_quant.formats.check import FindingLimit, StoredTensor
+from vllm_npu_quant.errors import Finding, FindingLimit, NpuQuantError
+from vllm_npu_quant.formats.common import (
+    FLOAT_DTYPES,
+    KV_CACHE_TENSORS,
+    KV_OUTPUTS,
+    MAX_RULES,
+    config_text,
+    kv_cache_finding,
+    kv_cache_tensors,
+    layer_entry,
+    parse_config,
+    silent_finding,
+    unknown_fields_finding,
+)
+from vllm_npu_quant.formats.declaration import Format, Sample
+from vllm_npu_quant.formats.described import FLOAT_ENTRY, Described, LayerEntry, StoredTensor
+from vllm_npu_quant.formats.index import index_layers, is_embedding, stored_layers_of
 from vllm_npu_quant.formats.patterns import PatternSet
-from vllm_npu_quant.formats.rules import FLOAT_DTYPES, RuleFormat, index_layers, is_embedding, stored_layers_of
-from vllm_npu_quant.layouts.tables import LAYOUTS
+from vllm_npu_quant.formats.samples import sample_tensors
 from vllm_npu_quant.spec import ActivationSpec, Granularity, LayerSpec, Layout, NumberKind, WeightSpec
 
-__all__ = [
-    "Fp8Config",
-    "Fp8Format",
-    "fp8_spec",
-]
+if TYPE_CHECKING:
+    from vllm_npu_quant.checkpoint import Checkpoint
+
+__all__ = ["FORMAT", "FP8_DTYPES", "Fp8Config", "fp8_activation", "fp8_spec", "fp8_weight", "read"]
 
 #: safetensors dtypes of 8-bit floats.
 FP8_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
-
-#: Layers that FP8 producers leave alone without saying so: vLLM has no FP8 head, and a router stays exact.
-_FLOAT_BY_CONVENTION = frozenset({"lm_head", "gate", "shared_expert_gate", "router"})
 
 
 def fp8_spec(scheme: str, weight: WeightSpec, layout: Layout, *, static: bool | None) -> LayerSpec:
@@ -67,17 +76,8 @@ def fp8_weight(granularity: Granularity, block: Sequence[int] = (0, 0)) -> Weigh
 #: What AutoRound's export in the format "fp8" adds: the scheme once more, and how it was made.
 _AUTO_ROUND_FIELDS = frozenset(
     {
-        *(
-            "bits",
-            "data_type",
-            "group_size",
-            "sym",
-            "act_bits",
-            "act_data_type",
-            "act_dynamic",
-            "act_group_size",
-            "act_sym",
-        ),
+        *("bits", "data_type", "group_size", "sym"),
+        *("act_bits", "act_data_type", "act_dynamic", "act_group_size", "act_sym"),
         *("amp", "autoround_version", "block_name_to_quantize", "enable_quanted_input", "iters", "nsamples", "seqlen"),
     }
 )
@@ -92,8 +92,8 @@ class Fp8Config(BaseModel):
     quant_method: StrictStr = "fp8"
     activation_scheme: Literal["dynamic", "static"] = "dynamic"
     weight_block_size: tuple[StrictInt, StrictInt] | None = None
-    modules_to_not_convert: tuple[StrictStr, ...] | None = Field(default=None, max_length=_MAX_RULES)
-    ignored_layers: tuple[StrictStr, ...] | None = Field(default=None, max_length=_MAX_RULES)
+    modules_to_not_convert: tuple[StrictStr, ...] | None = Field(default=None, max_length=MAX_RULES)
+    ignored_layers: tuple[StrictStr, ...] | None = Field(default=None, max_length=MAX_RULES)
     fmt: StrictStr | None = None
     scale_fmt: StrictStr | None = None
     dequantize: StrictBool | None = None
@@ -116,171 +116,155 @@ class Fp8Config(BaseModel):
         return tuple(dict.fromkeys((*(self.ignored_layers or ()), *(self.modules_to_not_convert or ()))))
 
 
-@dataclass
-class Fp8Format(RuleFormat):
-    """The layers of an FP8 checkpoint.
+def read(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, StoredTensor],
+    source: str = "config.json",
+    checkpoint: Checkpoint | None = None,
+) -> Described:
+    """Describe the layers of an FP8 checkpoint. Raises nothing: what is wrong is in ``findings``.
+
+    Args:
+        config: the ``quantization_config``.
+        tensors: the stored tensors by name.
+        source: the name of the config's file, for findings.
+        checkpoint: not used.
+    """
+    found = FindingLimit()
+    described = Described("fp8", source)
+    parsed = parse_config(Fp8Config, config, source, found)
+    if parsed is not None:
+        found.extend(_config_problems(parsed, source))
+        _describe_layers(described, parsed, tensors, found)
+    described.findings = tuple(found.close())
+    return described
+
+
+def _describe_layers(
+    described: Described, config: Fp8Config, tensors: Mapping[str, StoredTensor], found: FindingLimit
+) -> None:
+    """Fill ``described`` with the stored layers."""
+    source = described.source
+    excluded = _ExcludedLayers(config.skipped, source)
+    found.extend(excluded.patterns.findings)
+    layers = _Layers(config, excluded, source, found)
+    try:
+        index_layers(described, stored_layers_of(tensors), layers.entry, found)
+    except NpuQuantError as error:  # a layer's name is too long for the patterns, or they need too much work
+        found.extend(error.findings)
+    described.stored_as_float = frozenset(layers.stored_as_float)
+    silent = silent_finding(layers.stored_as_float, source)
+    if silent is not None:
+        found.add(silent)
+    if layers.kv_cache:
+        described.dropped = (*KV_CACHE_TENSORS, *KV_OUTPUTS)
+    if layers.kv_cache or config.kv_cache_scheme:
+        found.add(kv_cache_finding("k_scale, v_scale" if layers.kv_cache else "kv_cache_scheme", source))
+
+
+class _ExcludedLayers:
+    """The layers that a config calls float, by names and by regular expressions after "re:".
 
     Attributes:
-        config: the validated config.
-        kv_cache: whether the checkpoint carries KV-cache scales.
+        names: the names; a name also stands for the layers of a module, or for all layers that end in it.
+        patterns: the regular expressions, matched at the start of a layer's name.
     """
 
-    config: Fp8Config = field(default_factory=Fp8Config)
+    def __init__(self, rules: Sequence[str], source: str) -> None:
+        self.names = frozenset(rule for rule in rules if not rule.startswith("re:"))
+        self._lengths = {name.count(".") + 1 for name in self.names} & _RUN_LENGTHS
+        expressions = [rule.removeprefix("re:") for rule in rules if rule.startswith("re:")]
+        self.patterns = PatternSet(expressions, file=source, where="ignored_layers")
+
+    def contains(self, layer: str) -> bool:
+        """Whether a rule names this very layer, or a regular expression matches it."""
+        return layer in self.names or self.patterns.any(layer)
+
+    def covers(self, layer: str) -> bool:
+        """The same, or a rule names some of its components ("mlp", "layers.0"). The number of rules costs nothing."""
+        return self.contains(layer) or any(run in self.names for run in _component_runs(layer, self._lengths))
+
+
+#: Components of a rule that is looked up within layer names, at most; it bounds the work for one name.
+_RUN_LENGTHS = frozenset(range(1, 33))
+
+
+def _component_runs(name: str, lengths: Iterable[int]) -> Iterator[str]:
+    """The runs of neighbouring components of a dotted name: for "a.b.c" and a length of 2, "a.b" and "b.c"."""
+    parts = name.split(".")
+    for length in lengths:
+        for start in range(len(parts) - length + 1):
+            yield ".".join(parts[start : start + length])
+
+
+@dataclass
+class _Layers:
+    """Decides the entries of one checkpoint's layers.
+
+    Attributes:
+        stored_as_float: Linear layers that are stored as float although no rule excludes them.
+        kv_cache: whether a layer has tensors that quantize the KV cache.
+    """
+
+    config: Fp8Config
+    excluded: _ExcludedLayers
+    source: str
+    found: FindingLimit
+    stored_as_float: list[str] = field(default_factory=list)
     kv_cache: bool = False
 
-    name = "fp8"
-
-    def rule(self, layer: str) -> LayerEntry | None:
-        if is_embedding(layer):
-            return None
-        if self._skips(layer) or layer.rpartition(".")[2] in _FLOAT_BY_CONVENTION:
-            return FLOAT_ENTRY
-        block = self.config.weight_block_size
-        weight = fp8_weight(Granularity.BLOCK if block else Granularity.TENSOR, block or (0, 0))
-        layout = Layout.FP8_INV if block else Layout.FP8
-        static = self.config.activation_scheme == "static"
-        spec = fp8_spec(_scheme(weight, static=static), weight, layout, static=static)
-        return LayerEntry(spec, frozenset({"input_scale"}) if static else frozenset())
-
-    def _skips(self, layer: str) -> bool:
-        """Whether the config calls a layer float: by its name, by its last components, or by a module that holds it."""
-        return any(
-            layer == name or layer.endswith("." + name) or layer.startswith(name + ".") or f".{name}." in layer
-            for name in self.config.skipped
-        )
-
-    def dropped_tensors(self) -> tuple[str, ...]:
-        return (*KV_CACHE_TENSORS, *KV_OUTPUTS) if self.kv_cache or self.index is None else ()
-
-    @classmethod
-    def from_config(
-        cls,
-        config: Mapping[str, Any],
-        source: str = "config.json",
-        tensors: Mapping[str, StoredTensor] | None = None,
-    ) -> Fp8Format:
-        """Validate a quantization_config and look up the stored layers.
-
-        Args:
-            config: the JSON object.
-            source: the file it is in, for messages.
-            tensors: dtypes and shapes of the checkpoint's tensors, where they are known.
-
-        Returns:
-            The format; ``findings`` holds everything that is wrong. Nothing is raised.
-        """
-        found = FindingLimit()
-        try:
-            parsed = Fp8Config.model_validate(dict(config))
-        except ValidationError as error:
-            for finding in config_findings(error, source):
-                found.add(finding)
-            return cls(source=source, findings=tuple(found.close()))
-        for problem in _config_problems(parsed, source):
-            found.add(problem)
-        result = cls(source=source, config=parsed)
-        if tensors is not None:
-            result._index(tensors, found)
-        result.findings = tuple(found.close())
-        return result
-
-    def _index(self, tensors: Mapping[str, StoredTensor], found: FindingLimit) -> None:
-        stored = stored_layers_of(tensors)
-        skipped = frozenset(self.config.skipped)
-        patterns = PatternSet(
-            [name.removeprefix("re:") for name in self.config.skipped if name.startswith("re:")],
-            file=self.source,
-            where="ignored_layers",
-        )
-        for finding in patterns.findings:
-            found.add(finding)
-        silent: list[str] = []
-
-        def decide(layer: str, named: Mapping[str, StoredTensor]) -> LayerEntry | None:
-            self.kv_cache |= bool(kv_cache_tensors(layer, named))
-            weight = named.get("weight")
-            if weight is None:
-                return None
-            excluded = layer in skipped or patterns.any(layer)
-            if weight.dtype in FLOAT_DTYPES and not {"weight_scale", "weight_scale_inv"} & set(named):
-                if len(weight.shape) == 2 and not excluded and not self._skips(layer) and not is_embedding(layer):
-                    silent.append(layer)
-                return FLOAT_ENTRY
-            if excluded:
-                found.add(
-                    Finding(
-                        "bad-config",
-                        "the config calls the layer float, and its weight is stored quantized",
-                        layer=layer,
-                        file=self.source,
-                        expected="a float weight",
-                        found=f"{weight.dtype} in {weight.file}",
-                        fix="remove the layer from modules_to_not_convert (or ignored_layers), or re-export the weights",
-                    )
-                )
-                return None
-            return self._entry(layer, named, found)
-
-        self.index = index_layers(stored, decide, self.source)
-        for finding in self.index.findings:
-            found.add(finding)
-        line = silent_finding(silent, self.source)
-        if line is not None:
-            found.add(line)
-        if self.kv_cache or self.config.kv_cache_scheme:
-            found.add(kv_cache_finding("k_scale, v_scale" if self.kv_cache else "kv_cache_scheme", self.source))
-
-    def _entry(self, layer: str, named: Mapping[str, StoredTensor], found: FindingLimit) -> LayerEntry | None:
-        """The entry of a layer whose weight is stored quantized."""
-        inverse = "weight_scale_inv" in named
-        layout = Layout.FP8_INV if inverse else Layout.FP8
-        weight = self._stored_weight(named["weight"], named.get("weight_scale_inv" if inverse else "weight_scale"))
-        known = {tensor.name: tensor for tensor in LAYOUTS[layout].tensors}
-        static = not {"input_scale", "activation_scale"}.isdisjoint(named)
+    def entry(self, layer: str, named: Mapping[str, StoredTensor]) -> LayerEntry | None:
+        """The entry of one stored layer; None for a lone parameter, or after a finding."""
         kv = kv_cache_tensors(layer, named)
-        for name in named:
-            if name not in known and name not in kv:
-                found.add(
-                    Finding(
-                        "unexpected-tensor",
-                        f"an FP8 layer has no tensor {name}, so its effect would be lost",
-                        layer=layer,
-                        file=named[name].file,
-                        expected=", ".join(known),
-                        found=name,
-                        fix="update vllm-npu-quant, or re-export the checkpoint without it",
-                    )
-                )
-        spec = fp8_spec(_scheme(weight, static=static), weight, layout, static=static)
-        optional = {name for name in named if name in known and known[name].optional}
-        return LayerEntry(spec, frozenset(optional))
+        self.kv_cache |= bool(kv)
+        weight = named.get("weight")
+        if weight is None:
+            return None
+        scale_name = "weight_scale_inv" if "weight_scale_inv" in named else "weight_scale"
+        scale = named.get(scale_name)
+        if weight.dtype in FLOAT_DTYPES and scale is None:
+            if len(weight.shape) == 2 and not is_embedding(layer) and not self.excluded.covers(layer):
+                self.stored_as_float.append(layer)
+            return FLOAT_ENTRY
+        if self.excluded.contains(layer):
+            self.found.add(self._stored_quantized(layer, weight))
+            return None
+        stored = _stored_weight(self.config, weight, scale)
+        static = not {"input_scale", "activation_scale"}.isdisjoint(named)
+        layout = Layout.FP8_INV if scale_name == "weight_scale_inv" else Layout.FP8
+        return layer_entry(layer, _spec(stored, layout, static=static), named, self.found, ignored=kv)
 
-    def _stored_weight(self, weight: StoredTensor, scale: StoredTensor | None) -> WeightSpec:
-        """What shares a scale, as the scale's shape tells it; the config's word where it tells nothing."""
-        default = fp8_weight(*_default(self.config))
-        if scale is None or len(weight.shape) != 2:
-            return default
-        block = self.config.weight_block_size
-        outputs, inputs = weight.shape
-        if block and scale.shape == (-(-outputs // block[0]), -(-inputs // block[1])):
-            return default
-        if scale.shape in ((), (1,), (1, 1)):
-            return fp8_weight(Granularity.TENSOR)
-        if scale.shape in ((outputs,), (outputs, 1)):
-            return fp8_weight(Granularity.CHANNEL)
-        return default
+    def _stored_quantized(self, layer: str, weight: StoredTensor) -> Finding:
+        return Finding(
+            "bad-config",
+            "the config calls the layer float, and its weight is stored quantized",
+            layer=layer,
+            file=self.source,
+            expected="a float weight",
+            found=f"{weight.dtype} in {weight.file}",
+            fix="remove the layer from modules_to_not_convert (or ignored_layers), or re-export the weights",
+        )
 
 
-def _default(config: Fp8Config) -> tuple[Granularity, tuple[int, int]]:
-    """The granularity that the config names."""
-    if config.weight_block_size:
-        return Granularity.BLOCK, config.weight_block_size
-    return Granularity.TENSOR, (0, 0)
+def _stored_weight(config: Fp8Config, weight: StoredTensor, scale: StoredTensor | None) -> WeightSpec:
+    """Granularity from the shape of the scale; falls back to the config."""
+    block = config.weight_block_size
+    named = fp8_weight(Granularity.BLOCK, block) if block else fp8_weight(Granularity.TENSOR)
+    if scale is None or len(weight.shape) != 2:
+        return named
+    outputs, inputs = weight.shape
+    if block and scale.shape == (-(-outputs // block[0]), -(-inputs // block[1])):
+        return named
+    if scale.shape in ((), (1,), (1, 1)):
+        return fp8_weight(Granularity.TENSOR)
+    if scale.shape in ((outputs,), (outputs, 1)):
+        return fp8_weight(Granularity.CHANNEL)
+    return named
 
 
-def _scheme(weight: WeightSpec, *, static: bool) -> str:
+def _spec(weight: WeightSpec, layout: Layout, *, static: bool) -> LayerSpec:
     granularity = "" if weight.granularity is Granularity.TENSOR else f"_{weight.granularity.value.upper()}"
-    return f"FP8{granularity}_{'STATIC' if static else 'DYNAMIC'}"
+    return fp8_spec(f"FP8{granularity}_{'STATIC' if static else 'DYNAMIC'}", weight, layout, static=static)
 
 
 def _config_problems(config: Fp8Config, source: str) -> list[Finding]:
@@ -323,3 +307,30 @@ def _config_problems(config: Fp8Config, source: str) -> list[Finding]:
         extra = {name: value for name, value in extra.items() if name not in _AUTO_ROUND_FIELDS}
     unknown = unknown_fields_finding(extra, source)
     return findings + ([unknown] if unknown is not None else [])
+
+
+def _producer(config: Mapping[str, Any]) -> str:
+    version = config_text(config, "autoround_version")
+    return f"AutoRound {version}" if version else config_text(config, "provider")
+
+
+def _samples() -> Iterator[Sample]:
+    block = _spec(fp8_weight(Granularity.BLOCK, (128, 128)), Layout.FP8_INV, static=False)
+    tensor = fp8_weight(Granularity.TENSOR)
+    dynamic, static = (_spec(tensor, Layout.FP8, static=static) for static in (False, True))
+    config = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    yield Sample("block 128 x 128", {**config, "weight_block_size": [128, 128]}, sample_tensors(block))
+    yield Sample("per tensor, dynamic", config, sample_tensors(dynamic))
+    yield Sample(
+        "per tensor, static", {**config, "activation_scheme": "static"}, sample_tensors(static, ("input_scale",))
+    )
+
+
+FORMAT = Format(
+    name="fp8",
+    read=read,
+    method_name="npu_fp8",
+    quant_methods=frozenset({"fp8"}),
+    producer=_producer,
+    samples=_samples,
+)
