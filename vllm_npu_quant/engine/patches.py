@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The internals of vLLM, vllm-ascend, torch and Python that this package replaces, adds to or reads, in one table.
 
-None of them is a documented interface, so any release may change them. ``check`` refuses to register the plugin if one of
-vLLM's is gone, before anything is installed; tests/engine/test_patches.py looks at every entry. Nothing of vLLM is imported
-until a target is resolved.
+They are not documented interfaces, so any release may change them. ``check`` refuses to register the plugin if one of vLLM's
+is gone, before anything is installed; tests/engine/test_patches.py looks at every entry. vLLM is imported only to resolve a
+target.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ MARK = "_npu_quant"
 
 CREATE_MODEL_CONFIG = "vllm.engine.arg_utils:EngineArgs.create_model_config"
 LOAD_MODEL = "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_model"
+_LOADER = "vllm.model_executor.model_loader.default_loader:DefaultModelLoader"
+_EXPERTS = "vllm.model_executor.layers.fused_moe:RoutedExperts"
 
 #: The releases of vLLM whose source has an entry as it is described here.
 _VLLM = "vLLM 0.23, 0.30 to 0.33"
@@ -49,12 +51,11 @@ class Internal:
     Attributes:
         target: "module:qualname".
         kind: how it is used.
-        by: the module below vllm_npu_quant that does it, and the function for wrappers and additions.
+        by: the module or package below vllm_npu_quant that does it, and the function for wrappers and additions.
         why: what it is needed for.
         seen: the releases that have it.
-        parameters: the leading positional parameters that are relied on, with ``self``.
+        parameters: the leading parameters that are relied on, with ``self``.
         attributes: instance attributes of the target, or of the class that holds it, that are read or set.
-        required: whether the plugin stays off without it. The others are looked for where they are used.
     """
 
     target: str
@@ -64,18 +65,22 @@ class Internal:
     seen: str
     parameters: tuple[str, ...] = ()
     attributes: tuple[str, ...] = ()
-    required: bool = True
+
+    @property
+    def required(self) -> bool:
+        """Whether the plugin stays off without it: internals of vLLM. The others are looked for where they are used."""
+        return self.target.startswith("vllm.")
 
 
-INTERNALS: tuple[Internal, ...] = (
+INTERNALS = (
     Internal(
         CREATE_MODEL_CONFIG,
         Kind.WRAPS,
         "engine.registration:with_detection",
         "finds ModelSlim descriptions and AutoGPTQ or AutoAWQ configs, which vLLM does not look for beside config.json",
         _VLLM,
-        parameters=("self",),
-        attributes=("model", "revision", "quantization"),
+        ("self",),
+        ("model", "revision", "quantization"),
     ),
     Internal(
         LOAD_MODEL,
@@ -83,7 +88,7 @@ INTERNALS: tuple[Internal, ...] = (
         "engine.loading:with_check",
         "checks what a loader filled before the layers are prepared; builds the emulation's kernels before loading",
         _VLLM,
-        parameters=("self", "vllm_config"),
+        ("self", "vllm_config"),
     ),
     Internal(
         "vllm.envs:environment_variables",
@@ -94,21 +99,21 @@ INTERNALS: tuple[Internal, ...] = (
     ),
     Internal(
         "vllm.model_executor.custom_op:op_registry_oot",
-        Kind.EXTENDS,
-        "engine.norm:register_norm",
-        "tells whether another package replaced RMSNorm before CustomOp.register_oot is called, which asserts it",
+        Kind.USES,
+        "engine.norm",
+        "tells whether another package replaced RMSNorm, before CustomOp.register_oot asserts that none did",
         _VLLM,
     ),
     Internal(
-        "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.track_weights_loading",
+        f"{_LOADER}.track_weights_loading",
         Kind.USES,
         "engine.platforms",
-        "vLLM's own check of loaded weights, whose place on a loader object the plugin's check takes",
+        "is vLLM's own check of loaded weights, which the plugin's check replaces on a loader object",
         _VLLM,
-        parameters=("self", "model", "loaded_weights"),
+        ("self", "model", "loaded_weights"),
     ),
     Internal(
-        "vllm.model_executor.model_loader.default_loader:DefaultModelLoader",
+        _LOADER,
         Kind.USES,
         "engine.platforms",
         "tells whether the user switched vLLM's check on or off",
@@ -121,18 +126,18 @@ INTERNALS: tuple[Internal, ...] = (
         "engine.config",
         "maps one tensor name of the checkpoint to the model's",
         f"{_VLLM}; an alias of the public map_name since 0.31",
-        parameters=("self", "key"),
+        ("self", "key"),
     ),
     Internal(
-        "vllm.model_executor.layers.fused_moe:RoutedExperts._map_global_expert_id_to_local_expert_id",
+        f"{_EXPERTS}._map_global_expert_id_to_local_expert_id",
         Kind.USES,
         "engine.moe",
         "tells which experts of the checkpoint this rank has",
         f"{_VLLM}; RoutedExperts is FusedMoE before 0.27",
-        parameters=("self", "expert_id"),
+        ("self", "expert_id"),
     ),
     Internal(
-        "vllm.model_executor.layers.fused_moe:RoutedExperts",
+        _EXPERTS,
         Kind.USES,
         "engine.moe",
         "holds the slot of each expert on this rank, -1 for the others",
@@ -145,7 +150,6 @@ INTERNALS: tuple[Internal, ...] = (
         "engine.coverage",
         "sees every write to a parameter while a loader runs",
         _TORCH,
-        required=False,
     ),
     Internal(
         "torch._ops:OpOverload",
@@ -154,72 +158,39 @@ INTERNALS: tuple[Internal, ...] = (
         "names the operator that writes",
         _TORCH,
         attributes=("_schema",),
-        required=False,
     ),
     Internal(
         "torch.library:Library._destroy",
         Kind.USES,
-        "emulation.registry",
+        "emulation",
         "takes back the Python kernel that calls.cpp replaces; torch has no public way",
         _TORCH,
-        parameters=("self",),
-        required=False,
+        ("self",),
     ),
     Internal(
         "torch._C:_dispatch_has_kernel",
         Kind.USES,
-        "emulation.registry",
-        "tells whether torch_npu or another package defined an operator before",
+        "emulation",
+        "tells whether another package defined an operator before",
         _TORCH,
-        required=False,
     ),
     Internal(
         "torch._C:_dispatch_has_kernel_for_dispatch_key",
         Kind.USES,
-        "emulation.registry",
+        "emulation",
         "tells whether an operator has a Meta kernel of its own",
         _TORCH,
-        required=False,
     ),
-    Internal(
-        "torch:_int_mm",
-        Kind.USES,
-        "emulation.matmul",
-        "the product of int8 matrices in int32",
-        _TORCH,
-        required=False,
-    ),
-    Internal(
-        "torch.cpu:_is_vnni_supported",
-        Kind.USES,
-        "emulation.matmul",
-        "tells whether torch._int_mm is fast on this CPU",
-        _TORCH,
-        required=False,
-    ),
-    Internal(
-        "torch:UntypedStorage._cdata",
-        Kind.USES,
-        "emulation.calls",
-        "identifies the storage of a weight for calls.cpp",
-        _TORCH,
-        required=False,
-    ),
-    Internal(
-        "re:_parser",
-        Kind.USES,
-        "formats.patterns",
-        "parses regular expressions of untrusted configs; sre_parse before Python 3.11",
-        "Python 3.11",
-        required=False,
-    ),
+    Internal("torch:_int_mm", Kind.USES, "emulation", "multiplies int8 matrices in int32", _TORCH),
+    Internal("torch.cpu:_is_vnni_supported", Kind.USES, "emulation", "tells whether torch._int_mm is fast", _TORCH),
+    Internal("torch:UntypedStorage._cdata", Kind.USES, "emulation", "identifies a weight's storage", _TORCH),
+    Internal("re:_parser", Kind.USES, "formats", "parses patterns; sre_parse before Python 3.11", "Python 3.11"),
     Internal(
         "vllm_ascend.ops.fused_moe.moe_comm_method:MoECommMethod._apply_mlp",
         Kind.USES,
         "ascend.moe",
         "gives the products between dispatch and combine, if fused_experts asks no quantization method for them",
         "vllm-ascend 0.23",
-        required=False,
     ),
     Internal(
         "vllm_ascend.ascend_forward_context:_EXTRA_CTX",
@@ -227,15 +198,13 @@ INTERNALS: tuple[Internal, ...] = (
         "ascend.moe",
         "holds the communication method of a forward",
         "vllm-ascend 0.23, 0.30",
-        required=False,
     ),
     Internal(
         "vllm_ascend._build_info:__device_type__",
         Kind.USES,
         "ascend.host",
         "names the chip without touching it",
-        "vllm-ascend 0.11 to 0.30",
-        required=False,
+        "vllm-ascend 0.23, 0.30",
     ),
 )
 
