@@ -30,6 +30,7 @@ NO_TORCH = (
     "formats",
     "checkpoint",
     "layouts.tables",
+    "inspection",
     "cli",
 )
 #: Parts that may import torch, and not vllm.
@@ -100,14 +101,7 @@ def test_only_ascend_names_vllm_ascend_and_torch_npu() -> None:
 
 
 def test_vllm_has_two_doors() -> None:
-    found = [
-        hit
-        for module in modules()
-        if not part_of(module, DOORS)
-        for hit in imports_of(module, "vllm")
-        # emulation's fast paths may use vLLM's kernels, where it is there.
-        if not part_of(module, ("emulation",))
-    ]
+    found = [hit for module in modules() if not part_of(module, DOORS) for hit in imports_of(module, "vllm")]
     assert not found
 
 
@@ -120,9 +114,52 @@ def test_no_torch_in_the_sources(part: str) -> None:
 def test_the_entry_points_import_lazily() -> None:
     """plugin.py is imported in every vLLM process, on every host."""
     eager = {name for name, _, at_import in imports(modules()["plugin"]) if at_import and name.startswith("vllm_npu")}
-    assert eager == {"vllm_npu_quant", "vllm_npu_quant.settings"}
+    assert {".".join(name.split(".")[1:2]) for name in eager} == {"", "settings", "errors"}
     lazy = {name for name, _, at_import in imports(modules()["plugin"]) if not at_import}
     assert {name.split(".")[1] for name in lazy if name.startswith("vllm_npu_quant.")} == {"engine"}
+
+
+def module_graph() -> dict[str, set[str]]:
+    """Module -> the modules of the package that it imports, in its functions too; not what is for type checkers only."""
+    found = modules()
+    graph: dict[str, set[str]] = {}
+    for module, path in found.items():
+        names = {(name.removeprefix("vllm_npu_quant."), line) for name, line, _ in imports(path)}
+        # "from package import module" means the module, not what else the package brings.
+        packages = {(name.rpartition(".")[0], line) for name, line in names if name in found}
+        graph[module] = {name for name, _ in names - packages if name in found and name != module}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[tuple[str, ...]]:
+    """The groups of modules that import each other, directly or through others."""
+    reached: dict[str, set[str]] = {}
+    for start in graph:
+        seen: set[str] = set()
+        waiting = [start]
+        while waiting:
+            new = graph[waiting.pop()] - seen
+            seen |= new
+            waiting += new
+        reached[start] = seen
+    return sorted(
+        {
+            tuple(sorted({start} | {other for other in seen if start in reached[other]}))
+            for start, seen in reached.items()
+            if start in seen
+        }
+    )
+
+
+def test_circles_are_found() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"f"}, "f": {"g"}, "g": {"e", "a"}}
+    assert circles(graph) == [("b", "c"), ("e", "f", "g")]
+    assert module_graph()["plugin"] == {"settings", "errors", "engine.environment", "engine.registration"}
+    assert "formats.check" in module_graph()["engine.config"]
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    assert circles(module_graph()) == []
 
 
 def run_python(code: str, *arguments: str, env: dict[str, str] | None = None, **options: object) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 
 from vllm_npu_quant import settings
+from vllm_npu_quant.errors import NpuQuantError
 
 __all__ = ["platform", "register"]
 
@@ -15,15 +16,15 @@ _PLATFORM = "vllm_npu_quant.platform.NpuEmulationPlatform"
 
 
 def platform() -> str | None:
-    """The platform class for hosts without an NPU, or None where another platform owns the host.
+    """The platform class for hosts without an NPU, or None if another platform owns the host.
 
-    vLLM refuses to start where two out-of-tree platforms answer, and an out-of-tree platform beats every built-in one. So
-    this answers only where vLLM is a CPU build and vllm-ascend is not installed. It may import nothing of vLLM: it is
-    called while vLLM is still resolving its platform.
+    vLLM refuses to start if two out-of-tree platforms answer, and an out-of-tree platform takes precedence over the built-in
+    ones. So this answers only if vLLM is a CPU build and vllm-ascend is not installed. It must not import vLLM, which is
+    still resolving its platform.
     """
     try:
         wanted = settings.plugin_mode() != "0"
-    except ValueError:
+    except NpuQuantError:
         return None  # register() reports it
     return _PLATFORM if wanted and settings.cpu_build() and not settings.ascend_host() else None
 
@@ -31,7 +32,8 @@ def platform() -> str | None:
 def register() -> None:
     """Register the quantization methods with vLLM. Called in every vLLM process, any number of times.
 
-    An exception here would stop vLLM for everybody, so none leaves: it is logged, and the plugin stays off.
+    An exception here would stop vLLM for every model, so none leaves: it is logged, and the plugin stays off. Nothing is
+    registered by halves: see ``registration.register_all``.
     """
     try:
         from vllm_npu_quant.engine.environment import declare_settings
@@ -44,5 +46,6 @@ def register() -> None:
         register_all()
     except Exception:
         logger.exception(
-            "vllm-npu-quant could not be registered and stays off: quantized checkpoints that need it will be refused"
+            "vllm-npu-quant could not be registered and stays off: vLLM serves what its own quantization methods can, and "
+            "no other quantized checkpoint"
         )

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The environment variables that steer the plugin, read in one place. Imports neither torch nor vllm."""
+"""The plugin's environment variables: the only module that reads and validates them. Imports neither torch nor vllm."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
+from typing import TypeVar
 
 from vllm_npu_quant.errors import Finding, NpuQuantError
 
@@ -12,8 +16,11 @@ __all__ = [
     "FP8",
     "VARIABLES",
     "W4A8",
+    "Settings",
     "ascend_host",
+    "cache_dir",
     "cpu_build",
+    "emulation_mode",
     "fp8_mode",
     "plugin_enabled",
     "plugin_mode",
@@ -30,40 +37,69 @@ FP8 = "VLLM_NPU_QUANT_FP8"
 #: How layers with 4-bit weights and 8-bit activations are computed. int8 (the default): as the checkpoint says. w4a16: with
 #: activations in the model's dtype, which is another scheme, and said in one line.
 W4A8 = "VLLM_NPU_QUANT_W4A8"
-#: Which kernels emulate the operators: emulation.registry.
+#: Which kernels emulate the operators. fast (the default): compiled ones. reference: plain torch. Same numbers.
 EMULATION = "VLLM_NPU_QUANT_EMULATION"
-#: Where tests and the maker of environments keep what they download.
+#: Folder of the emulation's compiled kernels, and of what the demo, the tests and the benchmarks download.
 CACHE = "VLLM_NPU_QUANT_CACHE"
 #: All of them.
 VARIABLES = (MODE, TAKEOVER, FP8, W4A8, EMULATION, CACHE)
+
+#: Spellings of the values 1 and 0, in any case.
+_BOOLEANS = dict.fromkeys(("true", "yes", "on"), "1") | dict.fromkeys(("false", "no", "off"), "0")
+
+_Value = TypeVar("_Value")
+
+
+def _read(name: str, *values: str) -> str:
+    """The value of a variable: one of ``values``, of which the first is the default.
+
+    Raises:
+        NpuQuantError: bad-config, for any other value.
+    """
+    given = os.environ.get(name, "").strip()
+    value = given.lower() or values[0]
+    value = _BOOLEANS.get(value, value)
+    if value in values:
+        return value
+    expected = f"{', '.join(values[:-1])} or {values[-1]}"
+    raise NpuQuantError(
+        [
+            Finding(
+                "bad-config",
+                f"{name} must be {expected}, not {given[:40]!r}",
+                expected=expected,
+                found=given[:80],
+                fix=f"unset {name}, or set it to {expected}",
+            )
+        ]
+    )
 
 
 def plugin_mode() -> str:
     """The value of VLLM_NPU_QUANT: "auto", "1" or "0".
 
     Raises:
-        ValueError: for any other value.
+        NpuQuantError: bad-config, for a value that is neither auto nor a boolean.
     """
-    mode = os.environ.get(MODE, "auto").strip().lower() or "auto"
-    if mode not in ("auto", "0", "1"):
-        raise ValueError(f"{MODE} must be auto, 1 or 0, not {mode!r}")
-    return mode
+    return _read(MODE, "auto", "1", "0")
 
 
 def takeover() -> bool:
-    return os.environ.get(TAKEOVER, "0").strip() == "1"
+    """The value of VLLM_NPU_QUANT_TAKEOVER.
+
+    Raises:
+        NpuQuantError: bad-config, for a value that is not a boolean.
+    """
+    return _read(TAKEOVER, "0", "1") == "1"
 
 
 def fp8_mode() -> str:
     """The value of VLLM_NPU_QUANT_FP8: "int8" or "bf16".
 
     Raises:
-        ValueError: for any other value.
+        NpuQuantError: bad-config, for any other value.
     """
-    mode = os.environ.get(FP8, "int8").strip().lower() or "int8"
-    if mode not in ("int8", "bf16"):
-        raise ValueError(f"{FP8} must be int8 or bf16, not {mode[:40]!r}")
-    return mode
+    return _read(FP8, "int8", "bf16")
 
 
 def w4a8_mode() -> str:
@@ -72,12 +108,66 @@ def w4a8_mode() -> str:
     Raises:
         NpuQuantError: bad-config, for any other value.
     """
-    mode = os.environ.get(W4A8, "int8").strip().lower() or "int8"
-    if mode not in ("int8", "w4a16"):
-        message = f"{W4A8} must be int8 or w4a16, not {mode[:40]!r}"
-        fix = f"unset {W4A8}, or set it to int8 or w4a16"
-        raise NpuQuantError([Finding("bad-config", message, expected="int8 or w4a16", fix=fix)])
-    return mode
+    return _read(W4A8, "int8", "w4a16")
+
+
+def emulation_mode() -> str:
+    """The value of VLLM_NPU_QUANT_EMULATION: "fast" or "reference".
+
+    Raises:
+        NpuQuantError: bad-config, for any other value.
+    """
+    return _read(EMULATION, "fast", "reference")
+
+
+def cache_dir() -> Path:
+    """The cache folder, absolute: VLLM_NPU_QUANT_CACHE, else vllm-npu-quant in XDG_CACHE_HOME or ~/.cache.
+
+    It is not created, nor checked.
+
+    Raises:
+        RuntimeError: if the user has no home directory, and one is needed.
+    """
+    own = os.environ.get(CACHE)
+    folder = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "vllm-npu-quant"
+    return folder.expanduser().absolute()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings that have values, read at one time.
+
+    Attributes:
+        mode: "auto", "1" or "0". takeover: whether to serve what vllm-ascend would. fp8: "int8" or "bf16".
+        w4a8: "int8" or "w4a16". emulation: "fast" or "reference".
+    """
+
+    mode: str = "auto"
+    takeover: bool = False
+    fp8: str = "int8"
+    w4a8: str = "int8"
+    emulation: str = "fast"
+
+    @classmethod
+    def read(cls) -> tuple[Settings, tuple[Finding, ...]]:
+        """The settings of the environment, and a bad-config finding per invalid value, which is read as its default."""
+        findings: list[Finding] = []
+
+        def valid(read: Callable[[], _Value], default: _Value) -> _Value:
+            try:
+                return read()
+            except NpuQuantError as error:
+                findings.extend(error.findings)
+                return default
+
+        settings = cls(
+            mode=valid(plugin_mode, cls.mode),
+            takeover=valid(takeover, cls.takeover),
+            fp8=valid(fp8_mode, cls.fp8),
+            w4a8=valid(w4a8_mode, cls.w4a8),
+            emulation=valid(emulation_mode, cls.emulation),
+        )
+        return settings, tuple(findings)
 
 
 def _version(distribution: str) -> str | None:
@@ -88,7 +178,7 @@ def _version(distribution: str) -> str | None:
 
 
 def ascend_host() -> bool:
-    """Whether vllm-ascend is installed, so that the platform is its business. Imports nothing of it."""
+    """Whether vllm-ascend is installed and owns the platform. Imports nothing of it."""
     return _version("vllm-ascend") is not None
 
 

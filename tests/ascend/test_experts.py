@@ -14,6 +14,7 @@ import torch
 from tests.methods.layers import random_input, relative_error
 from tests.methods.moe_layers import SCHEMES, W8A8, MoeLayer, Scheme, routing
 from vllm_npu_quant.ascend.moe import AscendExperts, _OwnProducts, _Products
+from vllm_npu_quant.errors import NpuQuantError
 from vllm_npu_quant.methods.moe import Input, Placement
 
 
@@ -42,6 +43,25 @@ def test_products_of_dispatched_rows(scheme: Scheme, hidden: int, group_list_typ
     total = (back.view(9, 2, hidden) * weights.unsqueeze(-1)).sum(1)
     limit = 0.06 if scheme.method.takes is Input.INT4 else 0.012  # type: ignore[attr-defined]
     assert relative_error(total, layer.expected(x, weights, ids)) < limit
+
+
+@pytest.mark.parametrize("group_list_type", [2, 3, -1])
+@pytest.mark.parametrize("product", ["apply_gmm1_act_quant", "apply_gmm2"])
+def test_group_lists_of_another_type_are_refused(group_list_type: int, product: str) -> None:
+    """Type 2 lists (expert, count) pairs, which must not be read as counts."""
+    chain, tensors = MoeLayer.random(W8A8, W8A8, 96, 48, 5).prepared(torch.bfloat16)
+    rows, scale = torch.ops.npu.npu_dynamic_quant(random_input(4, 96, torch.bfloat16))
+    given = SimpleNamespace(
+        hidden_states=rows,
+        dynamic_scale=scale,
+        group_list=torch.tensor([[0, 3], [4, 1]]),
+        group_list_type=group_list_type,
+        topk_scales=None,
+    )
+    more = () if product == "apply_gmm1_act_quant" else (rows[:, :48], scale)
+    with pytest.raises(NpuQuantError, match=f"group_list_type {group_list_type}") as caught:
+        getattr(_Products(chain, tensors, torch.bfloat16), product)(given, *more)
+    assert caught.value.codes == ("unsupported-scheme",)
 
 
 def test_vllm_ascends_own_path_is_for_float_inputs_with_offsets_only() -> None:

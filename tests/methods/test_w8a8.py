@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import numpy as np
@@ -127,11 +128,12 @@ def test_split_outputs_covers_everything_within_the_limit(outputs: int) -> None:
     assert all(0 < stop - start <= 65535 for start, stop in pieces)
 
 
-def static_linear(outputs: int, inputs: int, *, bias: bool = False) -> tuple[CanonicalLinear, np.ndarray]:
+def static_linear(
+    outputs: int, inputs: int, *, bias: bool = False, input_scale: float = 0.0237, offset: float = -11.0
+) -> tuple[CanonicalLinear, np.ndarray]:
     """A layer as msModelSlim calibrates it, and the float weight that it stands for."""
     values, scale = random_weight(outputs, inputs, seed=3)
-    input_scale, offset = np.float32(0.0237), np.float32(-11)
-    deq = (input_scale * scale[:, 0]).astype(np.float32)
+    deq = (np.float32(input_scale) * scale[:, 0]).astype(np.float32)
     own = np.linspace(-1, 1, outputs) if bias else np.zeros(outputs)
     quant_bias = np.rint(own / deq - values.astype(np.int64).sum(1) * offset).astype(np.int32)
     static = StaticActivation(
@@ -154,11 +156,14 @@ def test_static_is_the_scheme(outputs: int, inputs: int, with_bias: bool, dtype:
     # npu_quantize multiplies by a reciprocal in x's dtype; the step that it really takes is the one that counts.
     reciprocal = float((1 / linear.static.scale).to(dtype))
     quantized = np.clip(np.rint(x.double().numpy() * reciprocal - 11), -128, 127)
-    acc = quantized @ linear.weight.values.numpy().T.astype(np.float64) + linear.static.quant_bias.numpy()
-    deq = linear.static.deq_scale.double().numpy() / (reciprocal * float(linear.static.scale))
+    acc = (quantized + 11) @ linear.weight.values.numpy().T.astype(np.float64)
+    expected = acc / reciprocal * linear.weight.scale.numpy()[:, 0]
+    expected += np.linspace(-1, 1, outputs) if with_bias else 0
+    # The stored and the converted bias are rounded once each.
+    unit = float(linear.static.deq_scale.max())
     # float16 keeps 19 bits of the scale: one part in 1024.
     rtol = one_rounding(dtype) + (2**-10 if dtype == torch.float16 else 0)
-    np.testing.assert_allclose(y.double().numpy(), acc * deq, rtol=2 * rtol, atol=1e-4)
+    np.testing.assert_allclose(y.double().numpy(), expected, rtol=2 * rtol, atol=1e-4 + 1.1 * unit)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -184,18 +189,57 @@ def test_static_ranks_add_up(ranks: int, dtype: torch.dtype) -> None:
     expected = whole.apply(layer_of(whole.prepare(linear, PrepareContext(dtype))), x).double()
     total = torch.zeros_like(expected)
     largest = torch.zeros_like(expected)
-    for rank in range(ranks):
-        part = slice(rank * 256 // ranks, (rank + 1) * 256 // ranks)
-        values = linear.weight.values[:, part].contiguous()
+    for part, shard in row_parallel(linear, ranks):
         method = W8A8StaticLinear()
-        shard = CanonicalLinear(CanonicalWeight.of(values, linear.weight.scale), static)
-        layer = layer_of(method.prepare(shard, PrepareContext(dtype, adds_constants=rank == 0)))
-        assert hasattr(layer, "quant_bias") == (rank == 0)
+        layer = layer_of(method.prepare(shard, PrepareContext(dtype, adds_constants=part.start == 0)))
         partial = method.apply(layer, x[:, part].contiguous()).double()
         largest = torch.maximum(largest, partial.abs())
         total += partial
     # Every partial result is rounded once to the output dtype.
     assert bool(((total - expected).abs() <= (ranks + 1) * one_rounding(dtype) * largest.clamp(min=1e-3)).all())
+
+
+def row_parallel(linear: CanonicalLinear, ranks: int) -> Iterator[tuple[slice, CanonicalLinear]]:
+    """Each rank's inputs, and its part of a static layer."""
+    size = linear.weight.inputs // ranks
+    for start in range(0, linear.weight.inputs, size):
+        part = slice(start, start + size)
+        values = linear.weight.values[:, part].contiguous()
+        yield part, CanonicalLinear(CanonicalWeight.of(values, linear.weight.scale), linear.static)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("input_scale", [0.0237, 0.03114, 0.0311])
+def test_the_bias_of_a_static_layer_does_not_follow_the_step(input_scale: float, ranks: int) -> None:
+    """The stored bias, in float64 from the prepared integers: exact to the rounding of the stored and of each rank's integer.
+
+    The steps in bfloat16 differ from these input scales by -0.13, 0.35 and -0.30 %.
+    """
+    linear, _ = static_linear(48, 256, bias=True, input_scale=input_scale)
+    static, bias = linear.static, np.linspace(-1, 1, 48)
+    assert static is not None
+    constants = np.zeros(48)
+    for part, shard in row_parallel(linear, ranks):
+        context = PrepareContext(torch.bfloat16, adds_constants=part.start == 0)
+        tensors = W8A8StaticLinear().prepare(shard, context)
+        # What is added for an input of zeros, which npu_quantize makes the offset of.
+        integers = shard.weight.values.double().numpy().sum(1) * float(static.offset)
+        if "quant_bias" in tensors:
+            assert tensors["quant_bias"].dtype == torch.int32
+            integers = integers + tensors["quant_bias"].double().numpy()
+        constants += integers * tensors["weight_scale"].double().numpy()
+    unit = static.deq_scale.double().numpy()
+    step = 1 / float((1 / static.scale).bfloat16())
+    assert np.all(np.abs(constants - bias) <= (0.501 + 0.501 * ranks) * unit * max(1, step / input_scale))
+
+
+def test_a_rank_without_a_share_of_the_constants_adds_none() -> None:
+    """With offset 0 there is no correction; with a step that bfloat16 holds, nothing is converted."""
+    for options in ({"offset": 0.0}, {"input_scale": 0.03125}):
+        linear, _ = static_linear(48, 256, bias=True, **options)
+        for part, shard in row_parallel(linear, 2):
+            context = PrepareContext(torch.bfloat16, adds_constants=part.start == 0)
+            assert ("quant_bias" in W8A8StaticLinear().prepare(shard, context)) == (part.start == 0)
 
 
 def test_dynamic_ranks_add_up() -> None:

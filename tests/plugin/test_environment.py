@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our environment variables in vLLM's eyes."""
+"""The plugin's environment variables in vLLM's own table."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from tests.fixtures_index import fixture
 from tests.plugin.hosts import Host, ascend_host, plain_vllm
+from vllm_npu_quant.engine.patches import INTERNALS
 
 _NAMES = """
 OURS = ["modelslim", "npu_awq", "npu_gptq", "npu_auto_round", "npu_compressed_tensors", "npu_fp8"]
@@ -55,6 +56,40 @@ assert vllm_npu_quant.plugin.platform() is None
 print(json.dumps({**answer, "nonsense": state()}))
 """
 
+#: Takes away one internal of vLLM after another, before the plugin has registered anything, and puts it back.
+_GONE = """
+import logging
+from importlib import import_module
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.quantization import _CUSTOMIZED_METHOD_TO_QUANT_CONFIG as classes
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm_npu_quant import plugin
+
+class Keep(logging.Handler):
+    def emit(self, record):
+        said.append(record.getMessage() + " " + str(record.exc_info and record.exc_info[1]))
+
+logging.getLogger("vllm.npu_quant").addHandler(Keep())
+functions = lambda: (getattr(EngineArgs, "create_model_config", None), getattr(BaseModelLoader, "load_model", None))
+answer = {}
+for target in sys.argv[1:]:
+    module, _, qualname = target.partition(":")
+    *path, name = qualname.split(".")
+    owner = import_module(module)
+    for part in path:
+        owner = getattr(owner, part)
+    original, said = getattr(owner, name), []
+    delattr(owner, name)
+    before = functions()
+    plugin.register()
+    unwrapped = functions() == before
+    claimed = [name for name in classes if name in OURS]
+    setattr(owner, name, original)
+    answer[target] = {**state(), "claimed": claimed, "unwrapped": unwrapped, "said": said}
+plugin.register()
+print(json.dumps({"gone": answer, "whole": state()}))
+"""
+
 _STATE = "print(json.dumps(state()))"
 
 ALL = {"modelslim", "npu_awq", "npu_gptq", "npu_auto_round", "npu_compressed_tensors", "npu_fp8"}
@@ -98,6 +133,30 @@ def test_vllm_plugins_leaves_it_out_and_a_value_that_does_not_exist_is_logged(tm
         assert not state["wrapped"]
     assert "VLLM_NPU_QUANT must be auto, 1 or 0, not 'maybe'" in found["output"]
     assert "vllm-npu-quant could not be registered and stays off" in found["output"]
+
+
+#: vLLM itself cannot log without its table of variables.
+TARGETS = [entry.target for entry in INTERNALS if entry.required and not entry.target.startswith("vllm.envs:")]
+
+
+def test_a_vllm_that_lacks_an_internal_gets_nothing_of_the_plugin(tmp_path: Path) -> None:
+    """Claiming checkpoints without the check of what was loaded would serve incomplete ones."""
+    assert "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_model" in TARGETS
+    found = Host(tmp_path).run(_NAMES + _GONE, *TARGETS, VLLM_PLUGINS="")
+    for target in TARGETS:
+        state = found["gone"][target]
+        assert not state["methods"], target
+        assert not state["claimed"], target
+        assert not state["operators"], target
+        assert not state["norm"], target
+        assert not state["wrapped"], target
+        assert state["unwrapped"], target
+        (said,) = state["said"]
+        assert "could not be registered and stays off" in said
+        assert f"no {target.rpartition('.')[2].rpartition(':')[2]} in " in said
+    # What was gone came back: nothing is left that keeps the plugin off.
+    assert set(found["whole"]["methods"]) == ALL
+    assert found["whole"]["wrapped"]
 
 
 def test_the_general_plugin_alone_is_enough(tmp_path: Path) -> None:

@@ -64,9 +64,9 @@ _KNOWN = frozenset({"hidden_states", "topk_weights", "topk_ids", "layer", "quant
 @lru_cache(maxsize=1)
 def contract() -> Contract | None:
     """The contract of the installed vllm-ascend, or None where it is not one of those that are known."""
-    build = next(filter(None, (_attribute(module, "build_fused_experts_input") for module in _BUILDERS)), None)
-    base = _attribute("vllm_ascend.ops.fused_moe.moe_comm_method", "MoECommMethod")
-    quant_type = _attribute("vllm_ascend.quantization.quant_type", "QuantType")
+    build = next(filter(None, (host.attribute(module, "build_fused_experts_input") for module in _BUILDERS)), None)
+    base = host.attribute("vllm_ascend.ops.fused_moe.moe_comm_method", "MoECommMethod")
+    quant_type = host.attribute("vllm_ascend.quantization.quant_type", "QuantType")
     if build is None or base is None or not {"W8A8", "W4A16"} <= set(getattr(quant_type, "__members__", ())):
         return None
     parameters = inspect.signature(build).parameters.values()
@@ -82,15 +82,8 @@ def contract() -> Contract | None:
     return Contract(build, frozenset(parameter.name for parameter in parameters), asks_method, base)
 
 
-def _attribute(module: str, name: str) -> Any:
-    try:
-        return getattr(import_module(module), name, None)
-    except ImportError:
-        return None
-
-
 def findings() -> list[Finding]:
-    """What of vllm-ascend's configuration these layers cannot be served with, before any weight is read."""
+    """vllm-ascend's settings that are incompatible with quantized experts; before any weight is read."""
     config = host.ascend_config()
     found = []
     eplb = getattr(config, "eplb_config", None)
@@ -187,7 +180,7 @@ class AscendExperts:
     def _values(
         self, layer: Any, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, given: dict[str, Any]
     ) -> dict[str, Any]:
-        """Every argument of build_fused_experts_input that these experts have something to say to."""
+        """The arguments of build_fused_experts_input that differ from vllm-ascend's defaults."""
         from vllm_ascend.quantization.quant_type import QuantType
 
         w13, w2 = self.chain.w13, self.chain.w2
@@ -244,7 +237,7 @@ class AscendExperts:
         weights: torch.Tensor | None = topk_weights
         if given.get("apply_router_weight_on_input", getattr(layer, "apply_router_weight_on_input", False)):
             x, weights = x * topk_weights.to(x.dtype), None
-        result = _attribute("vllm_ascend.ops.fused_moe.moe_comm_method", "FusedExpertsResult")
+        result = host.attribute("vllm_ascend.ops.fused_moe.moe_comm_method", "FusedExpertsResult")
         y = self.chain.apply(layer, self.placement, x, weights, topk_ids)
         return y if result is None else result(routed_out=y)
 
@@ -289,7 +282,26 @@ class _OwnProducts:
 
 
 def _counts(group_list: torch.Tensor, group_list_type: int) -> torch.Tensor:
-    """The rows of each expert, from vllm-ascend's group list: sums up to each expert (0), or counts (1)."""
+    """The rows of each expert, int64 [E].
+
+    Args:
+        group_list: [E]. group_list_type: vllm-ascend's name for its content: 0 for cumulative sums, 1 for counts.
+
+    Raises:
+        NpuQuantError: unsupported-scheme, for any other type; 2 stands for pairs of an expert and its count.
+    """
+    if group_list_type not in (0, 1):
+        raise NpuQuantError(
+            [
+                Finding(
+                    "unsupported-scheme",
+                    "vllm-ascend's MoE communication gives the tokens of each expert in an unknown form",
+                    expected="group_list_type 0 (sums) or 1 (counts)",
+                    found=f"group_list_type {group_list_type}",
+                    fix="use vllm-ascend 0.23 or 0.30, or run without --enable-expert-parallel",
+                )
+            ]
+        )
     if group_list_type == 0:
         group_list = torch.cat([group_list[:1], group_list[1:] - group_list[:-1]])
     return group_list.to(torch.int64)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from vllm_npu_quant.ascend import host
+
 __all__ = ["serves_compressed_tensors", "serves_modelslim", "unserved"]
 
 #: vllm-ascend 0.23's registry for A2/A3, for where it cannot be asked: (scheme, "linear" or "moe").
@@ -29,11 +31,8 @@ NOT_AS_SAID: frozenset[tuple[str, str]] = frozenset({("W4A8_DYNAMIC", "linear")}
 
 def _registry() -> Callable[[str, str], Any]:
     """vllm-ascend's lookup: (scheme, layer type) -> its class or None."""
-    try:
-        from vllm_ascend.quantization.methods.registry import get_scheme_class
-    except ImportError:
-        return lambda scheme, layer: (scheme, layer) in KNOWN or None
-    return get_scheme_class
+    lookup = host.attribute("vllm_ascend.quantization.methods.registry", "get_scheme_class")
+    return lookup or (lambda scheme, layer: (scheme, layer) in KNOWN or None)
 
 
 def unserved(schemes: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import inspect
-from importlib import import_module
 from typing import Any
 
+from vllm_npu_quant.ascend import host
 from vllm_npu_quant.errors import Finding, NpuQuantError
 
 __all__ = ["linear", "moe"]
@@ -16,20 +16,24 @@ _EXPERTS = ("vllm_ascend.ops.fused_moe.routed_experts", "vllm_ascend.ops.fused_m
 
 
 def linear() -> Any:
+    """vllm-ascend's method for float Linear layers."""
     from vllm_ascend.ops.linear import AscendUnquantizedLinearMethod
 
     return AscendUnquantizedLinearMethod()
 
 
 def moe(layer: Any, tid2eid: Any) -> Any:
-    """
+    """vllm-ascend's method for float experts.
+
+    Args:
+        layer: the MoE layer. tid2eid: vllm-ascend's table of experts by token id, or None.
+
     Raises:
-        NpuQuantError: where this vllm-ascend has its method in a place that is not known.
+        NpuQuantError: unsupported-scheme, if this vllm-ascend has its method in an unknown place.
     """
     for module in _EXPERTS:
-        try:
-            method = import_module(module).AscendUnquantizedFusedMoEMethod
-        except (ImportError, AttributeError):
+        method = host.attribute(module, "AscendUnquantizedFusedMoEMethod")
+        if method is None:
             continue
         if "tid2eid" in inspect.signature(method.__init__).parameters:
             return method(layer.moe_config, tid2eid=tid2eid)

@@ -138,18 +138,16 @@ def compare(
         first = _score(reference, text, None, tokens, window, layers, None, options, store)
         say(f"running {model}")
         second = _score(model, text, first.ids, tokens, window, layers, first, options, None)
-    assert second.statistics is not None
-    loss, kl, agreement = second.statistics
     ordered = sorted(second.layers, key=lambda layer: -(layer.own if layer.own is not None else layer.accumulated))
     return Comparison(
         model,
         reference,
-        len(kl),
-        math.exp(float(np.mean(loss))),
+        len(second.kl),
+        math.exp(float(np.mean(second.loss))),
         math.exp(float(np.mean(first.loss))),
-        float(np.mean(kl)),
-        float(np.quantile(kl, 0.99)),
-        float(np.mean(agreement)),
+        float(np.mean(second.kl)),
+        float(np.quantile(second.kl, 0.99)),
+        float(np.mean(second.agreement)),
         _operators(),
         tuple(ordered),
     )
@@ -161,14 +159,15 @@ class _Scored:
 
     Attributes:
         ids: the text's tokens. loss: -log p of each that has a prediction. files: log-probabilities, one per window.
-        statistics: loss, divergence and agreement against the reference.
+        kl, agreement: divergence from the reference and agreement with it, of each; empty for the reference itself.
         recording: of the layers. layers: their errors.
     """
 
     ids: list[int]
     loss: np.ndarray
     files: list[Path]
-    statistics: tuple[np.ndarray, np.ndarray, np.ndarray] | None
+    kl: np.ndarray
+    agreement: np.ndarray
     recording: _Recording
     layers: list[LayerError]
 
@@ -185,7 +184,7 @@ def _score(
     store: Path | None,
 ) -> _Scored:
     with _engine(model, window, options) as llm:
-        # A token has 16 characters at most, as good as always; the rest need not be cut into tokens.
+        # Tokens rarely have more than 16 characters, so this is enough of the text.
         own = llm.get_tokenizer().encode(text[: 16 * tokens], add_special_tokens=False)[:tokens]
         if ids is not None and own != ids:
             raise NpuQuantError([_refused("the two models cut the text into different tokens", model, "one tokenizer")])
@@ -216,11 +215,8 @@ def _score(
         errors = []
         if reference is not None and layers:
             errors = _layer_errors(llm, reference.recording, recording)
-    loss = np.concatenate(losses)
-    statistics = None
-    if divergences:
-        statistics = (loss, np.concatenate(divergences), np.concatenate(agreements))
-    return _Scored(own, loss, files, statistics, recording, errors)
+    kl, agreement = (np.concatenate(parts) if parts else np.empty(0) for parts in (divergences, agreements))
+    return _Scored(own, np.concatenate(losses), files, kl, agreement, recording, errors)
 
 
 def _refused(message: str, model: str, expected: str) -> Finding:
@@ -295,10 +291,7 @@ def _record(llm: Any, recording: _Recording, layers: bool) -> None:
 
 
 def _measured(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module, torch.nn.Module]]:
-    """(name, module, the module that the model calls) of Linear and MoE layers.
-
-    vLLM calls experts through a runner that holds them (since 0.27), or themselves.
-    """
+    """(name, module, the module that the model calls) of Linear and MoE layers."""
     from vllm.model_executor.layers.linear import LinearBase
 
     from vllm_npu_quant.engine import platforms
@@ -309,9 +302,8 @@ def _measured(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module, torch.
         if isinstance(module, LinearBase):
             found.append((name, module, module))
         elif platforms.is_moe(module):
-            parent = name.rpartition(".")[0]
-            runner = "Runner" in type(modules[parent]).__name__
-            found.append((parent if runner else name, module, modules[parent] if runner else module))
+            called_name, called = platforms.called_module(name, modules)
+            found.append((called_name, module, called))
     return found
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our environment variables in vLLM's eyes. Imports vllm.envs only."""
+"""The plugin's environment variables in vLLM's own table. Imports vllm.envs only."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ __all__ = ["declare_settings"]
 
 
 def declare_settings() -> None:
-    """Tell vLLM about our environment variables. Idempotent.
+    """Add the plugin's environment variables to vLLM's table. Idempotent.
 
-    It warns of every VLLM_ variable that is not in its table, and with ``--fail-on-environ-validation`` refuses to start.
-    The table also makes the key of its cache of compiled graphs, which some of ours change.
+    vLLM warns of every VLLM_ variable that is not in its table, and with ``--fail-on-environ-validation`` refuses to start.
+    The table is also part of the key of its compiled graphs, which some of these variables change. It is done even if the
+    plugin is off, so a vLLM without the table is no error here; ``patches.check`` reports it.
     """
     known = getattr(envs, "environment_variables", None)
     if isinstance(known, dict):

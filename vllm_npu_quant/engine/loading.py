@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM's loaders do not say about a quantized checkpoint: which float parameters got nothing, and which biases of
-norms found no place.
+"""Checks after loading that vLLM does not make for a quantized checkpoint: float parameters without data, lost norm biases.
 
-Quantized layers count what arrives themselves (engine.coverage). vLLM checks the other parameters of float models only, and
-drops a bias that no parameter takes without a word.
+Quantized layers record what arrives themselves (engine.coverage). vLLM checks the other parameters of float models only, and
+silently drops a bias that no parameter takes.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,49 +17,46 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from vllm_npu_quant import settings
+from vllm_npu_quant.engine import platforms
 from vllm_npu_quant.engine.config import NpuQuantConfig
 from vllm_npu_quant.engine.linear import UNWITNESSED_LOADS
 from vllm_npu_quant.engine.norm import NormBiasMethod
 from vllm_npu_quant.errors import Finding, nearest_names, raise_findings
 
-__all__ = ["check_loaded", "wrap_load_model"]
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+__all__ = ["check_loaded", "with_check"]
 
 
-def wrap_load_model() -> None:
-    """Let vLLM's model loaders run ``check_loaded`` once per model, before the layers are prepared. Idempotent.
+def with_check(load_model: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """``BaseModelLoader.load_model`` that runs ``check_loaded`` once per model, before the layers are prepared.
 
-    Where the operators are emulated their kernels are built before the first model is loaded.
+    If the operators are emulated, their kernels are built before a model is loaded.
     """
-    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-    original = BaseModelLoader.load_model
-    if getattr(original, "_npu_quant", False):
-        return
-
-    @functools.wraps(original)
-    def load_model(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+    def checking(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> nn.Module:
         config = vllm_config.quant_config
         if not isinstance(config, NpuQuantConfig):
-            return original(self, vllm_config, *args, **kwargs)
+            return load_model(self, vllm_config, *args, **kwargs)
         if not settings.ascend_host():
             from vllm_npu_quant import emulation
 
             emulation.build_kernels()
         if vllm_config.load_config.load_format in UNWITNESSED_LOADS:
-            return original(self, vllm_config, *args, **kwargs)
-        # vLLM's own tracking takes every parameter of a quantized layer for one that the checkpoint must hold. Where the
-        # user asked for that, it stays.
-        tracks = hasattr(self, "track_weights_loading") and getattr(self, "enable_weights_track", False) is None
-        if tracks:
+            return load_model(self, vllm_config, *args, **kwargs)
+        # vLLM's own check counts every parameter of a quantized layer as one that the checkpoint must hold. If the user
+        # asked for it, it stays.
+        replaced = platforms.default_load_check(self)
+        if replaced:
             self.enable_weights_track = True
             self.track_weights_loading = functools.partial(check_loaded, config)
-        model = original(self, vllm_config, *args, **kwargs)
-        if not tracks:
+        model = load_model(self, vllm_config, *args, **kwargs)
+        if not replaced:
             check_loaded(config, model, None)
         return model
 
-    load_model._npu_quant = True  # type: ignore[attr-defined]
-    BaseModelLoader.load_model = load_model  # type: ignore[method-assign]
+    return checking
 
 
 def check_loaded(config: NpuQuantConfig, model: nn.Module, loaded: set[str] | None, quantized: bool = True) -> None:
@@ -85,8 +82,8 @@ def _not_filled(config: NpuQuantConfig, model: nn.Module, loaded: set[str]) -> l
     exempt: set[int] = set()
     for module in model.modules():
         method = getattr(module, "quant_method", None)
-        # vllm-ascend's RMSNorm says bias_loaded: there, as here, all norms have a bias where one has.
-        if isinstance(method, NormBiasMethod) or hasattr(module, "bias_loaded"):
+        # All norms of a model have a bias parameter if the checkpoint holds a bias for one of them.
+        if isinstance(method, NormBiasMethod) or platforms.ascend_norm_bias(module) is not None:
             exempt.add(id(module.bias))
         elif hasattr(method, "process_weights_after_loading") and not _is_embedding(module):
             exempt.update(map(id, module.parameters()))
@@ -169,6 +166,5 @@ def _has_bias(module: nn.Module) -> bool:
     method = getattr(module, "quant_method", None)
     if isinstance(method, NormBiasMethod):
         return method.loaded
-    if hasattr(module, "bias_loaded"):
-        return bool(module.bias_loaded)
-    return isinstance(getattr(module, "bias", None), torch.Tensor)
+    loaded = platforms.ascend_norm_bias(module)
+    return loaded if loaded is not None else isinstance(getattr(module, "bias", None), torch.Tensor)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What differs between hosts and vLLM versions, asked for by feature."""
+"""Feature checks for hosts and versions of vLLM: one named function for each difference."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,9 @@ from vllm_npu_quant.methods.moe import FusedExperts, Placement
 
 __all__ = [
     "ascend_experts",
+    "ascend_norm_bias",
+    "called_module",
+    "default_load_check",
     "float_experts_crash",
     "host_findings",
     "is_moe",
@@ -32,6 +36,35 @@ def on_npu() -> bool:
 def is_moe(layer: nn.Module) -> bool:
     """Whether a layer holds a MoE's routed experts (``FusedMoE`` before vLLM 0.27, ``RoutedExperts`` since)."""
     return isinstance(layer, RoutedExperts)
+
+
+def called_module(name: str, modules: Mapping[str, nn.Module]) -> tuple[str, nn.Module]:
+    """The module that a model calls for the routed experts ``name``: since vLLM 0.27 the runner that holds them.
+
+    Args:
+        name: of the experts, a key of ``modules``. modules: the model's, by name.
+
+    Returns:
+        Its name, and itself.
+    """
+    parent = name.rpartition(".")[0]
+    if "Runner" in type(modules[parent]).__name__:
+        return parent, modules[parent]
+    return name, modules[name]
+
+
+def default_load_check(loader: Any) -> bool:
+    """Whether vLLM's loader has a check of loaded weights, and the user did not switch it on or off.
+
+    The default loader has one; loaders of other formats may not.
+    """
+    return hasattr(loader, "track_weights_loading") and getattr(loader, "enable_weights_track", False) is None
+
+
+def ascend_norm_bias(module: nn.Module) -> bool | None:
+    """Whether a norm of vllm-ascend received a bias, which its ``bias_loaded`` tells; None for any other module."""
+    loaded = getattr(module, "bias_loaded", None)
+    return None if loaded is None else bool(loaded)
 
 
 def unquantized_linear() -> QuantizeMethodBase:
@@ -65,7 +98,7 @@ def unquantized_moe(layer: Any, tid2eid: Any) -> QuantizeMethodBase:
 
 
 def host_findings(*, experts: bool = False) -> list[Finding]:
-    """What of the host's configuration quantized layers, or quantized experts, cannot be served with."""
+    """Host settings that are incompatible with quantized layers, or with quantized experts."""
     if not on_npu():
         return []
     from vllm_npu_quant.ascend import host, moe
@@ -74,7 +107,7 @@ def host_findings(*, experts: bool = False) -> list[Finding]:
 
 
 def nz_wanted() -> bool:
-    """Whether weights may be cast to the NPU's own memory layout, where an operator takes both."""
+    """Whether weights may be cast to the NPU's own memory layout if an operator takes both."""
     if not on_npu():
         return True
     from vllm_npu_quant.ascend import host
@@ -83,7 +116,7 @@ def nz_wanted() -> bool:
 
 
 def ascend_experts(chain: FusedExperts, placement: Placement, tid2eid: Any) -> Any:
-    """The experts of a layer as vllm-ascend's layers call them; None where these are vLLM's own layers."""
+    """The experts of a layer as vllm-ascend's layers call them; None for vLLM's own layers."""
     if not on_npu():
         return None
     from vllm_npu_quant.ascend.moe import AscendExperts

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm.logger import init_logger
 
 from vllm_npu_quant import settings
+from vllm_npu_quant.engine import patches
 
 __all__ = ["hub_files", "register_all"]
 
@@ -20,47 +20,49 @@ _done = False
 
 
 def register_all() -> None:
-    """Everything that a vLLM process needs. Idempotent."""
+    """Register everything that a vLLM process needs. Idempotent.
+
+    What may be missing in an unknown vLLM is looked up before anything is installed, and the quantization methods, which
+    claim checkpoints, come last: on an error no checkpoint is claimed and vLLM's functions are as they were.
+
+    Raises:
+        NpuQuantError: host-conflict, if internals of vLLM are not what the plugin relies on; bad-config, for a setting.
+    """
     global _done
     if _done:
         return
+    patches.check()
     from vllm.model_executor.layers.quantization import register_quantization_config
 
     from vllm_npu_quant.engine.config import CONFIGS
-    from vllm_npu_quant.engine.loading import wrap_load_model
+    from vllm_npu_quant.engine.loading import with_check
 
     if not settings.ascend_host():
         from vllm_npu_quant import emulation
         from vllm_npu_quant.engine.norm import register_norm
 
+        settings.emulation_mode()
         emulation.register()
         register_norm()
+    patches.wrap(patches.LOAD_MODEL, with_check)
+    patches.wrap(patches.CREATE_MODEL_CONFIG, with_detection)
     for config in CONFIGS:
         register_quantization_config(config.method_name)(config)
-    _wrap_create_model_config()
-    wrap_load_model()
     _done = True
 
 
-def _wrap_create_model_config() -> None:
-    """Let ``EngineArgs.create_model_config`` find a ModelSlim description where the user named no method.
+def with_detection(create_model_config: Callable[..., Any]) -> Callable[..., Any]:
+    """``EngineArgs.create_model_config`` that finds the quantization method of a checkpoint if the user named none.
 
     vLLM looks for a quantization config in config.json only, where msModelSlim writes nothing.
     """
-    from vllm.engine.arg_utils import EngineArgs
 
-    original = EngineArgs.create_model_config
-    if getattr(original, "_npu_quant", False):
-        return
-
-    @functools.wraps(original)
-    def create_model_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def detecting(self: Any, *args: Any, **kwargs: Any) -> Any:
         if settings.plugin_enabled():
             self.quantization = _detect(self.model, self.revision, self.quantization)
-        return original(self, *args, **kwargs)
+        return create_model_config(self, *args, **kwargs)
 
-    create_model_config._npu_quant = True  # type: ignore[attr-defined]
-    EngineArgs.create_model_config = create_model_config  # type: ignore[method-assign]
+    return detecting
 
 
 def _detect(model: str, revision: str | None, asked: str | None) -> str | None:

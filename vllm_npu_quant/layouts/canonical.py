@@ -85,9 +85,9 @@ class StaticActivation:
     Attributes:
         scale, offset: float32 scalars [1].
         deq_scale: float32 [N].
-        quant_bias: int32 [N], what belongs to the whole layer: where ranks sum their parts of the inputs, one of them adds
-            it. None where the layer has nothing of the kind.
-        correction: int32 [N], what belongs to this rank's inputs, so that every rank adds its own; None where quant_bias
+        quant_bias: int32 [N], the whole layer's constant: if ranks sum their parts of the inputs, one of them adds it. The
+            bias if ``correction`` is given, else the bias and the zero-point correction of all inputs. None for no constant.
+        correction: int32 [N], the zero-point correction of this rank's inputs, which every rank adds; None if quant_bias
             holds it already, as msModelSlim stores it.
     """
 

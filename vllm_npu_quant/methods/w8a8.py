@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from vllm_npu_quant.errors import Finding, NpuQuantError
-from vllm_npu_quant.layouts.canonical import CanonicalLinear
+from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight, StaticActivation
 from vllm_npu_quant.layouts.compressed_tensors import row_sums
 from vllm_npu_quant.layouts.int4 import transposed_int8
-from vllm_npu_quant.methods import operators
+from vllm_npu_quant.methods import operators  # noqa: F401  # defines torch.ops.npu_quant.*
 from vllm_npu_quant.methods.base import (
     MAX_INPUTS,
     PrepareContext,
@@ -25,8 +25,6 @@ from vllm_npu_quant.methods.base import (
 from vllm_npu_quant.methods.transforms import TransformingLinear
 
 __all__ = ["W8A8DynamicAsymmetricLinear", "W8A8DynamicGroupedLinear", "W8A8DynamicLinear", "W8A8StaticLinear"]
-
-assert operators.NAMESPACE  # importing the module defines the operators
 
 
 class _Int8Linear(TransformingLinear):
@@ -168,9 +166,8 @@ class W8A8StaticLinear(_Int8Linear):
     """int8 weight per output channel, int8 activation with one scale and offset from calibration.
 
     ``y = (clamp(round(x / input_scale + input_offset), -128, 127) @ w_q + quant_bias) * deq_scale`` (npu_quantize,
-    npu_quant_matmul). ``quant_bias`` holds the layer's bias and the zero-point correction. Of a row-parallel layer, one
-    rank adds what the checkpoint stores for the whole layer, and every rank the correction of its own inputs. For float16
-    outputs the operator keeps 19 bits of ``deq_scale``; it is converted here once.
+    npu_quant_matmul). ``quant_bias`` holds the layer's bias and the zero-point correction; see ``_constant`` for
+    row-parallel layers. For float16 outputs the operator keeps 19 bits of ``deq_scale``; it is converted here once.
     """
 
     folds_bias = True
@@ -187,7 +184,7 @@ class W8A8StaticLinear(_Int8Linear):
             )
         inputs = linear.weight.inputs
         # npu_quantize multiplies by one scale per input channel, in the input's own dtype. Rounding the reciprocal to that
-        # dtype changes the step between integers a little; the output scale takes the step that is really used.
+        # dtype changes the step between integers by up to 0.4 %; the output scale takes the step that is really used.
         reciprocal = (1.0 / static.scale).to(context.act_dtype)
         used_step = 1.0 / reciprocal.to(torch.float32)
         scale = static.deq_scale.to(torch.float32) * (used_step / static.scale)
@@ -196,11 +193,7 @@ class W8A8StaticLinear(_Int8Linear):
         tensors = self.prepare_weight(linear, scale) | self.prepare_input(linear, context)
         tensors["input_scale_reciprocal"] = reciprocal.expand(inputs).contiguous()
         tensors["input_offset"] = static.offset.to(context.act_dtype).expand(inputs).contiguous()
-        constant = static.quant_bias if context.adds_constants else None
-        if static.correction is not None:
-            if constant is not None:  # the bias alone does not follow the step
-                constant = (constant * (static.scale / used_step)).round().to(torch.int32)
-            constant = static.correction if constant is None else constant + static.correction
+        constant = _constant(linear.weight, static, used_step, context.adds_constants)
         if constant is not None:
             tensors["quant_bias"] = constant
         return tensors
@@ -212,3 +205,31 @@ class W8A8StaticLinear(_Int8Linear):
         )
         y = self.matmul(layer, quantized, getattr(layer, "quant_bias", None), output_dtype=x.dtype)
         return as_shaped(y, x)
+
+
+def _constant(
+    weight: CanonicalWeight, static: StaticActivation, used_step: torch.Tensor, adds_constants: bool
+) -> torch.Tensor | None:
+    """The integers that this rank adds to its products, int32 [N]; None if it adds nothing.
+
+    They are counted in units of the output scale, which follows the step that ``npu_quantize`` takes. The zero-point
+    correction is a number of integers and stays as it is; the bias is a real number and is divided by the new unit.
+
+    A stored ``quant_bias`` without ``correction`` is the sum of both, ``bias - offset * sum_k w`` over the inputs of all
+    ranks, so no rank of a row-parallel layer can tell the bias. The change of unit is linear, though: the first rank
+    changes that of ``quant_bias``, every rank that of ``offset * sum_k w`` of its own inputs, and the sum of the changes is
+    the bias's. Each rank rounds once, so the bias is exact to half a unit per rank.
+    """
+    bias = static.quant_bias if adds_constants else None
+    constant = bias
+    if static.correction is not None:
+        constant = static.correction if bias is None else bias + static.correction
+    elif static.quant_bias is not None and bool(static.offset.count_nonzero()):
+        own = static.offset * row_sums(weight)
+        bias = own if bias is None else bias + own
+    if bias is None:
+        return constant
+    change = (bias * ((static.scale - used_step) / used_step)).round().to(torch.int32)
+    if constant is None:
+        return change if bool(change.count_nonzero()) else None
+    return constant + change

@@ -165,7 +165,8 @@ class RecordingDispatcher:
         self.asked: list[Any] = []
 
     def token_dispatch(self, token_dispatch_input: Any) -> Any:
-        from vllm_npu_quant.ascend.moe import _BUILDERS, _attribute
+        from vllm_npu_quant.ascend.host import attribute
+        from vllm_npu_quant.ascend.moe import _BUILDERS
 
         self.asked.append(token_dispatch_input)
         quant, ids = token_dispatch_input.quant, token_dispatch_input.topk_ids
@@ -176,7 +177,7 @@ class RecordingDispatcher:
             rows, scale = torch.ops.npu.npu_dynamic_quant(rows)
         groups = torch.bincount(ids.flatten().long(), minlength=self.count).cumsum(0)
         module = _BUILDERS[0].rpartition(".")[0] + ".token_dispatcher"
-        output = _attribute(module, "MoETokenDispatchOutput") or _attribute(_BUILDERS[1], "MoETokenDispatchOutput")
+        output = attribute(module, "MoETokenDispatchOutput") or attribute(_BUILDERS[1], "MoETokenDispatchOutput")
         return output(
             hidden_states=rows,
             dynamic_scale=scale,
@@ -292,13 +293,13 @@ def test_the_contract_is_found_by_signature(host: World, monkeypatch: pytest.Mon
     found = adapter.contract.__wrapped__()
     assert found is not None
     assert found.asks_method is host.asks_method
-    real = adapter._attribute
+    real = adapter.host.attribute
 
     def changed(*, hidden_states: Any, something_new: Any) -> None: ...
 
     monkeypatch.setattr(
-        adapter,
-        "_attribute",
+        adapter.host,
+        "attribute",
         lambda module, name: changed if name == "build_fused_experts_input" else real(module, name),
     )
     assert adapter.contract.__wrapped__() is None
