@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,21 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run([*command, "--wheel-dir", str(folder), str(source)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (found,) = folder.glob("*.whl")
+    add_stub(folder, "google_re2", "1.1")
     return found
+
+
+def add_stub(folder: Path, name: str, version: str) -> None:
+    """Put an empty wheel beside the others: a requirement that no Ascend host has yet, and that requires nothing itself."""
+    info = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as file:
+        file.writestr(
+            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: {version}\n"
+        )
+        file.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        file.writestr(f"{info}/RECORD", "")
 
 
 def host(folder: Path, versions: dict[str, str]) -> Path:
@@ -47,7 +62,8 @@ def host(folder: Path, versions: dict[str, str]) -> Path:
 
 def would_install(python: Path, wheel: Path, report: Path) -> set[str]:
     """What pip would install or change; without an index, so that it fails where it would want anything else."""
-    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--dry-run", "--no-index", "--quiet"]
+    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--dry-run", "--quiet"]
+    command += ["--no-index", "--find-links", str(wheel.parent)]
     # A PYTHONPATH with this project on it would make it installed already.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
@@ -60,7 +76,7 @@ def would_install(python: Path, wheel: Path, report: Path) -> set[str]:
 @pytest.mark.parametrize("release", PINS)
 def test_installing_changes_nothing_that_is_there(release: str, wheel: Path, tmp_path: Path) -> None:
     python = host(tmp_path / "host", {**PINS[release], **BROUGHT, "vllm-ascend": release})
-    assert would_install(python, wheel, tmp_path / "report.json") == {"vllm-npu-quant"}
+    assert would_install(python, wheel, tmp_path / "report.json") == {"vllm-npu-quant", "google-re2"}
 
 
 def test_a_version_that_is_too_old_would_be_seen(wheel: Path, tmp_path: Path) -> None:

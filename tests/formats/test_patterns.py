@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patterns from configs: the same answers as Python's ``re``, in a number of steps that is bounded."""
+"""Patterns from configs: the same answers as Python's ``re``, in time that is linear in the name."""
 
 from __future__ import annotations
 
 import pickle
+import random
 import re
 import string
+import subprocess
+import sys
+import time
 import warnings
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from vllm_npu_quant.errors import NpuQuantError, Severity
@@ -34,15 +38,14 @@ NAMES = (
     "model.layers.3.mlp.shared_experts.down_proj",
     "model.visual.blocks.0.attn.qkv",
     "model_layers_0_mlp_gate",
-    "a\n",
-    "a\nb",
-    "\n",
     "aaaaaaaaaaaaaaaaaaaa!",
     "Model.Layers.7.MLP.Up_proj",
-    "größe_ß.Ωmega",
+    "b",
+    "a.b",
+    "a{,3}[:x]",
 )
 
-#: Patterns of real configs and recipes, and constructs that a parser might get wrong.
+#: Patterns of real configs and recipes, and constructs that RE2 writes in another way.
 REAL = (
     ".*self_attn.*",
     r".*model\.layers\.0\.mlp\.gate.*",
@@ -50,10 +53,16 @@ REAL = (
     r"model\.layers\.(0|1|2)\..*",
     ".*down.*",
     r"^(?!.*(?:experts|visual)).*_proj$",
+    r"^(?!.*layers\.1\d*\.)",
     r"(?!.*visual)(?!lm_head)model.*",
+    r"(?!(?:lm_head|model\.embed_tokens)$)(?:.*(?:head|embed).*)",
     r"(?=.*mlp)(?!.*gate$).*",
     r".*(?<!gate)_proj",
     r".*(?<!self_attn)\.[qkvo]_proj",
+    r"^(?!.*visual).*(?<!gate)_proj$",
+    r".*layers\.(?!0\.|1\.).*",
+    r"(?i)(?!.*MLP)model",
+    r"model(?=\.l)(?!.*gate)",
     r"model\.layers\.\d+\.mlp\.experts\.\d+\.(gate|up|down)_proj$",
     r"model.layers.([0-9]|1[0-9]).mlp.*",
     r"(?i).*MLP.*",
@@ -61,27 +70,34 @@ REAL = (
     r".*\Bgate",
     r"(?m)^b$",
     r"a$",
-    r"a\Z",
+    r"b\Z",
+    r"(?=b\Z)",
     r"\Alm_head",
     r"$^",
     r"^$",
     r"[^a-f]odel\.[\w.]+",
     r"[]a-]*",
+    r"[[:alpha:]]+",
+    r"[^a[:alpha:]]+",
     r"(?:a?){3}a{3}",
+    "a{,3}",
+    "a{03}",
+    "[a]{,}!",
+    r"a\{,3}",
+    "a[{],3}",
+    "a{(?=,),3}",
     r"(?s)a.b",
     r"a.b",
-    r"(?x) l m _ head  # comment",
+    r"(?i)(?s)A.B",
     r"(?:model\.)?lm_head",
     r"lm_head|embed",
     r"(?P<layer>model)\..*",
     r"(?i:MODEL)\.layers",
-    r"a*?a*?\n",
+    r"a*?a*?!",
     r"(?!)",
     r"(|a)+!",
     r"\S+\.\D*",
-    r"gr\w+",
-    r"(?a)gr\w+\.",
-    r"(){1000}(){0,1000}a",
+    r"\x6d\x6fdel",
     r"(?:a{0,3}){2,}!",
 )
 
@@ -96,8 +112,9 @@ BOMBS = (
     r"^(([a-z])+.)+[A-Z]([a-z])+$",
     r".*.*.*.*.*.*.*.*.*.*=",
     r"(?:a?){40}a{40}b",
+    "(" * 30 + "a" + "+)" * 30 + "$",
     r"(?=(a+)+$)(?!(a+)+b$).*c",
-    r"(?:(?=(a+)+!).)*c",
+    r"(?!(a|aa)+$)(a|a)*(?<!a)$",
 )
 
 
@@ -138,88 +155,100 @@ _ATOMS = st.sampled_from(
         r"\B",
         r"\A",
         r"\Z",
-        "\n",
+        "[[:a]",
+        "[]^-]",
+        "{",
+        ",2}",
+        "-",
+        "K",
     ]
 )
 
 
 def _combined(inner):
-    suffix = st.sampled_from(["*", "+", "?", "{2}", "{0,2}", "{1,}", "*?", "+?", "??"])
+    suffix = st.sampled_from(["*", "+", "?", "{2}", "{0,2}", "{1,}", "{,2}", "{02}", "{,}", "*?", "+?", "??"])
     return st.one_of(
         st.tuples(inner, suffix).map(lambda pair: f"(?:{pair[0]}){pair[1]}"),
         st.tuples(inner, inner).map("".join),
         st.tuples(inner, inner).map("|".join).map(lambda text: f"(?:{text})"),
         inner.map(lambda text: f"({text})"),
-        inner.map(lambda text: f"(?={text})"),
-        inner.map(lambda text: f"(?!{text})"),
-        st.sampled_from(["a", "b.", "[ab]c"]).map(lambda text: f"(?<={text})"),
-        st.sampled_from(["a", "b.", "[ab]c"]).map(lambda text: f"(?<!{text})"),
     )
 
 
-_PATTERNS = st.recursive(_ATOMS, _combined, max_leaves=8)
+_REGULAR = st.recursive(_ATOMS, _combined, max_leaves=8)
 _FLAGS = st.sampled_from(["", "", "(?i)", "(?s)", "(?m)", "(?ims)"])
+_CONDITIONS = st.one_of(
+    st.tuples(st.sampled_from(["(?=", "(?!"]), _REGULAR),
+    st.tuples(st.sampled_from(["(?<=", "(?<!"]), st.sampled_from(["a", "b.", "[ab]c", "^a"])),
+).map(lambda pair: f"{pair[0]}{pair[1]})")
+_PLACE = st.lists(_CONDITIONS, max_size=2).map("".join)
+#: Conditions at the start and at one place after it.
+_PATTERNS = st.tuples(_FLAGS, st.sampled_from(["", "^"]), _PLACE, _REGULAR, _PLACE, _REGULAR).map("".join)
 # Python 3.14 changed what \B means on the empty text, which is no name.
-_TEXTS = st.lists(st.text(alphabet="abcA.1_\n", min_size=1, max_size=9), min_size=1, max_size=8)
+_TEXTS = st.lists(st.text(alphabet="abcAkK.1_-[:]{,2} ", min_size=1, max_size=9), min_size=1, max_size=8)
 
 
 @settings(max_examples=400, deadline=None)
 @given(
-    st.lists(st.tuples(_FLAGS, _PATTERNS).map("".join), min_size=1, max_size=3), _TEXTS, st.sampled_from(list(MODES))
+    st.lists(st.one_of(_PATTERNS, st.tuples(_FLAGS, _REGULAR).map("".join)), min_size=1, max_size=3),
+    _TEXTS,
+    st.sampled_from(list(MODES)),
 )
 def test_agrees_with_re_on_random_patterns(texts, names, mode):
     matcher = PatternSet(texts, mode=mode)
-    assert matcher.findings == ()
+    refused = {finding.found for finding in matcher.findings}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        for text in refused:
+            event(next(finding.message for finding in matcher.findings if finding.found == text)[:50])
         for name in names:
-            assert matcher.matches(name) == tuple(i for i, text in enumerate(texts) if MODES[mode](text, name))
+            wanted = (i for i, text in enumerate(texts) if text not in refused and MODES[mode](text, name))
+            assert matcher.matches(name) == tuple(wanted)
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("pattern", BOMBS)
-@pytest.mark.parametrize("length", [30, 300, patterns.MAX_NAME])
-def test_bombs_take_steps_linear_in_the_name(pattern, length):
-    """Each character visits each state at most once, for the pattern and for each place of a lookaround."""
+def test_bombs_are_matched_in_no_time(pattern):
+    """Backtracking would take longer than the timeout on 40 characters; the linear time here is some milliseconds."""
     matcher = PatternSet([pattern])
     assert matcher.findings == ()
-    states = len(matcher._states.kinds) + sum(len(own.kinds) for own, _ in matcher._slow.values())
-    inner = sum(
-        len(value.states.kinds)
-        for own, _ in matcher._slow.values()
-        for value in own.values
-        if isinstance(value, patterns._Assertion) and value.states is not None
-    )
-    name = "a" * (length - 1) + "!"
+    name = "a" * (patterns.MAX_NAME - 1) + "!"
+    began = time.thread_time()
     assert not matcher.any(name)
-    places = length + 1
-    assert matcher.steps <= 3 * places * (states + 1) + places * places * (inner + 1)
-    if not inner:
-        assert matcher.steps < 1_000_000
+    assert time.thread_time() - began < 1
 
 
-def test_the_steps_of_a_bomb_do_not_grow_with_its_nesting():
-    nested = PatternSet(["(" * 30 + "a" + "+)" * 30 + "$"])
-    assert not nested.any("a" * 500 + "!")
-    assert nested.steps < 200_000
-
-
-def test_many_names_cost_no_steps_once_their_characters_were_seen():
+def test_all_patterns_take_one_pass():
     """58 patterns, as AutoRound writes one for each router, over the experts of a DeepSeek-R1."""
     matcher = PatternSet([rf".*model\.layers\.{layer}\.mlp\.gate.*" for layer in range(58)])
-    for layer in range(3, 6):
+    began = time.thread_time()
+    for layer in range(58):
         for expert in range(256):
             assert not matcher.any(f"model.layers.{layer}.mlp.experts.{expert}.down_proj")
-            assert matcher.matches(f"model.layers.{layer}.mlp.gate") == (layer,)
-    spent = matcher.steps
-    for expert in range(256):
-        assert not matcher.any(f"model.layers.4.mlp.experts.{expert}.down_proj.x")
-    assert matcher.steps - spent < 20_000
+        assert matcher.matches(f"model.layers.{layer}.mlp.gate") == (layer,)
+    assert time.thread_time() - began < 2
+
+
+#: Each needs as many states as there are sequences of a and b: more than RE2 has memory for.
+HUNGRY = (".*a.{60}b", ".*b.{60}a", ".*[ab].{70}a", ".*(?<!a.)b.{50}a")
+
+
+def test_answers_are_right_where_the_states_do_not_fit_into_memory(monkeypatch):
+    monkeypatch.setattr(patterns, "_SET_MEMORY", 1 << 17)
+    monkeypatch.setattr(patterns, "_PATTERN_MEMORY", 1 << 15)
+    matcher = PatternSet(HUNGRY)
+    assert matcher.findings == ()
+    numbers = random.Random(1)
+    for _ in range(200):
+        name = "".join(numbers.choices("ab", k=100))
+        assert matcher.matches(name) == tuple(i for i, text in enumerate(HUNGRY) if re.match(text, name))
 
 
 def test_total_work_is_bounded(monkeypatch):
-    monkeypatch.setattr(patterns, "MAX_STEPS", 20_000)
-    matcher = PatternSet([".*a.{18}b", ".*b.{18}a"])
-    names = [format(number * 7919, "040b").replace("0", "a").replace("1", "b") for number in range(10_000)]
+    monkeypatch.setattr(patterns, "MAX_SECONDS", 0.02)
+    matcher = PatternSet([f".*a.{{{width}}}b" for width in range(700, 800)])
+    numbers = random.Random(1)
+    names = ["".join(numbers.choices("ab", k=patterns.MAX_NAME)) for _ in range(200)]
     with pytest.raises(NpuQuantError) as caught:
         list(map(matcher.any, names))
     (finding,) = caught.value.findings
@@ -228,36 +257,51 @@ def test_total_work_is_bounded(monkeypatch):
     assert "layer names" in finding.fix
 
 
-def test_what_is_remembered_is_bounded(monkeypatch):
-    monkeypatch.setattr(patterns, "_MAX_REMEMBERED", 500)
-    monkeypatch.setattr(patterns, "_MAX_CACHED", 10)
-    texts = [".*a.{6}b", "[ab]*ba"]
-    matcher = PatternSet(texts)
-    for number in range(300):
-        name = format(number, "012b").replace("0", "a").replace("1", "b")
-        assert matcher.matches(name) == tuple(i for i, text in enumerate(texts) if re.match(text, name))
-        assert sum(len(known.chars) for known in matcher._seen.values()) <= 500
-        assert len(matcher._cache) <= 10
+def test_nothing_is_written_to_stderr():
+    """RE2 logs patterns that it refuses and states that do not fit, unless it is told not to."""
+    code = (
+        "from vllm_npu_quant.formats import patterns\n"
+        "patterns._SET_MEMORY = patterns._PATTERN_MEMORY = 1 << 17\n"
+        "found = patterns.PatternSet(['a++', '(a)\\\\1', 'a{1000}' * 99, '.*a.{60}b', '(?!.*a.{60}b).*'])\n"
+        "print(len(found.findings), found.matches('ab' * 500))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "3 (3,)\n"
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
         (r"(a)\1", "backreferences"),
-        (r"(?P<x>a)(?P=x)", "backreferences"),
-        (r"(a)?(?(1)b|c)", "conditions on groups"),
-        (r"(?<=a+)b", "fixed width"),
+        (r"(?P<x>a)(?P=x)", "invalid perl operator: (?P"),
+        (r"(a)?(?(1)b|c)", "invalid perl operator: (?("),
+        (r"(?x)a", "invalid perl operator: (?x"),
+        (r"(?#a)b", "invalid perl operator: (?#"),
+        (r"[\b]", "invalid escape sequence"),
+        (r"(?<=a+)b", "not a regular expression: look-behind"),
+        ("(?:(?!a).)*b", "in a group"),
+        ("(?=a(?!b))a", "in a group"),
+        ("(?=a)*b", "repeated"),
+        ("(?=a){2}b", "repeated"),
+        ("(?!a).*|b", "beside a top-level |"),
+        ("b|a(?=b)", "beside a top-level |"),
+        ("a(?=b).(?=c)", "two places"),
         ("(", "not a regular expression"),
         ("[", "not a regular expression"),
         ("*", "not a regular expression"),
         ("a{2,1}", "not a regular expression"),
         ("a{99999999999999999999}", "not a regular expression"),
         ("(?z)a", "not a regular expression"),
+        (r"\pL", "not a regular expression"),
+        (r"\Qa\E", "not a regular expression"),
         ("(((a{100}){100}){100}){100}", "too large"),
-        ("a{20001}", "too large"),
-        ("(" * 41 + ")" * 41, "nested too deeply"),
-        ("(" * 4000, "nested too deeply"),
+        ("a{1001}", "too large"),
+        ("(a{1000}b)" * 200, "too large"),
+        ("(" * 2000 + ")" * 2000, "recursion"),
         ("a" * 4097, "longer than any real one"),
+        ("ſ", "characters that no layer name has"),
+        (r"\u017f", "characters that no layer name has"),
     ],
 )
 def test_refused_patterns(pattern, message):
@@ -275,30 +319,39 @@ def test_refused_patterns(pattern, message):
     assert matcher.matches("model.head") == (0, 2)
 
 
-@pytest.mark.skipif(
-    not hasattr(re._parser if hasattr(re, "_parser") else re, "ATOMIC_GROUP"), reason="Python 3.11 syntax"
-)
-@pytest.mark.parametrize(("pattern", "message"), [("(?>a+)b", "atomic groups"), ("a++b", "possessive repeats")])
-def test_refused_patterns_of_new_pythons(pattern, message):
+@pytest.mark.parametrize("pattern", ["(?>a+)b", "a++b", "a{2}+b"])
+def test_refused_patterns_of_new_pythons(pattern):
+    """Syntax of Python 3.11, which older ones refuse, too."""
     (finding,) = PatternSet([pattern]).findings
-    assert message in finding.message
+    assert re.search("not supported|not a regular expression", finding.message)
+
+
+def test_flags_inside_of_a_pattern_are_refused():
+    """Python 3.10 applies them to the whole pattern, RE2 to the rest of it, and newer Pythons to nothing."""
+    (finding,) = PatternSet(["a(?i)b"]).findings
+    assert re.search("flags stand inside|not a regular expression", finding.message)
 
 
 def test_sizes_of_all_patterns_together_are_bounded():
     too_long = PatternSet(["x" * 4000] * 300)
     assert len(too_long.findings) == 1
     assert "too large together" in too_long.findings[0].message
-    too_big = PatternSet(["a{19000}"] * 100)
+    too_big = PatternSet(["(?:[a-z]{30}x){30}"] * 10_000)
     assert len(too_big.findings) == 1
-    refused = PatternSet(["a{20001}"] * 100_000)
-    assert len(refused.findings) < 60
+    assert "too large together" in too_big.findings[0].message
+    assert too_big.matches("model") == ()
+    assert len(PatternSet(["a{20001}"] * 100_000).findings) == patterns.MAX_FINDINGS
+    many = PatternSet(["(?!a)(?!b)"] * 130)
+    assert len(many.findings) == 2
+    assert "too many lookarounds" in many.findings[0].message
 
 
-def test_names_are_bounded():
+@pytest.mark.parametrize("name", ["x" * 1025, "a\n", "größe", "\ud800"])
+def test_names_are_bounded(name):
     with pytest.raises(NpuQuantError) as caught:
-        PatternSet([".*"], file="config.json").matches("x" * 1025)
+        PatternSet([".*"], file="config.json").matches(name)
     assert caught.value.codes == ("bad-config",)
-    assert "1024" in str(caught.value)
+    assert "1024 printable ASCII characters" in str(caught.value)
 
 
 def test_pickles_small_and_works_after():
