@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.hub_server import Hub, serve
+from tests.hub_server import Hub, serve
 from tests.fixtures_index import fixture
 
 pytest.importorskip("huggingface_hub")

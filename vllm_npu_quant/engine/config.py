@@ -7,10 +7,8 @@ is the compact per-layer index, not the description.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -22,9 +20,10 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from vllm_npu_quant import settings
-from vllm_npu_quant.checkpoint import DESCRIPTION_MAX_BYTES, Checkpoint, find_local, read_json
+from vllm_npu_quant.checkpoint import Checkpoint
 from vllm_npu_quant.engine import platforms
 from vllm_npu_quant.engine.dequantized import DequantizedLinearMethod
+from vllm_npu_quant.engine.detection import open_model_checkpoint
 from vllm_npu_quant.engine.linear import CHECKPOINT_BIAS, NpuQuantLinearMethod
 from vllm_npu_quant.errors import Finding, NpuQuantError, Severity, raise_findings
 from vllm_npu_quant.formats.base import QuantFormat
@@ -87,6 +86,7 @@ class NpuQuantConfig(QuantizationConfig):
         self.hidden_layers: int | None = None
         self.said_w4a16 = False
         self.host_checked = False
+        self.is_read_copy = False
         # vllm-ascend reads this attribute without a guard; it wants the keys of norm biases.
         self.quant_description: dict[str, Any] = {}
         self.enable_fa_quant = False
@@ -144,38 +144,30 @@ class NpuQuantConfig(QuantizationConfig):
             return None
         return cls.method_name
 
-    def fetch(self, model_name: str, revision: str | None) -> None:
-        """Bring to this host what ``parse`` reads besides config.json, where a model is only on a hub."""
-        return
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave config.json's part out of copies and pickles of a config that was read: it may be a whole description."""
+        if self.resolver is None:
+            return dict(self.__dict__)
+        return {**self.__dict__, "raw": {}, "is_read_copy": True}
 
-    def parse(self, folder: Path | None, checkpoint: Checkpoint | None) -> QuantFormat:
-        """The format object of this checkpoint; findings are inside it.
-
-        Args:
-            folder: the local folder, or None where the files are only on the hub.
-            checkpoint: the headers of its weight files, where they can be read.
-        """
+    def parse(self, checkpoint: Checkpoint) -> QuantFormat:
+        """The format object of a checkpoint; findings are inside it."""
         return build_format(self.format_name, self.raw, checkpoint)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Read the checkpoint's quantization, and check its files against it before any weight is read.
 
+        A copy of a config that did so has its results already.
+
         Raises:
             NpuQuantError: with every problem that was found.
         """
-        if not os.path.isdir(model_name):
-            self.fetch(model_name, revision)
-        folder = find_local(model_name, revision=revision)
-        checkpoint = Checkpoint.open(folder) if folder is not None else None
-        if checkpoint is not None and not os.path.isdir(model_name) and _incomplete(checkpoint):
-            checkpoint = None
-        self.format = self.parse(folder, checkpoint)
-        findings = list(self.format.findings)
-        if checkpoint is not None:
-            # What is wrong with the files comes first: much of the rest follows from it.
-            findings = check_checkpoint(self.format, checkpoint) + findings
-        else:
-            logger.info("The weight files of %s are not on this host yet: they are checked while they load", model_name)
+        if self.is_read_copy:
+            return
+        checkpoint = open_model_checkpoint(model_name, revision)
+        self.format = self.parse(checkpoint)
+        # What is wrong with the files comes first: much of the rest follows from it.
+        findings = check_checkpoint(self.format, checkpoint) + list(self.format.findings)
         for finding in findings:
             if finding.severity is Severity.WARNING:
                 logger.warning("%s", finding.render())
@@ -187,7 +179,6 @@ class NpuQuantConfig(QuantizationConfig):
         text_config = getattr(hf_config, "text_config", None) or hf_config
         self.tied_embeddings = bool(getattr(text_config, "tie_word_embeddings", False))
         self.hidden_layers = getattr(text_config, "num_hidden_layers", None)
-        self.raw = {}
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         if self.resolver is not None:
@@ -321,11 +312,6 @@ class NpuQuantConfig(QuantizationConfig):
         return self.resolver
 
 
-def _incomplete(checkpoint: Checkpoint) -> bool:
-    """Whether a snapshot of the hub lacks weight files that vLLM is going to download."""
-    return not checkpoint.files or "index-mismatch" in {finding.code for finding in checkpoint.findings}
-
-
 def _uses_mla() -> bool:
     """Whether the model's attention is the latent one, for which vLLM takes the weight of kv_b_proj apart."""
     config = get_current_vllm_config_or_none()
@@ -360,23 +346,13 @@ class ModelSlimConfig(NpuQuantConfig):
             return cls.method_name
         return super().override_quantization_method(hf_quant_cfg, user_quant, hf_config)
 
-    def fetch(self, model_name: str, revision: str | None) -> None:
-        """Bring the description of a hub id to this host: vLLM downloads it only with the weights."""
-        from huggingface_hub import hf_hub_download
-
-        from vllm_npu_quant.engine.registration import hub_files
-
-        name = description_name(hub_files(model_name, revision))
-        if name is not None:
-            hf_hub_download(model_name, name, revision=revision)
-
-    def parse(self, folder: Path | None, checkpoint: Checkpoint | None) -> QuantFormat:
+    def parse(self, checkpoint: Checkpoint) -> QuantFormat:
         description, source = self.raw, "config.json"
         if not any(str(key).endswith(".weight") for key in description):
-            name = description_name(os.listdir(folder)) if folder is not None else None
-            if folder is None or name is None:
-                raise NpuQuantError([_no_description(folder)])
-            description, source = read_json(os.path.join(folder, name), max_bytes=DESCRIPTION_MAX_BYTES), name
+            name = description_name(checkpoint.names)
+            if name is None:
+                raise NpuQuantError([_no_description(checkpoint)])
+            description, source = checkpoint.read_json(name), name
         return build_format(self.format_name, description, checkpoint, source=source)
 
 
@@ -395,14 +371,13 @@ def _lost_bias(resolved: ResolvedLayer, source: str) -> Finding:
     )
 
 
-def _no_description(folder: Path | None) -> Finding:
-    names = sorted(os.listdir(folder))[:12] if folder is not None else []
+def _no_description(checkpoint: Checkpoint) -> Finding:
     return Finding(
         "unreadable-file",
         "quantization=modelslim needs msModelSlim's description of the weights",
-        file=str(folder or ""),
+        file=str(checkpoint.folder),
         expected="quant_model_description.json beside config.json",
-        found=", ".join(names) or "no local copy of the checkpoint",
+        found=", ".join(checkpoint.names[:12]) or "no files",
         fix="copy the description that msModelSlim wrote into the folder, or name the format with quantization=",
     )
 
@@ -454,10 +429,10 @@ class NpuGptqConfig(NpuQuantConfig):
     def get_config_filenames() -> list[str]:
         return ["quantize_config.json"]  # vLLM reads it where config.json has nothing
 
-    def parse(self, folder: Path | None, checkpoint: Checkpoint | None) -> QuantFormat:
-        beside = folder / "quantize_config.json" if folder is not None and checkpoint is not None else None
-        other = read_json(beside) if beside is not None and beside.is_file() else None
-        return build_format(self.format_name, self.raw, checkpoint, beside=other)
+    def parse(self, checkpoint: Checkpoint) -> QuantFormat:
+        name = "quantize_config.json"
+        beside = checkpoint.read_json(name) if name in checkpoint.names else None
+        return build_format(self.format_name, self.raw, checkpoint, beside=beside)
 
 
 class NpuAutoRoundConfig(NpuQuantConfig):
