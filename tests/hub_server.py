@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model hubs on this host, for HF_ENDPOINT and MODELSCOPE_ENDPOINT: the few answers that their libraries ask for, from folders."""
+"""Model hubs on this host, for HF_ENDPOINT and MODELSCOPE_ENDPOINT: the few answers that their libraries need."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-__all__ = ["COMMIT", "Hub", "environment_of", "serve"]
+import pytest
+
+__all__ = ["COMMIT", "Hub", "environment_of", "serve", "use_hub"]
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -49,6 +51,20 @@ def environment_of(hub: Hub, home: Path, **more: str) -> dict[str, str]:
         "MODELSCOPE_HOME": str(home / "modelscope_home"),
     }
     return clean | hugging_face | modelscope | {"NO_PROXY": "127.0.0.1", **more}
+
+
+def use_hub(monkeypatch: pytest.MonkeyPatch, endpoint: str, home: Path) -> None:
+    """Let huggingface_hub in this process know this hub and no other, no token, and a cache of its own."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "VLLM_USE_MODELSCOPE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
 @contextmanager
@@ -94,12 +110,18 @@ def serve(
         def _hugging_face(self, path: str, name: str, folder: Path, *, body: bool) -> bool:
             files = sorted(file for file in folder.iterdir() if file.is_file())
             prefix, found, rest = path.partition("/resolve/")
-            if path in (f"api/models/{name}", f"api/models/{name}/revision/main", f"api/models/{name}/revision/{COMMIT}"):
+            if path in (
+                f"api/models/{name}",
+                f"api/models/{name}/revision/main",
+                f"api/models/{name}/revision/{COMMIT}",
+            ):
                 siblings = [{"rfilename": file.name, "size": file.stat().st_size} for file in files]
                 info = {"id": name, "modelId": name, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
                 self._send_json(info)
             elif path.startswith(f"api/models/{name}/tree/"):
-                tree = [{"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0" * 40} for file in files]
+                tree = [
+                    {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0" * 40} for file in files
+                ]
                 self._send_json(tree)
             elif found and prefix == name:
                 self._file(folder / rest.partition("/")[2], body=body)

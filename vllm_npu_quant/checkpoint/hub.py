@@ -190,7 +190,7 @@ def _is_unexplained(cached: Checkpoint) -> bool:
     plain = ("BF16", "F16", "F32", "F64")
     if all(tensor.dtype in plain for name, tensor in cached.tensors.items() if name.endswith(".weight")):
         return False
-    if any("quant" in name and name.endswith(".json") for name in cached.names):
+    if any(name.startswith(("quant_model_description", "quant_config", "quantize_config")) for name in cached.names):
         return False
     if "config.json" not in cached.names:
         return True
