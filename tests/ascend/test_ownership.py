@@ -13,7 +13,7 @@ from vllm_npu_quant import settings
 from vllm_npu_quant.ascend import ownership
 from vllm_npu_quant.ascend.ownership import serves_compressed_tensors, serves_modelslim
 from vllm_npu_quant.engine.config import ModelSlimConfig, NpuCompressedTensorsConfig
-from vllm_npu_quant.engine.registration import _detect
+from vllm_npu_quant.engine.detection import _detect
 
 
 @pytest.fixture

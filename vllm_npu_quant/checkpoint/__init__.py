@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints on disk: JSON files, safetensors headers and indexes, and single tensors as NumPy arrays.
+"""Checkpoints on disk or on a hub: JSON files, safetensors headers and indexes, and single tensors as NumPy arrays.
 
 Nothing here knows about quantization, and nothing imports torch or vllm.
 """
 
 from __future__ import annotations
 
-from vllm_npu_quant.checkpoint.folder import Checkpoint, find_local
+from vllm_npu_quant.checkpoint.folder import Checkpoint
+from vllm_npu_quant.checkpoint.hub import RemoteCheckpoint, find_local, is_path, open_checkpoint
 from vllm_npu_quant.checkpoint.json_files import (
     CONFIG_MAX_BYTES,
     DESCRIPTION_MAX_BYTES,
@@ -32,9 +33,12 @@ __all__ = [
     "INDEX_MAX_BYTES",
     "Checkpoint",
     "Header",
+    "RemoteCheckpoint",
     "TensorInfo",
     "find_local",
     "header_length",
+    "is_path",
+    "open_checkpoint",
     "parse_header",
     "parse_json",
     "read_header",

@@ -12,12 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vllm_npu_quant.checkpoint.json_files import (
-    CONFIG_MAX_BYTES,
-    DESCRIPTION_MAX_BYTES,
-    INDEX_MAX_BYTES,
-    read_json,
-)
+from vllm_npu_quant.checkpoint.json_files import json_limit, read_json
 from vllm_npu_quant.checkpoint.safetensors_header import Header, TensorInfo, read_header
 from vllm_npu_quant.checkpoint.text import near, shown, shown_name
 from vllm_npu_quant.errors import Finding, NpuQuantError, Severity, nearest_names
@@ -25,7 +20,7 @@ from vllm_npu_quant.errors import Finding, NpuQuantError, Severity, nearest_name
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Checkpoint", "find_local"]
+__all__ = ["PICKLES", "Checkpoint"]
 
 #: The only index that vLLM reads: it loads the files that this one names, and no others.
 VLLM_INDEX = "model.safetensors.index.json"
@@ -36,7 +31,8 @@ CONSOLIDATED_INDEX = "consolidated.safetensors.index.json"
 #: Limit of the tensors of a checkpoint.
 MAX_TENSORS = 2_000_000
 
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+#: What vLLM loads where there is no safetensors file.
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 #: Pickles that hold no weights; vLLM leaves them out, too.
 _NO_WEIGHTS = frozenset(("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt"))
@@ -72,13 +68,14 @@ class Checkpoint:
         self.findings: tuple[Finding, ...] = ()
 
     @classmethod
-    def open(cls, folder: str | Path, *, follow_links: bool = True) -> Checkpoint:
-        """List the tensors of a local folder (for a hub id see ``find_local``).
+    def open(cls, folder: str | Path, *, follow_links: bool = True, headers: bool = True) -> Checkpoint:
+        """List the tensors of a local folder (for a hub id see ``open_checkpoint``).
 
         Args:
             folder: the folder.
             follow_links: whether links that lead out of the folder are followed, as vLLM does. Those of a snapshot in
                 huggingface_hub's cache, which lead to the blobs beside it, always are.
+            headers: False lists the files only; ``read_headers`` may do the rest.
 
         Raises:
             NpuQuantError: unreadable-file, where there is no such folder. Everything else goes to ``findings``.
@@ -104,9 +101,11 @@ class Checkpoint:
             )
             raise NpuQuantError([finding]) from None
         checkpoint = cls(folder)
+        checkpoint.names = tuple(names)
         if not follow_links:
             checkpoint.leaving = MappingProxyType(_leaving(folder, names))
-        checkpoint._scan(names)
+        if headers:
+            checkpoint.read_headers()
         return checkpoint
 
     def __repr__(self) -> str:
@@ -118,16 +117,15 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    def path(self, name: str) -> Path:
+        """Where one of ``names`` lies on this host."""
+        return self.folder / name
+
     def read_json(self, name: str) -> dict[str, Any]:
         """The object of one of the folder's JSON files, with the size limit of its kind; errors as in ``read_json``."""
         if name in self.leaving:
             raise NpuQuantError([_leaves(name, self.leaving[name])])
-        limit = CONFIG_MAX_BYTES
-        if name.endswith(".index.json"):
-            limit = INDEX_MAX_BYTES
-        elif name.startswith("quant_model_description"):
-            limit = DESCRIPTION_MAX_BYTES
-        return read_json(self.folder / name, max_bytes=limit, file=name)
+        return read_json(self.path(name), max_bytes=json_limit(name), file=name)
 
     def read(self, name: str, *, float32: bool = False) -> np.ndarray:
         """The values of one tensor.
@@ -149,14 +147,13 @@ class Checkpoint:
             raise KeyError(f"no tensor {name!r} in {self.folder}" + (f"; nearest: {', '.join(near)}" if near else ""))
         from vllm_npu_quant.checkpoint.values import map_tensor, to_float32  # NumPy, which headers do not need
 
-        values = map_tensor(self.folder / tensor.file, tensor, self.sizes[tensor.file])
+        values = map_tensor(self.path(tensor.file), tensor, self.sizes[tensor.file])
         return to_float32(values, tensor) if float32 else values
 
-    # Everything below runs once, in open().
-
-    def _scan(self, names: list[str]) -> None:
+    def read_headers(self) -> None:
+        """Fill in ``files``, ``tensors``, ``findings`` and the rest from the files in ``names``; ``open`` does."""
         findings: list[Finding] = []
-        self.names = tuple(names)
+        names = list(self.names)
         weights = fnmatch.filter(names, "*.safetensors")
         consolidated = fnmatch.filter(weights, "consolidated*.safetensors")
         ignored: dict[str, str] = {}
@@ -177,7 +174,7 @@ class Checkpoint:
             left_out = [name for name in candidates if name not in listed]
             ignored |= dict.fromkeys(left_out, f"{vllm_index} does not name it")
         if weights:
-            ignored |= dict.fromkeys(_matching(names, _PICKLES), "vLLM loads safetensors where they exist")
+            ignored |= dict.fromkeys(_matching(names, PICKLES), "vLLM loads safetensors where they exist")
         else:
             findings.append(_no_weights(self.folder, names))
 
@@ -203,7 +200,7 @@ class Checkpoint:
         self.findings = tuple(findings)
 
     def _header(self, name: str) -> Header:
-        return read_header(self.folder / name)
+        return read_header(self.path(name))
 
     def _read_index(self, name: str, findings: list[Finding]) -> dict[str, str] | None:
         """The weight_map of an index: tensor name to file name. None where it cannot be used."""
@@ -307,30 +304,6 @@ class Checkpoint:
             message = f"the index does not name {', '.join(map(shown_name, extra[:5]))}; vLLM loads it all the same"
             fix = "Remove the file if it does not belong to the checkpoint."
             yield _mismatch(name, message, found=f"{len(extra)} such files", fix=fix, severity=Severity.WARNING)
-
-
-def find_local(model: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None) -> Path | None:
-    """The folder of a model: the folder itself, or the snapshot of a hub id in the local cache.
-
-    Never goes to the network. The snapshot may be incomplete: ``Checkpoint.findings`` tells.
-
-    Args:
-        model: a folder or a hub id ("Qwen/Qwen3-8B").
-        revision: branch, tag or commit of a hub id; None is its main branch.
-        cache_dir: the cache, where it is not the one that huggingface_hub takes by default.
-
-    Returns:
-        None where there is neither such a folder nor a snapshot.
-    """
-    if os.path.isdir(model):
-        return Path(model)
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = snapshot_download(str(model), revision=revision, cache_dir=cache_dir, local_files_only=True)
-    except (OSError, ValueError):  # not in the cache; not the form of a hub id
-        return None
-    return Path(folder)
 
 
 def _is_plain(name: str) -> bool:
@@ -453,7 +426,7 @@ def _no_weights(folder: Path, names: list[str]) -> Finding:
     """The finding for a folder without safetensors files."""
     for patterns, message, fix in (
         (
-            _PICKLES,
+            PICKLES,
             "the weights are a PyTorch pickle, which is not read: loading one runs code that it holds",
             "Convert them: load with transformers, then save_pretrained(folder, safe_serialization=True).",
         ),

@@ -28,6 +28,7 @@ __all__ = [
     "MAX_DEPTH",
     "MAX_ITEMS",
     "collector_paused",
+    "json_limit",
     "load_pairs",
     "parse_json",
     "read_json",
@@ -71,6 +72,15 @@ def collector_paused() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+def json_limit(name: str) -> int:
+    """Limit of one of a checkpoint's JSON files by its name, in bytes."""
+    if name.endswith(".index.json"):
+        return INDEX_MAX_BYTES
+    if name.startswith("quant_model_description"):
+        return DESCRIPTION_MAX_BYTES
+    return CONFIG_MAX_BYTES
 
 
 def read_json(

@@ -346,10 +346,11 @@ def _openable(*models: str) -> None:
     Raises:
         NpuQuantError: unreadable-file.
     """
-    from vllm_npu_quant.inspection.model import looks_like_path, open_model
+    from vllm_npu_quant.checkpoint import is_path
+    from vllm_npu_quant.inspection.model import open_model
 
     for model in models:
-        if os.path.isdir(model) or looks_like_path(model):
+        if os.path.isdir(model) or is_path(model):
             opened = open_model(model, follow_links=True)
             if not opened.checkpoint.files:
                 raise NpuQuantError(opened.checkpoint.findings)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_npu_quant.checkpoint import Checkpoint
+from vllm_npu_quant.checkpoint import Checkpoint, open_checkpoint
 from vllm_npu_quant.errors import Finding, NpuQuantError, Severity
 from vllm_npu_quant.formats.described import Described
 from vllm_npu_quant.formats.detect import Detection
@@ -89,12 +89,7 @@ def open_model(model: str | os.PathLike[str], *, revision: str | None = None, fo
     if not name:
         finding = Finding("unreadable-file", "the model has no name", fix="name a folder, or a model of the hub")
         raise NpuQuantError([finding])
-    if os.path.isdir(name) or looks_like_path(name):
-        checkpoint = Checkpoint.open(name, follow_links=follow_links)
-    else:
-        from vllm_npu_quant.inspection.hub import open_hub
-
-        checkpoint = open_hub(name, revision=revision)
+    checkpoint = open_checkpoint(name, revision=revision, follow_links=follow_links)
     opened = Model(name, checkpoint)
     try:
         opened.detection = detect_checkpoint(checkpoint)
@@ -113,14 +108,3 @@ def open_model(model: str | os.PathLike[str], *, revision: str | None = None, fo
             ),
         )
     return opened
-
-
-def looks_like_path(name: str) -> bool:
-    """Whether a model's name can only be a path, so that no hub is asked."""
-    return (
-        name.startswith((".", "/", "~", "\\"))
-        or name.count("/") > 1
-        or "\\" in name
-        or os.path.exists(name)
-        or not name
-    )

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which quantization method a model gets where config.json does not say, and how the engine opens its checkpoint."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.config import get_current_vllm_config_or_none
+from vllm.logger import init_logger
+
+from vllm_npu_quant import settings
+from vllm_npu_quant.checkpoint import Checkpoint, is_path, open_checkpoint
+from vllm_npu_quant.errors import NpuQuantError
+from vllm_npu_quant.formats.declaration import find_format, formats
+from vllm_npu_quant.formats.detect import contradiction, detect_files, file_beside, quantization_config
+
+__all__ = ["detect_quantization", "open_model_checkpoint"]
+
+logger = init_logger("vllm.npu_quant")
+
+
+@dataclass(frozen=True)
+class _HubAccess:
+    """What the user gave vLLM for a hub: ``--hf-token`` and ``--download-dir``."""
+
+    token: str | bool | None = None
+    download_dir: str | None = None
+
+
+#: By model, for this process: vLLM hands neither to ``maybe_update_config``.
+_ACCESS: dict[str, _HubAccess] = {}
+
+
+def detect_quantization(args: Any) -> str | None:
+    """The quantization method for the model of an ``EngineArgs``: what it asks for, or ours where the checkpoint says so.
+
+    Raises:
+        NpuQuantError: contradictory-evidence where a ModelSlim description and config.json, or what was asked for, name
+            two formats.
+    """
+    _ACCESS[args.model] = _HubAccess(args.hf_token, args.download_dir)
+    return _detect(args.model, args.revision, args.quantization)
+
+
+def open_model_checkpoint(model: str, revision: str | None, *, headers: bool = True) -> Checkpoint:
+    """A model's checkpoint, with the token and the download folder that vLLM was started with.
+
+    Draft models do not come through ``EngineArgs``: theirs are those of the engine that is being built.
+
+    Raises:
+        NpuQuantError: unreadable-file, as in ``checkpoint.open_checkpoint``.
+    """
+    access = _ACCESS.get(model)
+    if access is None:
+        access = _HubAccess()
+        config = get_current_vllm_config_or_none()
+        if config is not None and config.model_config is not None:
+            access = _HubAccess(config.model_config.hf_token, config.load_config.download_dir)
+    return open_checkpoint(
+        model, revision=revision, token=access.token, download_dir=access.download_dir, headers=headers
+    )
+
+
+def _detect(model: str, revision: str | None, asked: str | None) -> str | None:
+    named = next((one for one in formats() if one.decisive and asked is not None and one.answers_to(asked)), None)
+    if named is not None:
+        # vllm-ascend's own name for ModelSlim's checkpoints.
+        theirs = (asked or "").lower() == "ascend" and settings.ascend_host() and not settings.takeover()
+        return asked if theirs else named.method_name
+    checkpoint = _list(model, revision)
+    if checkpoint is None:
+        return asked
+    beside = file_beside(checkpoint.names)
+    if beside is None:
+        return asked
+    if not beside[0].decisive:
+        return _named_beside(checkpoint, model, asked)
+    declaration, name = beside
+    # config.json is read only beside a description: it is vLLM's to read otherwise.
+    config = quantization_config(checkpoint.read_json("config.json")) if "config.json" in checkpoint.names else None
+    if config is not None and declaration.serves(config):
+        return asked
+    if config is not None:
+        if asked is not None:
+            return asked  # vLLM compares it with config.json
+        method = str(config.get("quant_method") or "")[:80]
+        raise NpuQuantError([contradiction(f"quantization_config of {method!r}", beside)])
+    if asked is not None:
+        # vLLM would quantize the integers once more, or load them as floats.
+        fix = "leave quantization= out, or remove the description if it does not belong to the weight files"
+        raise NpuQuantError([contradiction(f"quantization={asked[:80]!r}", beside, fix=fix)])
+    why = ""
+    if settings.ascend_host() and declaration.unserved_by_vllm_ascend is not None:
+        why = f"{settings.TAKEOVER}=1"
+        if not settings.takeover():
+            missing = declaration.unserved_by_vllm_ascend(checkpoint.read_json(name))
+            if not missing:
+                logger.info("%s (%s) is left to vllm-ascend: it serves all of its schemes", model, name)
+                return None
+            why = f"vllm-ascend does not serve {missing}"
+    method = declaration.method_name
+    title = declaration.title or declaration.name
+    logger.info("%s is a %s checkpoint (%s): quantization=%s%s", model, title, name, method, f"; {why}" if why else "")
+    return method
+
+
+def _list(model: str, revision: str | None) -> Checkpoint | None:
+    """A model's files, without their headers; None where vLLM has to find out by itself whether it can load the model."""
+    if not os.path.isdir(model) and is_path(model):
+        return None  # one file, a bucket, a path that does not exist
+    try:
+        return open_model_checkpoint(model, revision, headers=False)
+    except NpuQuantError as error:
+        message = "%s cannot be looked at, so it is not known whether it is a ModelSlim checkpoint: %s"
+        logger.warning(message, model, error)
+        return None
+
+
+def _named_beside(checkpoint: Checkpoint, model: str, asked: str | None) -> str | None:
+    """What was asked for, or our method if config.json is silent and a file beside it describes the quantization.
+
+    vLLM does not look for these files; with quantization="gptq" it would take its own method, without asking ours.
+    """
+    detection = detect_files(checkpoint.names, checkpoint.read_json)
+    declaration = find_format(detection.format)
+    if not detection.asks or declaration is None or (asked is not None and not declaration.answers_to(asked)):
+        return asked
+    method = declaration.method_name
+    logger.info("%s is a checkpoint of %s (%s): quantization=%s", model, detection.format, detection.file, method)
+    return method
