@@ -100,10 +100,7 @@ def prepare(layer: nn.Module, products: list[Any], hidden: int, inner: int, only
     from vllm_npu_quant.serving import dispatch
     from vllm_npu_quant.spec import LayerKind
 
-    methods = [
-        load_object(product.served.require_row().method)(product.name + "_")
-        for product in products
-    ]
+    methods = [load_object(product.served.require_row().method)(product.name + "_") for product in products]
     chain = FusedExperts(methods[0], methods[1], hidden, inner, (products[0].group_size, products[1].group_size))
     before, started = reset_peak(), time.perf_counter()
     for product, method, sizes in zip(products, methods, (chain.w13_sizes, chain.w2_sizes), strict=True):

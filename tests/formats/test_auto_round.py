@@ -226,6 +226,16 @@ def test_what_is_stored_decides_for_fp8_too():
     assert (finding.code, finding.layer, finding.found) == ("wrong-dtype", UP, "F8_E4M3")
 
 
+def test_scales_of_the_kv_cache_are_told_and_dropped():
+    key = "model.layers.0.self_attn.k_proj"
+    layer = {name.replace(UP, key): value for name, value in FP8_UP.items()}
+    tensors = headers(layer, {f"{key}.k_scale": ("F32", (1,)), f"{key}.output_scale": ("F32", (1,))})
+    found = of(tensors, **FP8_BLOCKS)
+    assert [(finding.code, finding.severity.value) for finding in check(found, tensors)] == []
+    assert [finding.code for finding in found.findings] == ["kv-cache-not-quantized"]
+    assert {"k_scale", "output_scale"} <= set(found.dropped)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_fp8_per_output(dynamic):
     """As the scheme FP8_STATIC is written: weight_scale [N], and input_scale where the inputs' scale is static."""

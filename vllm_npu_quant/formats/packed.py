@@ -206,16 +206,14 @@ def unsupported(what: str, expected: str, value: Any, source: str) -> Finding:
 def producer_of(config: Mapping[str, Any]) -> str:
     """The tool that wrote a config, and its version; empty if the config does not say."""
 
-    def text(value: Any, limit: int = 40) -> str:
-        return value[:limit] if isinstance(value, str) else ""
-
-    if version := text(config.get("autoround_version")):
+    if version := common.config_text(config, "autoround_version"):
         return f"AutoRound {version}"
     meta = config.get("meta")
     quantizer = meta.get("quantizer") if isinstance(meta, Mapping) else None
     if isinstance(quantizer, list) and quantizer:
         quantizer = quantizer[0]
-    return text(quantizer, 60).replace(":", " ") or text(config.get("provider"))
+    name = quantizer[:60].replace(":", " ") if isinstance(quantizer, str) else ""
+    return name or common.config_text(config, "provider")
 
 
 def index_packed(
@@ -237,8 +235,10 @@ def index_packed(
             config.
     """
     not_excluded: list[str] = []
+    kv_cache: set[str] = set()
 
     def entry_of(layer: str, named: Mapping[str, StoredTensor]) -> LayerEntry | None:
+        kv_cache.update(common.kv_cache_tensors(layer, named))
         weight = None
         if _MARKS.isdisjoint(named):
             weight = named.get("weight")
@@ -262,6 +262,9 @@ def index_packed(
         index_layers(described, stored_layers_of(tensors), entry_of, found)
     except NpuQuantError as error:  # the config's patterns take too much work
         found.extend(error.findings)
+    if kv_cache:
+        described.dropped = (*common.KV_CACHE_TENSORS, *common.KV_OUTPUTS)
+        found.add(common.kv_cache_finding(", ".join(sorted(kv_cache)), described.source))
     described.stored_as_float = frozenset(not_excluded)
     note = common.silent_finding(not_excluded, described.source)
     if note is not None:
@@ -291,7 +294,8 @@ def _quantized_entry(
     # Zero points that the config calls for are not optional: the check of the layout reports their absence.
     asymmetric = weight is not None and not weight.symmetric
     needs = [tensor.name for tensor in LAYOUTS[spec.layout].tensors if tensor.optional and tensor.name == "qzeros"]
-    return common.layer_entry(layer, spec, named, found, needs=needs if asymmetric else ())
+    kv_cache = common.kv_cache_tensors(layer, named)
+    return common.layer_entry(layer, spec, named, found, needs=needs if asymmetric else (), ignored=kv_cache)
 
 
 def _foreign_dtype(layer: str, weight: StoredTensor, format_name: str) -> Finding:
