@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from vllm_npu_quant import emulation
-from vllm_npu_quant.engine.linear import load_object
 from vllm_npu_quant.inspection.layers import Layer
 from vllm_npu_quant.inspection.memory import _OUTPUTS, kv_cache, layer_bytes, part_of, rank_bytes
 from vllm_npu_quant.inspection.model import open_model
+from vllm_npu_quant.layouts import load_object
 from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight
 from vllm_npu_quant.methods.base import PrepareContext
 from vllm_npu_quant.methods.moe import Experts, FusedExperts

@@ -29,6 +29,7 @@ from vllm_npu_quant.errors import NpuQuantError
 from vllm_npu_quant.formats.base import LayerEntry
 from vllm_npu_quant.formats.fp8 import fp8_spec, fp8_weight
 from vllm_npu_quant.formats.resolve import ResolvedLayer
+from vllm_npu_quant.serving.decide import Host, decide
 from vllm_npu_quant.spec import (
     ActivationSpec,
     Granularity,
@@ -72,7 +73,8 @@ def method_for(spec: LayerSpec, shards: list[Tensors], kind: LayerKind = LayerKi
     optional = frozenset(shards[0]) - {"weight", "weight_packed", "weight_scale"}
     entry = LayerEntry(spec, optional)
     names = tuple(f"layer.shard{i}" for i in range(len(shards)))
-    return NpuQuantLinearMethod(ResolvedLayer("layer", spec, names, (entry,) * len(shards)), spec, kind, "config.json")
+    resolved = ResolvedLayer("layer", spec, names, (entry,) * len(shards))
+    return NpuQuantLinearMethod(resolved, decide(kind, spec, Host(), layer="layer"), "config.json")
 
 
 def load(layer: Any, shards: list[tuple[Any, Tensors]]) -> None:
@@ -129,8 +131,8 @@ def merged(spec: LayerSpec, shards: list[Tensors], outputs: int, inputs: int, ra
 def dequantized(layer: Any) -> np.ndarray:
     """What one rank holds, float32 [N, K]."""
     method = layer.quant_method
-    assert not method._not_filled()
-    linear = method._canonical(layer)
+    assert not method.receiver.not_filled(method.stored_names)
+    linear = method.canonical(layer)
     weight, order = linear.weight.dequantize(), linear.input_permutation
     if order is None:
         return weight.numpy()
@@ -156,7 +158,7 @@ def fp8_block(block: tuple[int, int]) -> Callable[[int, int, int], Case]:
         scale = rng.uniform(0.5, 2, (-(-outputs // block[0]), -(-inputs // block[1]))).astype(np.float32)
         rows, columns = np.arange(outputs) // block[0], np.arange(inputs) // block[1]
         wanted = weight.float().numpy() * scale[rows][:, columns]
-        spec = fp8_spec("FP8", fp8_weight(Granularity.BLOCK, block), Layout.FP8, activation=True, mode="int8")
+        spec = fp8_spec("FP8", fp8_weight(Granularity.BLOCK, block), Layout.FP8, static=False)
         return spec, {"weight": weight, "weight_scale": torch.from_numpy(scale)}, wanted
 
     return make
@@ -166,7 +168,7 @@ def fp8_tensor(outputs: int, inputs: int, seed: int = 0) -> Case:
     rng = rng_of(outputs, inputs, seed)
     weight = torch.from_numpy(rng.standard_normal((outputs, inputs)).astype(np.float32)).to(torch.float8_e4m3fn)
     scale = np.float32(rng.uniform(0.5, 2))
-    spec = fp8_spec("FP8", fp8_weight(Granularity.TENSOR), Layout.FP8, activation=True, mode="int8")
+    spec = fp8_spec("FP8", fp8_weight(Granularity.TENSOR), Layout.FP8, static=False)
     tensors = {"weight": weight, "weight_scale": torch.tensor(scale), "input_scale": torch.tensor([0.5])}
     return spec, tensors, weight.float().numpy() * scale
 

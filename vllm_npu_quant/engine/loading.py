@@ -18,8 +18,8 @@ from vllm.model_executor.models.utils import PPMissingLayer
 
 from vllm_npu_quant import settings
 from vllm_npu_quant.engine.config import NpuQuantConfig
-from vllm_npu_quant.engine.linear import UNWITNESSED_LOADS
 from vllm_npu_quant.engine.norm import NormBiasMethod
+from vllm_npu_quant.engine.stored import UNWITNESSED_LOADS
 from vllm_npu_quant.errors import Finding, nearest_names, raise_findings
 
 __all__ = ["check_loaded", "wrap_load_model"]

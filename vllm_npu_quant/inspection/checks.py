@@ -208,7 +208,7 @@ def fused_findings(quant_format: QuantFormat) -> list[Finding]:
     """
     found = FindingLimit(8)
     resolver = LayerResolver(quant_format)
-    last_shards = {shards[-1]: (fused, shards) for fused, shards in FUSED_FAMILIES.items()}
+    last_shards = {list(shards)[-1]: (fused, shards) for fused, shards in FUSED_FAMILIES.items()}
     for name in list(quant_format.layer_names()):
         parent, dot, last = name.rpartition(".")
         prefix = name

@@ -195,6 +195,11 @@ class LayoutRow:
     tensors: tuple[TensorSpec, ...]
     to_canonical: str
 
+    @property
+    def act_order(self) -> bool:
+        """Whether groups are not runs of neighbouring inputs, so that every rank needs the scales of all groups."""
+        return any(dim.axis is Axis.ALL_GROUPS for tensor in self.tensors for dim in tensor.dims)
+
 
 _FLOATS = ("F32", "BF16", "F16")
 
