@@ -95,7 +95,7 @@ def load(
 
 def prepare(layer: nn.Module, products: list[Any], hidden: int, inner: int, only: str = "") -> tuple[float, int]:
     """What the engine does after loading. Returns the seconds, and the bytes at the peak above those before."""
-    from vllm_npu_quant.engine.linear import load_object
+    from vllm_npu_quant.layouts import load_object
     from vllm_npu_quant.methods.moe import FusedExperts
     from vllm_npu_quant.serving import dispatch
     from vllm_npu_quant.spec import LayerKind

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from vllm_npu_quant import emulation
-from vllm_npu_quant.engine.linear import load_object
 from vllm_npu_quant.inspection.layers import Layer
 from vllm_npu_quant.inspection.memory import kv_cache, layer_bytes, rank_bytes
 from vllm_npu_quant.inspection.model import open_model
 from vllm_npu_quant.inspection.parallel import part_of
+from vllm_npu_quant.layouts import load_object
 from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight
 from vllm_npu_quant.methods.base import PrepareContext
 from vllm_npu_quant.methods.moe import Experts, FusedExperts

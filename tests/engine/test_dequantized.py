@@ -11,12 +11,13 @@ import torch
 from torch import nn
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_maybe_dequant_weights
+from vllm_npu_quant.formats.base import LayerEntry
 
 from vllm_npu_quant.engine.dequantized import DequantizedLinearMethod
-from vllm_npu_quant.engine.linear import TORCH_DTYPES
-from vllm_npu_quant.formats.base import LayerEntry
+from vllm_npu_quant.engine.stored import TORCH_DTYPES
 from vllm_npu_quant.formats.resolve import ResolvedLayer
 from vllm_npu_quant.layouts.tables import LayerSizes, group_size_of, rows_per_scale_of, tensors_of
+from vllm_npu_quant.serving.decide import Host, decide
 from vllm_npu_quant.spec import (
     ActivationSpec,
     Granularity,
@@ -25,7 +26,6 @@ from vllm_npu_quant.spec import (
     Layout,
     NumberKind,
     WeightSpec,
-    as_float,
 )
 
 # A tiny kv_b_proj: 2 heads of 16 + 16, kv_lora_rank 64.
@@ -47,9 +47,8 @@ SPECS = {
     "FP8 blocks": LayerSpec(
         "FP8",
         Layout.FP8_INV,
-        WeightSpec(8),
-        PER_TOKEN,
-        stored=WeightSpec(8, NumberKind.FLOAT, Granularity.BLOCK, 32, block_rows=32),
+        WeightSpec(8, NumberKind.FLOAT, Granularity.BLOCK, 32, block_rows=32),
+        ActivationSpec(8, True, Granularity.TOKEN, NumberKind.FLOAT),
     ),
 }
 
@@ -85,7 +84,8 @@ def loaded_layer(spec: LayerSpec, dtype: torch.dtype) -> tuple[nn.Module, dict[s
     tensors = random_tensors(spec)
     listed = frozenset(tensors)
     resolved = ResolvedLayer(PREFIX, spec, (PREFIX,), (LayerEntry(spec, listed),))
-    method = DequantizedLinearMethod(resolved, as_float(spec), LayerKind.LINEAR, "config.json")
+    served = decide(LayerKind.LINEAR, spec, Host(latent_attention=True), layer=PREFIX)
+    method = DequantizedLinearMethod(resolved, served, "config.json")
     layer = nn.Module()
     layer.quant_method, layer.tp_rank, layer.tp_size = method, 0, 1
     method.create_weights(layer, INPUTS, [OUTPUTS], INPUTS, OUTPUTS, dtype, weight_loader=load)
@@ -182,6 +182,7 @@ def test_the_config_picks_it_for_latent_attention_only(monkeypatch: pytest.Monke
     nn.Module.__init__(layer)
     for latent in (True, False):
         monkeypatch.setattr(engine_config, "_uses_mla", lambda latent=latent: latent)
+        quant_config.host = None  # looked at once per config
         method = quant_config.get_quant_method(layer, PREFIX)
         assert isinstance(method, UnquantizedLinearMethod) == latent
         assert method.row.method_name == ("DequantizedLinear" if latent else "W8A8DynamicLinear")

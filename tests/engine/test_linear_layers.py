@@ -23,7 +23,7 @@ from tests.engine.world import world
 from tests.layouts.memory import peak_of
 from vllm_npu_quant import emulation
 from vllm_npu_quant.engine import config as config_module
-from vllm_npu_quant.engine import linear as linear_module
+from vllm_npu_quant.engine import stored as stored_module
 from vllm_npu_quant.engine.config import ModelSlimConfig
 from vllm_npu_quant.errors import NpuQuantError
 from vllm_npu_quant.formats.modelslim import ModelSlimFormat
@@ -251,7 +251,7 @@ def test_dummy_weights(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) ->
             param.data.uniform_(-1e-3, 1e-3)
         else:
             param.data.random_()
-    monkeypatch.setattr(linear_module, "load_is_checked", lambda: False)
+    monkeypatch.setattr(stored_module, "load_is_checked", lambda: False)
     layer.quant_method.process_weights_after_loading(layer)
     assert torch.isfinite(layer(inputs())[0].float()).all()
 
@@ -343,14 +343,14 @@ def test_a_quantized_head_with_a_padded_vocabulary(vocabulary: int, padding: int
 def test_w4a8_as_w4a16_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_NPU_QUANT_W4A8", "w4a16")
     said: list[str] = []
-    monkeypatch.setattr(config_module.logger, "info", lambda text, *values: said.append(text % values))
+    monkeypatch.setattr(config_module.logger, "info", lambda text, *values, **_: said.append(text % values))
     tensors = ("weight", "weight_scale", "weight_offset")
     names = [f"{BLOCK}mlp.{part}_proj" for part in ("gate", "up")]
     config = config_of("W4A8_DYNAMIC", {name: dict.fromkeys(tensors, torch.empty(0)) for name in names})
     layer = MergedColumnParallelLinear(64, [16, 16], bias=False, params_dtype=torch.bfloat16)
     methods = [config.get_quant_method(layer, BLOCK + "mlp.gate_up_proj") for _ in range(2)]
     assert [method.row.method_name for method in methods] == ["WeightOnlyLinear"] * 2
-    assert said == ["VLLM_NPU_QUANT_W4A8=w4a16: activations of W4A8_DYNAMIC layers are not quantized"]
+    assert said == ["W4A8_DYNAMIC for linear layers: VLLM_NPU_QUANT_W4A8=w4a16: its activations are not quantized"]
 
 
 @pytest.mark.parametrize("name", ["gate_up", "row"])

@@ -23,6 +23,7 @@ from vllm_npu_quant.formats.described import LayerEntry
 from vllm_npu_quant.formats.packed import integer_spec
 from vllm_npu_quant.formats.resolve import ResolvedLayer, joint_spec
 from vllm_npu_quant.layouts import gptq
+from vllm_npu_quant.serving.decide import Host, decide
 from vllm_npu_quant.spec import LayerKind, LayerSpec, Layout
 
 
@@ -167,7 +168,8 @@ def joint(cases: list[Case]) -> NpuQuantLinearMethod:
     assert spec is not None
     entries = tuple(LayerEntry(own, frozenset(tensors)) for own, tensors, _ in cases)
     names = tuple(f"layer.shard{i}" for i in range(len(cases)))
-    return NpuQuantLinearMethod(ResolvedLayer("layer", spec, names, entries), spec, LayerKind.LINEAR, "config.json")
+    served = decide(LayerKind.LINEAR, spec, Host(), layer="layer")
+    return NpuQuantLinearMethod(ResolvedLayer("layer", spec, names, entries), served, "config.json")
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -198,7 +200,7 @@ def test_fused_shards_of_different_groups(makers: tuple, size: int, monkeypatch:
 def head(spec: LayerSpec, tensors: Tensors, vocabulary: int, inputs: int, rank: int, size: int) -> Any:
     entry = LayerEntry(spec, frozenset(tensors))
     resolved = ResolvedLayer("lm_head", spec, ("lm_head",), (entry,))
-    method = NpuQuantLinearMethod(resolved, spec, LayerKind.LM_HEAD, "config.json")
+    method = NpuQuantLinearMethod(resolved, decide(LayerKind.LM_HEAD, spec, Host()), "config.json")
     with as_rank(rank, size), pytest.MonkeyPatch.context() as patch:
         patch.setattr(vllm_vocabulary, "get_tensor_model_parallel_rank", lambda: rank)
         patch.setattr(vllm_vocabulary, "get_tensor_model_parallel_world_size", lambda: size)

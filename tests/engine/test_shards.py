@@ -131,8 +131,8 @@ def merged(spec: LayerSpec, shards: list[Tensors], outputs: int, inputs: int, ra
 def dequantized(layer: Any) -> np.ndarray:
     """What one rank holds, float32 [N, K]."""
     method = layer.quant_method
-    assert not method._not_filled()
-    linear = method._canonical(layer)
+    assert not method.receiver.not_filled(method.stored_names)
+    linear = method.canonical(layer)
     weight, order = linear.weight.dequantize(), linear.input_permutation
     if order is None:
         return weight.numpy()

@@ -19,8 +19,8 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from vllm_npu_quant import settings
 from vllm_npu_quant.engine import platforms
 from vllm_npu_quant.engine.config import NpuQuantConfig
-from vllm_npu_quant.engine.linear import UNWITNESSED_LOADS
 from vllm_npu_quant.engine.norm import NormBiasMethod
+from vllm_npu_quant.engine.stored import UNWITNESSED_LOADS
 from vllm_npu_quant.errors import Finding, nearest_names, raise_findings
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _not_filled(config: NpuQuantConfig, model: nn.Module, loaded: set[str]) -> l
             "not-filled",
             "a parameter received no data",
             layer=aliases[0].rpartition(".")[0],
-            file=config.format.source if config.format is not None else "",
+            file=config.described.source if config.described is not None else "",
             expected=aliases[0],
             found="no tensor of the checkpoint that is loaded into it",
             fix="check that the weight files are complete",
@@ -111,8 +111,8 @@ def _is_embedding(module: nn.Module) -> bool:
 
 def _lost_biases(config: NpuQuantConfig, model: nn.Module) -> list[Finding]:
     """Norm biases of the checkpoint that belong to this part of the model, and that no module has taken."""
-    quant_format, resolver = config.format, config.resolver
-    if quant_format is None or resolver is None or not quant_format.norm_biases:
+    described, resolver = config.described, config.resolver
+    if described is None or resolver is None or not described.norm_biases:
         return []
     held: set[str] = set()
     elsewhere: set[str] = set()
@@ -124,15 +124,13 @@ def _lost_biases(config: NpuQuantConfig, model: nn.Module) -> list[Finding]:
                 elsewhere.add(spelling)
                 continue
             held.add(spelling)
-            if spelling in quant_format.norm_biases:
+            if spelling in described.norm_biases:
                 kinds[spelling] = module
                 if _has_bias(module):
                     taken.add(spelling)
-    lost = quant_format.norm_biases - taken - elsewhere
+    lost = described.norm_biases - taken - elsewhere
     # Layers of other ranks, and of the draft model in the same checkpoint, are not in this model.
-    return [
-        _lost_bias(norm, kinds.get(norm), held, quant_format.source) for norm in sorted(lost) if _parent(norm) in held
-    ]
+    return [_lost_bias(norm, kinds.get(norm), held, described.source) for norm in sorted(lost) if _parent(norm) in held]
 
 
 def _parent(name: str) -> str:

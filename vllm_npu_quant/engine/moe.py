@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Routed experts in vLLM.
 
-The adapter registers the tensors of the checkpoint with a dimension of this rank's experts in front, loads them with loaders
-of its own (vLLM's stock loader copies tensors that are too small, and drops names that it does not know), and after loading
-turns them into what the two grouped methods want. w13 and w2 are independent.
+The checkpoint's tensors are registered with a dimension of this rank's experts in front and loaded with loaders of their own:
+vLLM's loader copies tensors that are too small, and drops names that it does not know. After loading they become the tensors
+of the two grouped methods. w13 and w2 are independent.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from math import gcd
 from typing import Any
 
 import torch
@@ -19,22 +18,21 @@ from torch import nn
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 
 from vllm_npu_quant.engine import platforms
-from vllm_npu_quant.engine.coverage import Coverage
-from vllm_npu_quant.engine.linear import TORCH_DTYPES, fill_placeholder, load_is_checked, load_object, regrouped
-from vllm_npu_quant.errors import Finding, NpuQuantError, raise_findings
+from vllm_npu_quant.engine.coverage import Box, Coverage
+from vllm_npu_quant.engine.stored import Origin, Receiver
+from vllm_npu_quant.errors import Finding, raise_findings
 from vllm_npu_quant.formats.base import LayerEntry
 from vllm_npu_quant.formats.resolve import ResolvedExperts
+from vllm_npu_quant.layouts import load_object
 from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight
-from vllm_npu_quant.layouts.modelslim import decode_int64_scale
-from vllm_npu_quant.layouts.tables import LAYOUTS, Axis, Dim, LayerSizes, TensorSpec, group_size_of, tensors_of
+from vllm_npu_quant.layouts.tables import IN, OUT, Axis, TensorSpec, tensors_of
 from vllm_npu_quant.methods.moe import Experts, FusedExperts, GroupedMethod, Placement, expert_bias, operators_of
 from vllm_npu_quant.serving import dispatch
-from vllm_npu_quant.serving.decide import Served
+from vllm_npu_quant.serving.decide import Served, expert_findings
+from vllm_npu_quant.serving.shards import SMALLER_TP, rank_part
 from vllm_npu_quant.spec import LayerKind
 
 __all__ = ["NpuQuantMoEMethod"]
-
-_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 #: The projections of w13 and w2 by vLLM's shard ids.
 _SHARDS = {"w13": ("w1", "w3"), "w2": ("w2",)}
@@ -72,7 +70,7 @@ def _register(layer: nn.Module, prefix: str) -> str:
 
 
 class _Product:
-    """w13 or w2: its spec, the parameters that receive the checkpoint's tensors, and its method."""
+    """w13 or w2: what is stored of it, and the parameters that receive it."""
 
     def __init__(
         self,
@@ -84,196 +82,102 @@ class _Product:
     ) -> None:
         """
         Args:
+            name: "w13" or "w2".
             served: what it becomes.
             entries: of its shards. layers: the checkpoint's names of its shards, with * for the expert.
+            act_dtype: the model's dtype.
         """
-        self.name = name
-        self.layers = layers
-        self.act_dtype = act_dtype
-        self.served = served
-        self.spec = served.stored
-        self.scheme = self.spec.scheme if self.spec.is_float else served.spec.scheme
+        self.name, self.served, self.layers, self.act_dtype = name, served, layers, act_dtype
+        self.stored = served.stored
+        self.scheme = (self.stored if self.stored.is_float else served.spec).scheme
         self.shards = _SHARDS[name]
-        self.coverage: dict[str, Coverage] = {}
-        self.group_repeats = 1
-        if self.spec.is_float:
+        self.listed = frozenset().union(*(entry.tensors for entry in entries))
+        self.tensors = tensors_of(self.stored, self.listed)
+        if self.stored.is_float:
             dtype = str(act_dtype).removeprefix("torch.")
-            weight = TensorSpec("weight", ("F32", "BF16", "F16", "F64"), (Dim(Axis.OUT), Dim(Axis.IN)), dtype)
-            self.tensors: tuple[TensorSpec, ...] = (weight,)
-        else:
-            listed = frozenset().union(*(entry.tensors for entry in entries))
-            self.tensors = tensors_of(self.spec, listed)
+            self.tensors = (TensorSpec("weight", ("F32", "BF16", "F16", "F64"), (OUT, IN), dtype),)
 
     def findings(self, prefix: str, source: str) -> list[Finding]:
-        """What of this product cannot be served."""
+        """Why this product cannot be served."""
         found = []
         if self.served.row is None:
             found.append(dispatch.unsupported(LayerKind.FUSED_MOE, self.served.spec, layer=prefix, file=source))
-        if any(dim.axis is Axis.ALL_GROUPS for tensor in self.tensors for dim in tensor.dims):
-            found.append(
-                Finding(
-                    "unsupported-scheme",
-                    "experts with activation order would need the input sorted anew for every expert",
-                    layer=prefix,
-                    file=source,
-                    expected="desc_act false",
-                    found=self.scheme,
-                    fix="re-export the checkpoint without activation order (desc_act=False, actorder weight or none)",
-                )
-            )
-        if any(tensor.name == "bias" for tensor in self.tensors):
-            found.append(replace(expert_bias(), layer=prefix, file=source))
+        found += expert_findings(self.stored, self.listed, prefix, source)
         return found
 
-    def size(self, outputs: int, inputs: int, ranks: int, rank: int) -> None:
-        """Note the sizes of one shard. w13 is cut along its outputs, w2 along its inputs.
+    def cut(self, outputs: int, inputs: int, ranks: int, rank: int, prefix: str, source: str) -> None:
+        """Cut the product for the ranks of tensor parallelism: w13 along its outputs, w2 along its inputs.
 
         Args:
-            outputs, inputs: of the whole layer. ranks, rank: of tensor parallelism.
+            outputs, inputs: of one shard on all ranks.
+            ranks, rank: of tensor parallelism.
+            prefix, source: vLLM's name of the layer, and the file that describes it.
+
+        Raises:
+            NpuQuantError: cannot-shard.
         """
-        self.ranks, self.rank = ranks, rank
-        self.cut = Axis.OUT if self.name == "w13" else Axis.IN
-        part_outputs = outputs // ranks if self.cut is Axis.OUT else outputs
-        part_inputs = inputs // ranks if self.cut is Axis.IN else inputs
-        group = group_size_of(self.spec)
-        if group and part_inputs != inputs and part_inputs % group:
-            # Ranks cut groups: take a smaller group that they do not cut, and repeat its scale.
-            smaller = gcd(part_inputs, group)
-            self.group_repeats = group // smaller
-            self.spec = replace(self.spec, weight=regrouped(self.spec.weight, smaller))
-            group = smaller
-        self.whole = LayerSizes(outputs, inputs, group)
-        self.part = LayerSizes(part_outputs, part_inputs, group, all_inputs=inputs)
+        self.rank, self.outputs = rank, (outputs,)
+        axis = None if ranks == 1 else Axis.OUT if self.name == "w13" else Axis.IN
+        fix = f"{SMALLER_TP}, or --enable-expert-parallel"
+        part = rank_part(self.stored, self.listed, axis, [outputs], inputs, ranks, layer=prefix, file=source, fix=fix)
+        raise_findings(part.findings)
+        self.receiver = Receiver(
+            part, {f"{self.name}_{tensor.name}": tensor for tensor in self.tensors}, prefix, source
+        )
 
     @property
     def group_size(self) -> int:
         """Inputs per scale on this rank; 0 where one scale serves a whole output channel."""
-        return self.part.group_size if self.part.groups > 1 else 0
-
-    def shard_findings(self, prefix: str, source: str) -> list[Finding]:
-        """Whether every rank gets whole packed elements."""
-        found = []
-        for tensor in self.tensors:
-            for dim in tensor.as_loaded().dims:
-                length = self.part.outputs if dim.axis is Axis.OUT else self.part.inputs
-                if self.ranks > 1 and dim.axis is self.cut and length % dim.pack:
-                    found.append(
-                        Finding(
-                            "cannot-shard",
-                            f"{tensor.name} packs {dim.pack} numbers along {dim.axis.value}, and a rank would get a part",
-                            layer=prefix,
-                            file=source,
-                            expected=f"sizes per rank divisible by {dim.pack}",
-                            found=str(length),
-                            fix="use a smaller tensor-parallel size, or --enable-expert-parallel",
-                        )
-                    )
-        return found
+        sizes = self.receiver.part.sizes
+        return sizes.group_size if sizes.groups > 1 else 0
 
     def register(self, layer: nn.Module, experts: int, loader: Callable[..., Any]) -> None:
         """Register the parameters [E, shards, ...] that receive the checkpoint's tensors."""
-        for tensor in self.tensors:
-            loaded = tensor.as_loaded()
-            # What is not loaded still needs a name, for vLLM looks the parameter up before it asks its loader.
-            shape = (experts, len(self.shards), *loaded.shape(self.part)) if tensor.loaded else (0,)
+        sizes, count = self.receiver.part.sizes, (experts, len(self.shards))
+        for name, tensor in self.receiver.tensors.items():
+            # A tensor that is not loaded still needs a name: vLLM looks the parameter up before it asks its loader.
+            shape = (*count, *tensor.as_loaded().shape(sizes)) if tensor.loaded else (0,)
             param = nn.Parameter(torch.empty(shape, dtype=getattr(torch, tensor.load_dtype)), requires_grad=False)
-            param.weight_loader = loader(self, tensor)  # type: ignore[attr-defined]
+            param.weight_loader = loader(self, name)  # type: ignore[attr-defined]
             if tensor.loaded:
-                self.coverage[tensor.name] = Coverage((experts, len(self.shards)))
-            layer.register_parameter(f"{self.name}_{tensor.name}", param)
+                self.receiver.coverage[name] = Coverage(count)
+            layer.register_parameter(name, param)
 
-    def load(self, tensor: TensorSpec, param: torch.Tensor, loaded: torch.Tensor, expert: int, shard_id: str) -> None:
-        """Copy this rank's part of one expert's tensor.
+    def load(self, name: str, param: torch.Tensor, stored: torch.Tensor, expert: int, local: int, shard: int) -> None:
+        """Copy this rank's part of one expert's tensor into a parameter.
+
+        Args:
+            name: of the parameter. expert: the checkpoint's number of the expert. local: this rank's number of it.
 
         Raises:
             NpuQuantError: wrong-dtype, wrong-shape.
         """
-        found = list(loaded.shape)
-        dtype = _NAMES.get(loaded.dtype, str(loaded.dtype))
-        if dtype not in tensor.dtypes:
-            raise NpuQuantError(
-                [
-                    Finding(
-                        "wrong-dtype",
-                        f"{tensor.name} has a dtype that {self.scheme} does not allow",
-                        expected=" or ".join(tensor.dtypes),
-                        found=dtype,
-                        fix="re-export the checkpoint",
-                    )
-                ]
-            )
-        if not tensor.loaded:
-            return
-        shard = self.shards.index(shard_id)
-        wanted = tensor.as_loaded()
-        if loaded.dtype == torch.int64 and tensor.load_dtype == "float32":
-            loaded = decode_int64_scale(loaded)
-        shape = wanted.shape(self.whole)
-        try:
-            if tensor.rearrange:
-                loaded = load_object(tensor.rearrange)(loaded, self.spec, self.whole.outputs)
-            # Producers leave out dimensions of length 1 at the end of a scale.
-            loaded = loaded.reshape(*loaded.shape, *(1,) * (len(shape) - loaded.dim()))
-            for axis, dim in enumerate(wanted.dims):
-                if dim.axis is Axis.GROUP and self.group_repeats > 1:
-                    loaded = loaded.repeat_interleave(self.group_repeats, dim=axis)[
-                        (slice(None),) * axis + (slice(shape[axis]),)
-                    ]
-            if tensor.rearrange and (rows := wanted.axis_of(Axis.OUT)) is not None and wanted.dims[rows].pack == 1:
-                loaded = loaded.narrow(rows, 0, shape[rows])
-            fits = tuple(loaded.shape) == shape
-        except (RuntimeError, IndexError, AssertionError):
-            fits = False
-        if not fits:
-            raise NpuQuantError(
-                [
-                    Finding(
-                        "wrong-shape",
-                        f"{tensor.name} does not fit the layer",
-                        expected=f"{tensor.shape_text()} = {list(tensor.shape(self.whole))}",
-                        found=str(found),
-                        fix="check that config.json and the weights are of the same model",
-                    )
-                ]
-            )
-        for axis, dim in enumerate(wanted.dims):
-            if dim.axis is self.cut or (dim.axis is Axis.GROUP and self.cut is Axis.IN):
-                length = param.shape[2 + axis]
-                # All ranks have the same groups where one scale serves all inputs.
-                start = self.rank * length if loaded.shape[axis] > length else 0
-                loaded = loaded.narrow(axis, start, length)
-        param.data[expert, shard].copy_(loaded)
-        self.coverage[tensor.name].add(((expert, expert + 1), (shard, shard + 1)))
+        receiver, tensor = self.receiver, self.receiver.tensors[name]
+        layer = self.layers[shard].replace("*", str(expert))
+        with receiver.naming("it could not be loaded", f"{layer}.{tensor.name}"):
+            received = receiver.receive(tensor, stored, Origin(layer, self.stored, self.outputs))
+            if tensor.loaded:
+                param.data[local, shard].copy_(receiver.cut(tensor, received, self.rank))
+                receiver.coverage[name].add(((local, local + 1), (shard, shard + 1)))
 
-    def not_filled(self, prefix: str, source: str, number: Callable[[int], int]) -> list[Finding]:
-        """What the files did not bring. ``number``: the checkpoint's number of one of this rank's experts."""
-        findings = []
-        for name, coverage in self.coverage.items():
-            missing = [
-                self.layers[shard].replace("*", str(number(expert))) + "." + name
-                for (first, last), (first_shard, last_shard) in coverage.missing()
-                for expert in range(first, last)
-                for shard in range(first_shard, last_shard)
-            ]
-            if missing:
-                findings.append(
-                    Finding(
-                        "not-filled",
-                        f"experts received no data for {self.name}_{name}",
-                        layer=prefix,
-                        file=source,
-                        expected=", ".join(missing[:4])
-                        + (f", and {len(missing) - 4} more" if len(missing) > 4 else ""),
-                        found=f"nothing for {len(missing)} of {coverage.shape[0] * coverage.shape[1]} tensors",
-                        fix="check that the weight files are complete",
-                    )
-                )
-        return findings
+    def stored_names(self, name: str, box: Box, number: Callable[[int], int]) -> list[str]:
+        """The stored tensors that should have filled a box of a parameter.
+
+        Args:
+            number: from this rank's number of an expert to the checkpoint's.
+        """
+        (first, last), shards = box
+        return [
+            f"{self.layers[shard].replace('*', str(number(expert)))}.{self.receiver.tensors[name].name}"
+            for expert in range(first, last)
+            for shard in range(*shards)
+        ]
 
     def experts(self, layer: nn.Module) -> Experts:
         """The loaded tensors as canonical weights."""
-        params = {name: getattr(layer, f"{self.name}_{name}").data for name in self.coverage}
-        count, shards = next(iter(self.coverage.values())).shape
+        params = {self.receiver.tensors[name].name: getattr(layer, name).data for name in self.receiver.coverage}
+        values = next(iter(params.values()))
+        count, shards = values.shape[:2]
 
         def canonical(expert: int) -> list[CanonicalLinear]:
             return [
@@ -281,22 +185,16 @@ class _Product:
                 for shard in range(shards)
             ]
 
-        device = next(iter(params.values())).device
-        return Experts(count, shards, self.part.outputs, self.part.inputs, device, canonical)
+        sizes = self.receiver.part.sizes
+        return Experts(count, shards, sizes.outputs, sizes.inputs, values.device, canonical)
 
     def _canonical(self, tensors: dict[str, torch.Tensor]) -> CanonicalLinear:
-        if not self.spec.is_float:
-            return load_object(LAYOUTS[self.spec.layout].to_canonical)(tensors, self.spec)
+        if not self.stored.is_float:
+            return self.receiver.canonical(tensors)
         values = tensors["weight"]
         weight = CanonicalWeight.of(values, values.new_ones(1, 1, dtype=torch.float32))
         weight.float_rows = lambda start, stop: values[start:stop].to(torch.float32)
         return CanonicalLinear(weight)
-
-    def drop(self, layer: nn.Module) -> None:
-        """Delete the checkpoint's tensors."""
-        for tensor in self.tensors:
-            delattr(layer, f"{self.name}_{tensor.name}")
-        self.coverage = {}
 
 
 class NpuQuantMoEMethod(FusedMoEMethodBase):
@@ -339,9 +237,7 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
         self.ascend: Any = None
 
     def _findings(self, layer: nn.Module) -> list[Finding]:
-        found = [
-            finding for finding in dict.fromkeys(f for p in self.products for f in p.findings(self.prefix, self.source))
-        ]
+        found = list(dict.fromkeys(f for p in self.products for f in p.findings(self.prefix, self.source)))
 
         def refuse(code: str, message: str, expected: str, what: str, fix: str) -> None:
             found.append(Finding(code, message, self.prefix, self.source, expected=expected, found=what, fix=fix))
@@ -408,22 +304,21 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
         """Register the checkpoint's tensors of this rank's experts.
 
         Raises:
-            NpuQuantError: cannot-shard where a packed element would be cut.
+            NpuQuantError: cannot-shard if a rank would get a part of a packed element.
         """
         parallel = self.moe.moe_parallel_config
         ranks, rank = parallel.tp_size, parallel.tp_rank
         inner = intermediate_size_per_partition * ranks
         w13, w2 = self.products
-        w13.size(inner, hidden_size, ranks, rank)
-        w2.size(hidden_size, inner, ranks, rank)
-        raise_findings(f for product in self.products for f in product.shard_findings(self.prefix, self.source))
+        w13.cut(inner, hidden_size, ranks, rank, self.prefix, self.source)
+        w2.cut(hidden_size, inner, ranks, rank, self.prefix, self.source)
         self.hidden_size = hidden_size
         self.inner_size = intermediate_size_per_partition
         for product in self.products:
             product.register(layer, num_experts, lambda *which: self._loader(layer, *which))
         self.key = _register(layer, self.prefix)
 
-    def _loader(self, layer: nn.Module, product: _Product, tensor: TensorSpec) -> Callable[..., bool | None]:
+    def _loader(self, layer: nn.Module, product: _Product, name: str) -> Callable[..., bool | None]:
         """What vLLM calls for each expert's tensor. Its arguments keep the names of vLLM's own loader."""
 
         def weight_loader(
@@ -437,22 +332,11 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
             local = layer._map_global_expert_id_to_local_expert_id(expert_id)
             if local < 0:
                 return False if return_success else None
-            try:
-                product.load(tensor, param, loaded_weight, local, shard_id)
-            except NpuQuantError as error:
-                name = product.layers[product.shards.index(shard_id)].replace("*", str(expert_id))
-                raise self._located(error, f"{name}.{tensor.name}") from error
+            product.load(name, param, loaded_weight, expert_id, local, product.shards.index(shard_id))
             return True if return_success else None
 
         weight_loader.supports_moe_loading = True  # type: ignore[attr-defined]
         return weight_loader
-
-    def _located(self, error: NpuQuantError, layer: str = "") -> NpuQuantError:
-        """The error with a name in findings that have none."""
-        return NpuQuantError(
-            replace(finding, layer=finding.layer or layer or self.prefix, file=finding.file or self.source)
-            for finding in error.findings
-        )
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Check that everything arrived, and replace the checkpoint's tensors by the operators' ones. Idempotent.
@@ -460,22 +344,14 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
         Raises:
             NpuQuantError: not-filled, or what the schemes' values do not allow.
         """
-        if not all(product.coverage for product in self.products):
+        if not all(product.receiver.coverage for product in self.products):
             return
         expert_map = getattr(layer, "_expert_map", None)
         if expert_map is None:
             expert_map = getattr(layer, "expert_map", None)
-        if load_is_checked():
-            numbers = _numbers(expert_map)
-            raise_findings(
-                finding
-                for product in self.products
-                for finding in product.not_filled(self.prefix, self.source, numbers)
-            )
-        else:
-            for product in self.products:
-                for name in product.coverage:
-                    fill_placeholder(name, getattr(layer, f"{product.name}_{name}").data, product.spec)
+        numbers = _numbers(expert_map)
+        for product in self.products:
+            product.receiver.finish(layer, lambda *part, product=product: product.stored_names(*part, numbers))
         placement = Placement.of(self.moe.num_experts, expert_map)
         w13, w2 = self.products
         self.chain = FusedExperts(
@@ -485,11 +361,9 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
         self.ascend = platforms.ascend_experts(self.chain, placement, self.tid2eid)
         sizes = (self.chain.w13_sizes, self.chain.w2_sizes)
         for product, method, size in zip(self.products, self.methods, sizes, strict=True):
-            try:
+            with product.receiver.naming("its experts could not be prepared"):
                 prepared = method.prepare(product.experts(layer), size, product.act_dtype)
-            except NpuQuantError as error:
-                raise self._located(error) from error
-            product.drop(layer)
+            product.receiver.drop(layer)
             for name, value in method.finish(prepared).items():
                 layer.register_parameter(method.prefix + name, nn.Parameter(value, requires_grad=False))
 

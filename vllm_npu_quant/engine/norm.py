@@ -54,8 +54,8 @@ class BiasedRMSNorm(RMSNorm):
         self.register_parameter("bias", None)
         config = get_current_vllm_config_or_none()
         quant_config = getattr(config, "quant_config", None) if config is not None else None
-        quant_format = getattr(quant_config, "described", None)
-        if self.has_weight and getattr(quant_format, "norm_biases", None):
+        described = getattr(quant_config, "described", None)
+        if self.has_weight and getattr(described, "norm_biases", None):
             self.quant_method = NormBiasMethod()
             self.quant_method.create_weights(self)
 

@@ -24,14 +24,15 @@ __all__ = ["FUSED_FAMILIES", "LayerResolver", "ResolvedExperts", "ResolvedLayer"
 #: Layouts whose scales are repeated at load where fused shards have different groups, and which always store zero points.
 _REGROUPED = frozenset({Layout.GPTQ, Layout.GPTQ_V2, Layout.AWQ_GEMM})
 
-#: Fused layers of vLLM's models and their shards, in the order of the fused weight's rows.
-FUSED_FAMILIES: dict[str, tuple[str, ...]] = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
-    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
-    "in_proj_ba": ("in_proj_b", "in_proj_a"),
-    "w13": ("w1", "w3"),
+#: Fused layers of vLLM's models: their checkpoint layers in the order of the fused weight's rows, and how many of vLLM's
+#: shards each of them fills.
+FUSED_FAMILIES: dict[str, dict[str, int]] = {
+    "qkv_proj": {"q_proj": 1, "k_proj": 1, "v_proj": 1},
+    "gate_up_proj": {"gate_proj": 1, "up_proj": 1},
+    "fused_qkv_a_proj": {"q_a_proj": 1, "kv_a_proj_with_mqa": 1},
+    "in_proj_qkvz": {"in_proj_qkv": 3, "in_proj_z": 1},
+    "in_proj_ba": {"in_proj_b": 1, "in_proj_a": 1},
+    "w13": {"w1": 1, "w3": 1},
 }
 
 #: Spellings of one layer that exports and vLLM's models use side by side: a multimodal wrapper around the language model,
@@ -65,16 +66,40 @@ class ResolvedLayer:
         spec: the quantization that holds for all its shards.
         shards: the names of the checkpoint layers it holds, in row order.
         entries: their entries.
+        fills: how many of vLLM's shards each of them fills; empty for one each. A single layer fills all there are.
     """
 
     prefix: str
     spec: LayerSpec
     shards: tuple[str, ...]
     entries: tuple[LayerEntry, ...]
+    fills: tuple[int, ...] = ()
 
     def listed_tensors(self) -> frozenset[str]:
         """Optional tensors that at least one shard has."""
         return frozenset().union(*(entry.tensors for entry in self.entries))
+
+    def owners(self, count: int, source: str) -> tuple[int, ...]:
+        """The checkpoint layer of each of vLLM's ``count`` shards, as an index into ``shards``.
+
+        Raises:
+            NpuQuantError: undescribed-layer if the checkpoint layers fill more or fewer shards.
+        """
+        if len(self.shards) == 1:
+            return (0,) * count
+        fills = self.fills or (1,) * len(self.shards)
+        if sum(fills) != count:
+            finding = Finding(
+                "undescribed-layer",
+                "vLLM's fused layer has another number of shards than the checkpoint layers that are known to fill it",
+                layer=self.prefix,
+                file=source,
+                expected=f"{count} shards",
+                found=", ".join(f"{name}: {fill}" for name, fill in zip(self.shards, fills, strict=True)),
+                fix="export these layers as float, or report the model's name",
+            )
+            raise NpuQuantError([finding])
+        return tuple(owner for owner, fill in enumerate(fills) for _ in range(fill))
 
 
 @dataclass(frozen=True)
@@ -154,10 +179,8 @@ class LayerResolver:
     def shard_names(self, prefix: str) -> tuple[str, ...]:
         """The names of a fused layer's shards under its own parent; the layer itself where it is not a fused family."""
         parent, dot, last = prefix.rpartition(".")
-        shards = self.packed.get(last) or FUSED_FAMILIES.get(last)
-        if not shards or list(shards) == [last]:
-            return (prefix,)
-        return tuple(parent + dot + shard for shard in shards)
+        shards = tuple(self.packed.get(last) or FUSED_FAMILIES.get(last) or ())
+        return tuple(parent + dot + shard for shard in shards) if shards and shards != (last,) else (prefix,)
 
     def resolve(self, prefix: str) -> ResolvedLayer:
         """The checkpoint layers behind ``prefix`` and their common spec.
@@ -179,7 +202,10 @@ class LayerResolver:
         spec = joint_spec([entry.spec for _, entry in hits])
         if spec is None:
             raise NpuQuantError([self._disagree(prefix, [(name, describe(entry.spec)) for name, entry in hits])])
-        return ResolvedLayer(prefix, spec, tuple(name for name, _ in hits), tuple(entry for _, entry in hits))
+        names, entries = zip(*hits, strict=True)
+        family = FUSED_FAMILIES.get(prefix.rpartition(".")[2], {})
+        fills = tuple(family.get(name.rpartition(".")[2], 1) for name in wanted)
+        return ResolvedLayer(prefix, spec, names, entries, fills)
 
     def describes(self, prefix: str) -> bool:
         """Whether the config has an entry for the layer, or for any of its shards."""

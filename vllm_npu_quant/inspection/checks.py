@@ -182,7 +182,7 @@ def fused_findings(described: Described) -> list[Finding]:
     """
     found = FindingLimit(8)
     resolver = LayerResolver(described)
-    last_shards = {shards[-1]: (fused, shards) for fused, shards in FUSED_FAMILIES.items()}
+    last_shards = {list(shards)[-1]: (fused, shards) for fused, shards in FUSED_FAMILIES.items()}
     for name in list(described.layer_names()):
         parent, dot, last = name.rpartition(".")
         prefix = name

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Receiving stored tensors, for Linear layers, lm_head and experts alike.
+
+A receiver knows which tensors a layer of the model needs and what of them arrived. It compares every stored tensor with the
+checkpoint layer that it comes from, brings it into the form that parameters hold, and turns the parameters into canonical
+numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+from vllm.config import get_current_vllm_config_or_none
+from vllm.logger import init_logger
+
+from vllm_npu_quant.engine.coverage import Box, Coverage
+from vllm_npu_quant.errors import Finding, NpuQuantError, raise_findings
+from vllm_npu_quant.layouts import load_object
+from vllm_npu_quant.layouts.canonical import CanonicalLinear
+from vllm_npu_quant.layouts.modelslim import decode_int64_scale
+from vllm_npu_quant.layouts.tables import (
+    ANY_LENGTH,
+    LAYOUTS,
+    Axis,
+    LayerSizes,
+    TensorSpec,
+    group_size_of,
+    rows_per_scale_of,
+)
+from vllm_npu_quant.serving.shards import RankPart
+from vllm_npu_quant.spec import LayerSpec, TransformSpec
+
+__all__ = ["TORCH_DTYPES", "UNWITNESSED_LOADS", "Origin", "Receiver", "load_is_checked"]
+
+logger = init_logger("vllm.npu_quant.stored")
+
+#: safetensors name -> torch dtype, for the dtypes that parameters and checkpoints use.
+TORCH_DTYPES = {
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    # A dtype of newer torch versions.
+    **({"F8_E8M0": torch.float8_e8m0fnu} if hasattr(torch, "float8_e8m0fnu") else {}),
+}
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+#: Load formats that fill parameters without their weight loaders.
+UNWITNESSED_LOADS = frozenset({"dummy", "sharded_state"})
+
+#: Tensors, or parts of a parameter, that one finding names.
+_NAMED = 4
+
+
+def load_is_checked() -> bool:
+    """Whether parameters are filled through their weight loaders, so that missing data can be noticed."""
+    config = get_current_vllm_config_or_none()
+    load_format = getattr(config.load_config, "load_format", "auto") if config is not None else "auto"
+    return str(load_format) not in UNWITNESSED_LOADS
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint layer that a stored tensor comes from.
+
+    Attributes:
+        name: its name in the checkpoint.
+        spec: what the checkpoint stores of it.
+        outputs: the numbers of outputs that it may have over all ranks, the largest first: one, unless a loader of vLLM's
+            decides itself whether ranks cut a shard or repeat it.
+        shard: for messages, the shard of vLLM's layer that it fills; empty if it fills all of it.
+    """
+
+    name: str
+    spec: LayerSpec
+    outputs: tuple[int, ...]
+    shard: str = ""
+
+
+@dataclass
+class Receiver:
+    """The stored tensors of one layer of the model on one rank.
+
+    Made in ``create_weights`` from what does not change, so that a layer that is to be loaded again takes a new one.
+
+    Attributes:
+        part: this rank's part of the layer.
+        tensors: the name of each parameter, and the stored tensor that fills it.
+        layer: vLLM's name of the layer. file: where the checkpoint describes it.
+        coverage: the name of each parameter that is registered, and what of it has been written; empty after ``drop``.
+    """
+
+    part: RankPart
+    tensors: Mapping[str, TensorSpec]
+    layer: str
+    file: str
+    coverage: dict[str, Coverage] = field(default_factory=dict)
+
+    @contextmanager
+    def naming(self, what: str, layer: str = "") -> Iterator[None]:
+        """Name the layer in errors: in findings that have no layer, and in a note on every other exception."""
+        try:
+            yield
+        except NpuQuantError as error:
+            where = layer or self.layer
+            raise NpuQuantError(
+                replace(finding, layer=finding.layer or where, file=finding.file or self.file)
+                for finding in error.findings
+            ) from error
+        except Exception as error:
+            note = f"{layer or self.layer}: {what}"
+            if (add_note := getattr(error, "add_note", None)) is not None:
+                add_note(note)
+            else:  # Python 3.10
+                logger.error("%s", note)
+            raise
+
+    def receive(self, tensor: TensorSpec, stored: torch.Tensor, origin: Origin) -> torch.Tensor:
+        """Compare a stored tensor with its layer, and bring it into the form that the parameter holds.
+
+        Args:
+            tensor: what it should be.
+            stored: the tensor of one checkpoint layer, of all ranks.
+            origin: that checkpoint layer.
+
+        Returns:
+            The tensor with the dimensions ``tensor.as_loaded()`` of the whole checkpoint layer, its groups those of this
+            rank, in a dtype that the parameter holds exactly.
+
+        Raises:
+            NpuQuantError: wrong-dtype; wrong-shape; unsupported-scheme after ``drop``; what a rearrangement refuses.
+        """
+        if not self.coverage:
+            message = "this layer's weights are prepared already, and loading them again is not supported"
+            raise NpuQuantError(
+                [Finding("unsupported-scheme", message, fix="start the engine anew with these weights")]
+            )
+        dtype = _NAMES.get(stored.dtype, str(stored.dtype))
+        if dtype not in tensor.dtypes:
+            message = f"{tensor.name} has a dtype that {self.part.spec.scheme} does not allow"
+            expected = " or ".join(tensor.dtypes)
+            raise NpuQuantError([Finding("wrong-dtype", message, expected=expected, found=dtype, fix=_REEXPORT)])
+        found = tuple(stored.shape)
+        candidates = [self._sizes(origin.spec, outputs) for outputs in origin.outputs]
+        sizes = next((sizes for sizes in candidates if _fits(found, tensor.shape(sizes))), None)
+        if sizes is None:
+            raise NpuQuantError([_wrong_shape(tensor, candidates, found, origin)])
+        adapted = stored.reshape(tensor.shape(sizes)) if len(found) < len(tensor.dims) else stored
+        if adapted.dtype == torch.int64 and tensor.load_dtype == "float32":
+            adapted = decode_int64_scale(adapted)
+        if tensor.rearrange:
+            adapted = load_object(tensor.rearrange)(adapted, origin.spec, sizes.outputs)
+        kept = tensor.as_loaded()
+        groups = kept.axis_of(Axis.GROUP)
+        group = self.part.sizes.group_size
+        if groups is not None and sizes.groups != (fitted := replace(sizes, group_size=group)).groups:
+            # The last group may be shorter than the others, so that the last repetitions have no inputs.
+            repeats = -(-fitted.groups // sizes.groups) if not sizes.group_size else sizes.group_size // group
+            if fitted.groups <= repeats * adapted.shape[groups] < fitted.groups + repeats:
+                adapted = adapted.repeat_interleave(repeats, dim=groups).narrow(groups, 0, fitted.groups)
+            sizes = fitted
+        if not _fits(tuple(adapted.shape), kept.shape(sizes)):
+            raise NpuQuantError([_wrong_shape(kept, [sizes], tuple(adapted.shape), origin)])
+        # A tensor may carry the id of its fused shard, which a conversion loses.
+        if adapted is not stored and hasattr(stored, "shard_id"):
+            adapted.shard_id = stored.shard_id  # type: ignore[attr-defined]
+        return adapted
+
+    def cut(self, tensor: TensorSpec, whole: torch.Tensor, rank: int) -> torch.Tensor:
+        """This rank's part of what ``receive`` returned."""
+        for axis, length in enumerate(tensor.as_loaded().shape(self.part.sizes)):
+            if whole.shape[axis] > length:
+                whole = whole.narrow(axis, rank * length, length)
+        return whole
+
+    def _sizes(self, spec: LayerSpec, outputs: int) -> LayerSizes:
+        """The sizes of a whole checkpoint layer."""
+        return LayerSizes(
+            outputs,
+            self.part.sizes.all_inputs,
+            group_size_of(spec),
+            rows_per_scale=rows_per_scale_of(spec, outputs),
+            transform=spec.transform or TransformSpec(),
+        )
+
+    def finish(self, layer: nn.Module, names_of: Callable[[str, Box], list[str]]) -> None:
+        """Check that every parameter is filled; where the load format brings no tensors, fill in placeholders.
+
+        Args:
+            layer: has the parameters.
+            names_of: the stored tensors, by their whole names, that should have filled a box of a parameter.
+
+        Raises:
+            NpuQuantError: not-filled.
+        """
+        if load_is_checked():
+            raise_findings(self.not_filled(names_of))
+            return
+        for name in self.coverage:
+            self._fill_placeholder(self.tensors[name].name, getattr(layer, name).data)
+
+    def not_filled(self, names_of: Callable[[str, Box], list[str]]) -> list[Finding]:
+        """One finding for each parameter that lacks data. ``names_of`` as for ``finish``."""
+        findings = []
+        for name, coverage in self.coverage.items():
+            lacking = {box: names for box in coverage.missing() if (names := names_of(name, box))}
+            if not lacking:
+                continue
+            boxes = [f"{name}[{', '.join(f'{start}:{stop}' for start, stop in box)}]" for box in lacking]
+            names = list(dict.fromkeys(name for names in lacking.values() for name in names))
+            findings.append(
+                Finding(
+                    "not-filled",
+                    "a parameter received no data for a part of it",
+                    layer=self.layer,
+                    file=self.file,
+                    expected=_first(names),
+                    found=f"nothing for {_first(boxes)}",
+                    fix="check that the weight files are complete",
+                )
+            )
+        return findings
+
+    def _fill_placeholder(self, name: str, param: torch.Tensor) -> None:
+        """Numbers that every scheme allows. ``name``: the tensor's name in its layout."""
+        weight, group = self.part.spec.weight, group_size_of(self.part.spec)
+        if name == "qzeros" and weight is not None:
+            param.fill_(1 << (weight.bits - 1))  # the zero of symmetric integers without a sign
+        elif name.endswith("g_idx") and group:
+            param.copy_(torch.arange(param.shape[-1]) // group)
+        elif name == "weight_shape":
+            param.fill_(1 << 31)  # more than any packed weight holds
+        else:
+            param.fill_(1 if "scale" in name else 0)
+
+    def canonical(self, tensors: Mapping[str, torch.Tensor]) -> CanonicalLinear:
+        """The canonical numbers of loaded tensors, which are named as in the layout.
+
+        Raises:
+            NpuQuantError: what the layout's conversion refuses.
+        """
+        return load_object(LAYOUTS[self.part.spec.layout].to_canonical)(tensors, self.part.spec)
+
+    def drop(self, layer: nn.Module) -> None:
+        """Delete the parameters that received the checkpoint's tensors."""
+        for name in self.tensors:
+            delattr(layer, name)
+        self.coverage.clear()
+
+
+_REEXPORT = "re-export the checkpoint"
+
+
+def _fits(stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether a stored shape is the wanted one. Producers leave out dimensions of length 1 at the end of a scale."""
+    missing = (1,) * (len(wanted) - len(stored))
+    return len(stored) <= len(wanted) and all(
+        a in (b, ANY_LENGTH) for a, b in zip(wanted, stored + missing, strict=True)
+    )
+
+
+def _wrong_shape(tensor: TensorSpec, sizes: list[LayerSizes], found: tuple[int, ...], origin: Origin) -> Finding:
+    shapes = dict.fromkeys(str(list(tensor.shape(each))) for each in sizes)
+    return Finding(
+        "wrong-shape",
+        f"{tensor.name} does not fit the layer",
+        expected=f"{origin.name}.{tensor.name} {tensor.shape_text()} = {' or '.join(shapes)}",
+        found=str(list(found)) + (f" for shard {origin.shard}" if origin.shard else ""),
+        fix="check that config.json and the weights are of the same model",
+    )
+
+
+def _first(names: list[str]) -> str:
+    more = f", and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
