@@ -63,7 +63,7 @@ def load(
 ) -> tuple[nn.Module, list[Any]]:
     """A layer with the checkpoint's tensors of its experts, filled with something, and its products: w13 and w2, or one."""
     from vllm_npu_quant.engine.moe import _Product
-    from vllm_npu_quant.formats.base import LayerEntry
+    from vllm_npu_quant.formats.described import LayerEntry
 
     entry = LayerEntry(spec, listed)
     products = [

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from tests.configs import config_of_format
 from tests.fixtures_index import fixture
 from vllm_npu_quant import settings
 from vllm_npu_quant.ascend import ownership
 from vllm_npu_quant.ascend.ownership import serves_compressed_tensors, serves_modelslim
-from vllm_npu_quant.engine.config import ModelSlimConfig, NpuCompressedTensorsConfig
 from vllm_npu_quant.engine.detection import _detect
 
 
@@ -54,12 +54,12 @@ def test_takeover(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_naming_our_method_is_enough() -> None:
     assert _detect(str(fixture("msmodelslim-qwen3-w8a8-dynamic")), None, "modelslim") == "modelslim"
     embedded = {"quant_method": "modelslim", "a.q_proj.weight": "W8A8"}
-    assert ModelSlimConfig.override_quantization_method(embedded, "modelslim") == "modelslim"
+    assert config_of_format("modelslim").override_quantization_method(embedded, "modelslim") == "modelslim"
 
 
 @pytest.mark.usefixtures("on_ascend")
 def test_compressed_tensors_that_vllm_ascend_serves_are_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    ask = NpuCompressedTensorsConfig.override_quantization_method
+    ask = config_of_format("compressed-tensors").override_quantization_method
     assert ask(_config(), None) is None
     assert ask(_config(weights__num_bits=4), None) == "npu_compressed_tensors"
     assert ask(_config(), "npu_compressed_tensors") == "npu_compressed_tensors"

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_maybe_dequant_weights
-from vllm_npu_quant.formats.base import LayerEntry
 
 from vllm_npu_quant.engine.dequantized import DequantizedLinearMethod
 from vllm_npu_quant.engine.stored import TORCH_DTYPES
+from vllm_npu_quant.formats.described import LayerEntry
 from vllm_npu_quant.formats.resolve import ResolvedLayer
 from vllm_npu_quant.layouts.tables import LayerSizes, group_size_of, rows_per_scale_of, tensors_of
 from vllm_npu_quant.serving.decide import Host, decide

@@ -22,6 +22,9 @@ class W6A16Linear(NpuLinearMethod):
             "weight_scale": linear.weight.scale.t().to(context.act_dtype).contiguous(),
         }
 
+    def bias_dtype(self, act_dtype: torch.dtype) -> torch.dtype:
+        return torch.float32 if act_dtype is torch.bfloat16 else act_dtype
+
     def compute(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         y = torch.ops.npu.npu_weight_quant_batchmatmul(tokens_of(x), layer.weight, layer.weight_scale, bias=bias)
         return as_shaped(y, x)

@@ -45,7 +45,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def test_the_package_has_never_heard_of_it() -> None:
     hits = subprocess.run(
-        ["grep", "-ril", "nibbles", "vllm_npu_quant", "--include=*.py"], cwd=ROOT, capture_output=True
+        ["grep", "-rl", '"nibbles"', "vllm_npu_quant", "--include=*.py"], cwd=ROOT, capture_output=True
     )
     assert not hits.stdout, hits.stdout
 

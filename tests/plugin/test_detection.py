@@ -16,9 +16,9 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 from vllm.transformers_utils import repo_utils
 
+from tests.configs import config_of_format
 from tests.fixtures_index import fixture
 from vllm_npu_quant.engine import registration
-from vllm_npu_quant.engine.config import ModelSlimConfig
 from vllm_npu_quant.errors import Finding, NpuQuantError
 
 MODELSLIM = "msmodelslim-qwen3-w8a8"
@@ -97,7 +97,7 @@ def test_an_empty_quantization_config_says_nothing(empty: Any, tmp_path: Path) -
 
 def test_the_engine_config_is_ours_and_knows_the_layers() -> None:
     config = EngineArgs(str(fixture(MODELSLIM))).create_engine_config().quant_config
-    assert isinstance(config, ModelSlimConfig)
+    assert isinstance(config, config_of_format("modelslim"))
     assert config.format.source == DESCRIPTION
     assert config.hidden_layers == 2
     # What vllm-ascend reads of a config besides: little, and there.
@@ -283,7 +283,7 @@ def test_a_hub_model_that_is_not_downloaded_yet(hub: Callable[..., Path]) -> Non
     snapshot = hub("config.json", DESCRIPTION, "quant_model_weights-00001-of-00001.safetensors", config={})
     assert registration._detect(REPOSITORY, None, None) == "modelslim"
     assert not (snapshot / DESCRIPTION).exists()
-    config = ModelSlimConfig()
+    config = config_of_format("modelslim")()
     config.maybe_update_config(REPOSITORY)
     assert config.format.source == DESCRIPTION
     assert config.resolver.resolve("model.layers.1.mlp.gate_up_proj").spec.scheme == "W8A8"
@@ -302,7 +302,7 @@ def test_a_hub_model_without_description(hub: Callable[..., Path]) -> None:
     hub("config.json", "model.safetensors", config={})
     assert registration._detect(REPOSITORY, None, None) is None
     with pytest.raises(NpuQuantError) as caught:
-        ModelSlimConfig().maybe_update_config(REPOSITORY)
+        config_of_format("modelslim")().maybe_update_config(REPOSITORY)
     assert caught.value.codes == ("unreadable-file",)
 
 

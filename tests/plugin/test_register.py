@@ -19,7 +19,7 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm_npu_quant import platform as platform_module
 from vllm_npu_quant import plugin, settings
 from vllm_npu_quant.engine import registration
-from vllm_npu_quant.engine.config import CONFIGS
+from vllm_npu_quant.engine.config import config_classes
 from vllm_npu_quant.platform import NpuEmulationPlatform
 
 BIND = "VLLM_CPU_OMP_THREADS_BIND"
@@ -46,7 +46,7 @@ def records() -> Iterator[list[logging.LogRecord]]:
 def registered() -> tuple:
     return (
         list(QUANTIZATION_METHODS),
-        [get_quantization_config(config.method_name) for config in CONFIGS],
+        [get_quantization_config(config.declaration.method_name) for config in config_classes()],
         EngineArgs.create_model_config,
         BaseModelLoader.load_model,
         dict(op_registry_oot),
@@ -69,7 +69,7 @@ def test_register_is_idempotent() -> None:
     first = registered()
     plugin.register()
     assert registered() == first
-    assert first[1] == list(CONFIGS)
+    assert first[1] == list(config_classes())
     assert len(set(first[0])) == len(first[0])
 
 

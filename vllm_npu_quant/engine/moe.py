@@ -21,7 +21,7 @@ from vllm_npu_quant.engine import platforms
 from vllm_npu_quant.engine.coverage import Box, Coverage
 from vllm_npu_quant.engine.stored import Origin, Receiver
 from vllm_npu_quant.errors import Finding, raise_findings
-from vllm_npu_quant.formats.base import LayerEntry
+from vllm_npu_quant.formats.described import LayerEntry
 from vllm_npu_quant.formats.resolve import ResolvedExperts
 from vllm_npu_quant.layouts import load_object
 from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight

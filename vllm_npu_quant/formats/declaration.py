@@ -108,8 +108,8 @@ class Format:
 
 
 def plain_method(method: Any) -> str:
-    """A ``quant_method`` in the spelling that declarations have; empty for anything but a text."""
-    return method.lower().replace("_", "-") if isinstance(method, str) else ""
+    """A ``quant_method`` of an untrusted config, as text in the spelling that declarations have."""
+    return str(method or "")[:200].lower().replace("_", "-")
 
 
 _formats: dict[str, Format] = {}

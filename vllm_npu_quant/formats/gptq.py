@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
 
 from vllm_npu_quant.errors import Finding, FindingLimit, NpuQuantError
@@ -197,7 +196,7 @@ def _without_order(
             g_idx = checkpoint.read(f"{layer}.g_idx")
         except NpuQuantError:
             return spec  # the files' own check reports what is wrong with them
-        if np.array_equal(g_idx, np.arange(g_idx.size) // weight.group_size):
+        if g_idx.tolist() == [number // weight.group_size for number in range(g_idx.size)]:
             return LayerSpec(spec.scheme, in_order, weight)
         return spec
 

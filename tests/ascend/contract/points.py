@@ -79,11 +79,12 @@ def test_the_pins_that_installing_is_tested_against_are_the_releases(host: World
 def test_methods_are_registered_under_our_names_and_admitted_by_the_platform(host: World) -> None:
     from vllm.model_executor.layers.quantization import get_quantization_config
 
-    from vllm_npu_quant.engine.config import CONFIGS
+    from vllm_npu_quant.engine.config import config_classes
 
-    for config in CONFIGS:
-        assert get_quantization_config(config.method_name) is config
-        assert host.platform.supported_quantization.count(config.method_name) == 1
+    for config in config_classes():
+        method = config.declaration.method_name
+        assert get_quantization_config(method) is config
+        assert host.platform.supported_quantization.count(method) == 1
 
 
 def test_registering_again_changes_nothing(host: World) -> None:
@@ -250,14 +251,14 @@ def test_04_packed_modules_mapping_is_a_dict_of_its_own(host: World) -> None:
 
 
 def test_05_no_name_of_ours_is_one_that_vllm_ascend_compares_with(host: World) -> None:
-    from vllm_npu_quant.engine.config import CONFIGS
+    from vllm_npu_quant.engine.config import config_classes
 
     compared = set()
     for path in sources():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Compare) and "get_name" in ast.dump(node.left):
                 compared |= {leaf.value for leaf in ast.walk(node) if isinstance(leaf, ast.Constant)}
-    assert not compared & {config.method_name for config in CONFIGS}
+    assert not compared & {config.declaration.method_name for config in config_classes()}
 
 
 def test_06_get_quant_method_takes_tid2eid(host: World, moe: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,13 +350,13 @@ def test_config_is_small_and_is_unpickled_before_plugins_run(host: World) -> Non
     code = (
         "import pickle, sys, json\n"
         "config = pickle.loads(bytes.fromhex(sys.argv[1]))\n"
-        "mapped = config.resolver is not None and config.format is not None\n"
+        "mapped = config.resolver is not None and config.described is not None\n"
         "import torch\n"
         "worker = [name for name in sys.modules if name.startswith('vllm_ascend.patch.worker')]\n"
         "print(json.dumps([type(config).__name__, mapped, worker, torch.npu.is_initialized()]))\n"
     )
     # vLLM's own modules bring the platform, and with it torch_npu; nothing brings what vllm-ascend patches in workers.
-    assert run_fresh(code, data.hex()) == ["ModelSlimConfig", True, [], False]
+    assert run_fresh(code, data.hex()) == ["NpuModelslimConfig", True, [], False]
 
 
 # -- linear methods: points 9 to 15 ---------------------------------------------------------------------------------------
