@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
-from math import gcd
 
 from vllm_npu_quant.errors import Finding, FindingLimit
 from vllm_npu_quant.inspection.layers import Layer
 from vllm_npu_quant.inspection.parallel import NUMBER, part_of
 from vllm_npu_quant.serving.cost import MAX_INPUTS, group_of
+from vllm_npu_quant.serving.shards import fit_group
 
 __all__ = ["limit_findings"]
 
@@ -52,11 +52,9 @@ def _layer_findings(layer: Layer, source: str, tp: int, ep: int) -> Iterable[Fin
             found=f"K = {part.inputs}",
             fix="use a larger tensor-parallel size, or export the layer as float",
         )
-    group = group_of(layer.spec.weight)
-    if not group or not part.inputs or part.inputs <= group:
+    whole, group = (group_of(spec.weight) for spec in (layer.spec, fit_group(layer.spec, layer.inputs, part.inputs)))
+    if not whole or not part.inputs or part.inputs <= whole:
         return
-    if part.inputs != layer.inputs and part.inputs % group:
-        group = gcd(part.inputs, group)
     if group < cost.min_group:
         yield Finding(
             "operator-limit",

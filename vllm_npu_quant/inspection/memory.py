@@ -10,9 +10,10 @@ from math import gcd, lcm
 from vllm_npu_quant.formats.resolve import FUSED_FAMILIES
 from vllm_npu_quant.inspection.layers import OTHER, Layer
 from vllm_npu_quant.inspection.model import Model
-from vllm_npu_quant.inspection.parallel import RankPart, kv_heads, part_of
+from vllm_npu_quant.inspection.parallel import LayerPart, kv_heads, part_of
 from vllm_npu_quant.layouts.tables import LAYOUTS
 from vllm_npu_quant.serving.cost import ACT, FLOAT_EXPERTS, ExpertsCost, group_of, round_up, weight_only
+from vllm_npu_quant.serving.shards import fit_group
 from vllm_npu_quant.spec import LayerKind, WeightSpec
 
 __all__ = ["KvCache", "kv_cache", "layer_bytes", "rank_bytes"]
@@ -60,7 +61,7 @@ def rank_bytes(layers: Iterable[Layer], tp: int, ep: int, kv_heads: int = 0, *, 
     return total
 
 
-def _bytes(layer: Layer, part: RankPart, float16: bool = False) -> int:
+def _bytes(layer: Layer, part: LayerPart, float16: bool = False) -> int:
     if layer.kind == OTHER or layer.row is None or layer.spec.weight is None:
         if not layer.outputs:
             return layer.loaded  # norms and the like: everybody has them
@@ -75,8 +76,7 @@ def _bytes(layer: Layer, part: RankPart, float16: bool = False) -> int:
     bias = cost.bias(outputs, "bias" in layer.tensors, float16)
     if LAYOUTS[layer.stored.layout].act_order and weight.group_size:
         return _act_order(weight, outputs, part.inputs, layer.inputs) + bias
-    if weight.group_size and part.inputs != layer.inputs and part.inputs % weight.group_size:  # cut within groups
-        weight = replace(weight, group_size=gcd(part.inputs, weight.group_size))
+    weight = fit_group(layer.spec, layer.inputs, part.inputs).weight or weight
     return (cost.weight(weight, outputs, part.inputs) + _matrices(layer) + bias) * part.count
 
 
@@ -101,7 +101,7 @@ def _act_order(weight: WeightSpec, outputs: int, inputs: int, whole: int) -> int
     return weight_only(replace(weight, group_size=size), outputs, depth) + 8 * depth
 
 
-def _experts_bytes(members: list[Layer], parts: list[RankPart], float16: bool) -> int:
+def _experts_bytes(members: list[Layer], parts: list[LayerPart], float16: bool) -> int:
     """Of the experts of one MoE layer: gate, up and down, whose inner dimension is filled up for both products.
 
     Float experts beside a quantized product are prepared as ``FloatExperts``, which is also what all three are without.
@@ -124,11 +124,9 @@ def _experts_bytes(members: list[Layer], parts: list[RankPart], float16: bool) -
     return total
 
 
-def _own_group(layer: Layer, part: RankPart) -> int:
+def _own_group(layer: Layer, part: LayerPart) -> int:
     """Inputs per scale of a rank's part of an expert; 0 where one scale serves all of them."""
-    group = group_of(layer.spec.weight)
-    if group and part.inputs != layer.inputs and part.inputs % group:  # cut within groups
-        group = gcd(part.inputs, group)
+    group = group_of(fit_group(layer.spec, layer.inputs, part.inputs).weight)
     return group if part.inputs > group else 0
 
 

@@ -6,16 +6,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import gcd
 
 from vllm_npu_quant.errors import Finding, FindingLimit, Severity
 from vllm_npu_quant.inspection.layers import OTHER, Layer
 from vllm_npu_quant.inspection.model import Model
-from vllm_npu_quant.layouts.tables import Axis, group_size_of, tensors_of
+from vllm_npu_quant.layouts.tables import Axis
 from vllm_npu_quant.serving.cost import round_up
+from vllm_npu_quant.serving.shards import rank_part
 from vllm_npu_quant.spec import LayerKind
 
-__all__ = ["NUMBER", "SIZES", "RankPart", "cut_of", "fitting_sizes", "kv_heads", "parallel_findings", "part_of"]
+__all__ = ["NUMBER", "SIZES", "LayerPart", "cut_of", "fitting_sizes", "kv_heads", "parallel_findings", "part_of"]
 
 #: Parallel sizes that are tried for "sizes that work".
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 40, 48, 64)
@@ -41,8 +41,6 @@ REPLICATED = frozenset(
 )
 #: A layer's number in its name.
 NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
-#: With activation order, a rank fills its part of every group up to 32 inputs, and the weight may double at most.
-_ACT_ORDER_FILL = 32
 
 
 def cut_of(layer: Layer) -> Axis | None:
@@ -60,7 +58,7 @@ VOCABULARY = 64
 
 
 @dataclass(frozen=True)
-class RankPart:
+class LayerPart:
     """What one rank has of a layer: ``count`` matrices of N outputs and K inputs."""
 
     outputs: int
@@ -68,7 +66,7 @@ class RankPart:
     count: int = 1
 
 
-def part_of(layer: Layer, tp: int, ep: int, kv_heads: int = 0) -> RankPart:
+def part_of(layer: Layer, tp: int, ep: int, kv_heads: int = 0) -> LayerPart:
     """A rank's part of a layer with ``tp`` tensor-parallel ranks, of which ``ep`` share the experts.
 
     Args:
@@ -77,20 +75,20 @@ def part_of(layer: Layer, tp: int, ep: int, kv_heads: int = 0) -> RankPart:
     outputs, inputs, count = layer.outputs, layer.inputs, layer.count
     axis = cut_of(layer)
     if layer.kind == LayerKind.FUSED_MOE.value and ep > 1:
-        return RankPart(outputs, inputs, -(-count // ep))
+        return LayerPart(outputs, inputs, -(-count // ep))
     if axis is Axis.OUT:
         last = layer.name.rpartition(".")[2]
         if layer.kind in (OTHER, LayerKind.LM_HEAD.value):
             outputs = round_up(round_up(outputs, VOCABULARY), tp)
         elif last in ("k_proj", "v_proj"):
             if kv_heads and tp > kv_heads and outputs % kv_heads == 0:
-                return RankPart(outputs // kv_heads, inputs, count)
+                return LayerPart(outputs // kv_heads, inputs, count)
             if outputs % tp:
-                return RankPart(outputs, inputs, count)
+                return LayerPart(outputs, inputs, count)
         outputs = -(-outputs // tp)
     elif axis is Axis.IN:
         inputs = -(-inputs // tp)
-    return RankPart(outputs, inputs, count)
+    return LayerPart(outputs, inputs, count)
 
 
 def kv_heads(model: Model) -> int:
@@ -150,51 +148,17 @@ def _heads(model: Model, tp: int) -> Iterable[tuple[str, str, str, str]]:
 
 
 def _layers(layers: Iterable[Layer], tp: int, ep: int) -> Iterable[tuple[str, str, str, str]]:
+    """What the engine would refuse of each layer: layer, message, expected, found."""
     for layer in layers:
         axis = cut_of(layer)
         if axis is None or not layer.outputs or layer.kind in (OTHER, LayerKind.LM_HEAD.value):
             continue  # vLLM pads the vocabulary
         if ep > 1 and layer.kind == LayerKind.FUSED_MOE.value:
             continue  # experts are divided among the ranks, not cut
-        length = layer.outputs if axis is Axis.OUT else layer.inputs
-        last = layer.name.rpartition(".")[2]
-        if length % tp and last not in ("k_proj", "v_proj", "qkv_proj"):  # their heads may be repeated
-            what = "outputs" if axis is Axis.OUT else "inputs"
-            yield layer.name, f"its {what} cannot be divided among the ranks", f"a divisor of {length}", f"tp {tp}"
-            continue
-        if not layer.spec.is_float and length % tp == 0:
-            yield from _packed(layer, axis, length // tp, tp)
-
-
-def _packed(layer: Layer, axis: Axis, part: int, tp: int) -> Iterable[tuple[str, str, str, str]]:
-    """Whether a rank's part holds whole packed elements, and enough of each group with activation order."""
-    group = group_size_of(layer.stored)
-    tensors = tensors_of(layer.stored, layer.tensors)
-    for tensor in tensors:
-        for dim in tensor.as_loaded().dims:
-            if dim.axis is axis and dim.pack > 1 and part % dim.pack:
-                yield (
-                    layer.name,
-                    f"{tensor.name} packs {dim.pack} numbers along {dim.axis.value}, and a rank would get a part",
-                    f"a size per rank divisible by {dim.pack}",
-                    f"{part} per rank",
-                )
-    scattered = any(dim.axis is Axis.ALL_GROUPS for tensor in tensors for dim in tensor.dims)
-    if axis is Axis.IN and group and scattered and tp > max(1, 2 * group // _ACT_ORDER_FILL):
-        yield (
-            layer.name,
-            "with activation order (desc_act), the inputs of each group are spread over all ranks, and a rank fills its part "
-            "of a group up to 32",
-            f"at most {max(1, 2 * group // _ACT_ORDER_FILL)} ranks for groups of {group}",
-            f"tp {tp}",
-        )
-    elif axis is Axis.IN and group and part % group and gcd(part, group) < 2:
-        yield (
-            layer.name,
-            f"a rank's part of the inputs shares no divisor with the groups of {group}",
-            "a size per rank that shares a divisor with the group size",
-            f"{part} per rank",
-        )
+        if layer.outputs % tp and layer.name.rpartition(".")[2] in ("k_proj", "v_proj", "qkv_proj"):
+            continue  # their heads may be repeated
+        for finding in rank_part(layer.stored, layer.tensors, axis, [layer.outputs], layer.inputs, tp).findings:
+            yield layer.name, finding.message, finding.expected, finding.found
 
 
 def _experts(layers: Iterable[Layer], ep: int) -> Iterable[Finding]:

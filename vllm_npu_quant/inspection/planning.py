@@ -16,7 +16,7 @@ from vllm_npu_quant.inspection.layers import OTHER, UNKNOWN, Layer, layers_of
 from vllm_npu_quant.inspection.memory import kv_cache, layer_bytes, rank_bytes
 from vllm_npu_quant.inspection.model import Model, open_model
 from vllm_npu_quant.inspection.overview import dtype_of
-from vllm_npu_quant.inspection.parallel import NUMBER, RankPart, fitting_sizes, kv_heads, part_of
+from vllm_npu_quant.inspection.parallel import NUMBER, LayerPart, fitting_sizes, kv_heads, part_of
 from vllm_npu_quant.serving.cost import ACT
 from vllm_npu_quant.spec import LayerKind
 
@@ -258,7 +258,7 @@ def _roofline(
 class _Traffic:
     """What one rank moves for its part of a layer: rows of the input, bytes and elements of the weight."""
 
-    part: RankPart
+    part: LayerPart
     rows: float
     weights: float
     elements: float
