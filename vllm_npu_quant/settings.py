@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from importlib import metadata
+from pathlib import Path
 
 from vllm_npu_quant.errors import Finding, NpuQuantError
 
@@ -13,7 +14,9 @@ __all__ = [
     "VARIABLES",
     "W4A8",
     "ascend_host",
+    "cache_folder",
     "cpu_build",
+    "emulation_mode",
     "fp8_mode",
     "plugin_enabled",
     "plugin_mode",
@@ -30,9 +33,9 @@ FP8 = "VLLM_NPU_QUANT_FP8"
 #: How layers with 4-bit weights and 8-bit activations are computed. int8 (the default): as the checkpoint says. w4a16: with
 #: activations in the model's dtype, which is another scheme, and said in one line.
 W4A8 = "VLLM_NPU_QUANT_W4A8"
-#: Which kernels emulate the operators: emulation.registry.
+#: Which kernels emulate the operators. fast (the default): the CPU's own instructions. reference: plain torch.
 EMULATION = "VLLM_NPU_QUANT_EMULATION"
-#: Where tests and the maker of environments keep what they download.
+#: Where the emulation keeps its compiled kernels, and tests and the maker of environments what they download.
 CACHE = "VLLM_NPU_QUANT_CACHE"
 #: All of them.
 VARIABLES = (MODE, TAKEOVER, FP8, W4A8, EMULATION, CACHE)
@@ -78,6 +81,32 @@ def w4a8_mode() -> str:
         fix = f"unset {W4A8}, or set it to int8 or w4a16"
         raise NpuQuantError([Finding("bad-config", message, expected="int8 or w4a16", fix=fix)])
     return mode
+
+
+def emulation_mode() -> str:
+    """The value of VLLM_NPU_QUANT_EMULATION: "fast" or "reference".
+
+    Raises:
+        NpuQuantError: bad-config, for any other value.
+    """
+    mode = os.environ.get(EMULATION, "fast").strip().lower() or "fast"
+    if mode not in ("fast", "reference"):
+        message = f"{EMULATION} must be fast or reference, not {mode[:40]!r}"
+        fix = f"unset {EMULATION}, or set it to fast or reference"
+        raise NpuQuantError([Finding("bad-config", message, expected="fast or reference", fix=fix)])
+    return mode
+
+
+def cache_folder() -> Path:
+    """The folder of VLLM_NPU_QUANT_CACHE; by default vllm-npu-quant in the user's cache. It need not exist.
+
+    Raises:
+        RuntimeError: the user has no home folder.
+    """
+    base = os.environ.get(CACHE)
+    if not base:
+        base = os.path.join(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "vllm-npu-quant")
+    return Path(base).expanduser().absolute()
 
 
 def _version(distribution: str) -> str | None:
