@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_npu_quant import emulation
+from vllm_npu_quant import emulation, settings
 from vllm_npu_quant.emulation import native
 from vllm_npu_quant.emulation.fast import products
 from vllm_npu_quant.emulation.numerics import int_matmul
@@ -91,6 +91,15 @@ def test_unknown_mode_is_an_error() -> None:
     assert "NpuQuantError: " in result.stderr
     assert "bad-config" in result.stderr
     assert "VLLM_NPU_QUANT_EMULATION must be fast or reference, not 'quick'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "mode"), [(None, "fast"), ("", "fast"), ("fast", "fast"), ("reference", "reference"), (" Fast ", "fast")]
+)
+def test_values_of_the_mode(value: str | None, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if value is not None:
+        monkeypatch.setenv("VLLM_NPU_QUANT_EMULATION", value)
+    assert settings.emulation_mode() == mode
 
 
 @pytest.mark.parametrize("mode", ["reference", "fast"])

@@ -14,7 +14,7 @@ import pytest
 import torch
 from test_emulation_registry import python
 
-from vllm_npu_quant import emulation
+from vllm_npu_quant import emulation, settings
 from vllm_npu_quant.emulation import native
 from vllm_npu_quant.emulation.fast import forms
 from vllm_npu_quant.emulation.fast.products import float_int_matmul
@@ -301,6 +301,17 @@ def test_a_folder_that_others_can_write_is_not_used(monkeypatch: pytest.MonkeyPa
     assert (tmp_path / "native").stat().st_mode & 0o077 == 0
     os.chmod(tmp_path / "native", 0o777)
     assert native._folder() != tmp_path / "native"
+
+
+def test_the_cache_is_the_users_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for variable in ("VLLM_NPU_QUANT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    assert settings.cache_folder() == tmp_path / ".cache" / "vllm-npu-quant"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert settings.cache_folder() == tmp_path / "xdg" / "vllm-npu-quant"
+    monkeypatch.setenv("VLLM_NPU_QUANT_CACHE", "~/own")
+    assert settings.cache_folder() == tmp_path / "own"
 
 
 @built

@@ -138,7 +138,7 @@ def unpack_weight(weight: torch.Tensor, packed_along_n: bool) -> torch.Tensor:
 
 def fill_garbage(tensor: torch.Tensor) -> None:
     """Fill memory that the device does not write: with NaN, or bytes of 0x7f. Never zeros, which code might rely on."""
-    if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1:
+    if tensor.dtype.is_floating_point:
         tensor.fill_(float("nan"))
     else:
         tensor.fill_(int.from_bytes(b"\x7f" * tensor.dtype.itemsize, "little"))

@@ -35,8 +35,8 @@ _OPERANDS: Final = {
 _NUMBERS: Final = ("split_item", "group_type", "group_list_type", "act_type", "output_dtype")
 #: Optional arguments that are part of a key; a call with any other is checked every time.
 _KEYED: Final = frozenset((*_OPERANDS.values(), "group_list", *_NUMBERS))
-#: The native kernel, if there is one, of the calls that passed their check.
-_products: dict[Any, tuple[native.Product | None]] = {}
+#: The native kernel, if there is one, of the calls that passed their check, and whether the weight has to be FRACTAL_NZ.
+_products: dict[Any, tuple[native.Product | None, bool]] = {}
 
 
 def npu_grouped_matmul_fast(x: list[torch.Tensor], weight: list[torch.Tensor], **options: Any) -> list[torch.Tensor]:
@@ -48,13 +48,14 @@ def npu_grouped_matmul_fast(x: list[torch.Tensor], weight: list[torch.Tensor], *
         known = _products.get(key)
     if known is None:
         call.check()
-        known = (_kernel(call),)
+        known = _kernel(call), call.needs_nz
         if key is not None:
             remember(_products, key, known)
-    (product,) = known
+    product, needs_nz = known
     if product is None:
         return npu_grouped_matmul(call, fast_int_matmul, fast_float_matmul)
-    call.check_format()
+    if needs_nz:
+        call.require_nz()
     bounds = group_bounds(call)
     calls.remember_product(
         call,
@@ -64,7 +65,7 @@ def npu_grouped_matmul_fast(x: list[torch.Tensor], weight: list[torch.Tensor], *
         group_list=call.group_list,
         group_list_type=call.group_list_type or 0,
         spoils_x=call.form is Form.INT8_INT4,
-        nz_weight=weight[0] if call.needs_nz else None,
+        nz_weight=weight[0] if needs_nz else None,
     )
     out = product(
         x[0],

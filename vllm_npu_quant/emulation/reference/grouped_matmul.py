@@ -51,7 +51,8 @@ def npu_grouped_matmul(
     Source: op-plugin torch_npu-npu_grouped_matmul.md and test_npu_grouped_matmul.py; ops-transformer (kernels, aclnn
     documents) gmm/grouped_matmul/docs/aclnnGroupedMatmulV5.md.
     """
-    call.check_format()
+    if call.needs_nz:
+        call.require_nz()
     products = _Products(call, int_matmul, float_matmul)
     if len(call.x) > 1 or call.group_list is None:
         outputs = []

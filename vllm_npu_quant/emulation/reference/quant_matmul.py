@@ -42,13 +42,14 @@ def npu_quant_matmul(call: QuantMatmul, matmul: IntMatmul = int_matmul) -> torch
     quant_batch_matmul_v3/tests/assets golden (compute_requant, compute_pertoken); op-plugin test_npu_grouped_matmul.py
     (the float16 sums of int8 x int4).
     """
-    if call.form is Form.INT8_INT4:
+    form = call.form
+    if form is Form.INT8_INT4:
         weight, scale = unpack_weight(call.x2, True), float_bits(call.scale)
         total = split_int8_matmul(call.x1, weight, scale, call.given("offset"), matmul)
         return (total * call.given("pertoken_scale")).to(call.out_dtype)
-    if call.form is Form.INT4_GROUPED:
+    if form is Form.INT4_GROUPED:
         return (_grouped_int4_matmul(call, matmul) * call.given("pertoken_scale")).to(call.out_dtype)
-    if call.form is Form.INT4:
+    if form is Form.INT4:
         acc = matmul(unpack_int4(call.x1), unpack_weight(call.x2, call.packed_along_n))
     else:
         acc = matmul(call.x1, call.x2)

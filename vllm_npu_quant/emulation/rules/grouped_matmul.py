@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from enum import Enum
-from functools import cached_property
 
 import torch
 
@@ -17,7 +16,7 @@ from vllm_npu_quant.emulation.checks import Arguments, dtype_name
 from vllm_npu_quant.emulation.numerics import DTYPE_OF_CODE, FLOATS, HALVES, INT4_PER_INT32
 from vllm_npu_quant.emulation.rules.format_cast import FRACTAL_NZ, storage_format
 
-__all__ = ["Form", "GroupedMatmul"]
+__all__ = ["Form", "GroupedMatmul", "Tensors"]
 
 INNER_LIMIT = 65536
 W4A8_GROUP_SIZE = 256
@@ -110,7 +109,7 @@ class GroupedMatmul(Arguments):
     def experts(self) -> int:
         return self.weight[0].shape[0] if self.stacked else len(self.weight)
 
-    @cached_property
+    @property
     def form(self) -> Form:
         form = _FORMS.get((self.x[0].dtype, self.weight[0].dtype))
         if form is None:
@@ -136,7 +135,7 @@ class GroupedMatmul(Arguments):
         """N."""
         return _width(self.weight[0])
 
-    @cached_property
+    @property
     def _asked_dtype(self) -> torch.dtype | None:
         if self.output_dtype is None:
             return None
@@ -159,11 +158,10 @@ class GroupedMatmul(Arguments):
         wide_scale = scale and scale[0].dtype == torch.float32
         return bool(wide_scale or (bias and bias[0].dtype == torch.bfloat16))
 
-    def check_format(self) -> None:
-        """Refuse a weight whose storage is not FRACTAL_NZ where it has to be; fake tensors have no format."""
-        if self.needs_nz:
-            nz = all(storage_format(tensor) == FRACTAL_NZ for tensor in self.weight)
-            self.require(nz, "weight", "FRACTAL_NZ (npu_format_cast(w, 29)): no other kernel takes these dtypes")
+    def require_nz(self) -> None:
+        """Refuse a weight whose storage is not FRACTAL_NZ. Not a part of ``check``: fake tensors have no format."""
+        nz = all(storage_format(tensor) == FRACTAL_NZ for tensor in self.weight)
+        self.require(nz, "weight", "FRACTAL_NZ (npu_format_cast(w, 29)): no other kernel takes these dtypes")
 
     def check(self) -> None:
         # The document prints a default of -1; the registered default is None, which the operator refuses.

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 from enum import Enum
-from functools import cached_property
 
 import torch
 
@@ -63,7 +62,7 @@ class QuantMatmul(Arguments):
     group_sizes: list[int] | None = None
     y_scale: torch.Tensor | None = None
 
-    @cached_property
+    @property
     def form(self) -> Form:
         if self.x1.dtype == torch.int8 and self.x2.dtype == torch.int32:
             return Form.INT8_INT4
@@ -71,7 +70,7 @@ class QuantMatmul(Arguments):
             return Form.INT4_GROUPED
         return Form.INT8 if self.x1.dtype == torch.int8 else Form.INT4
 
-    @cached_property
+    @property
     def out_dtype(self) -> torch.dtype:
         dtype = torch.int8 if self.output_dtype is None else DTYPE_OF_CODE.get(self.output_dtype)
         if dtype not in (torch.int8, torch.int32, *HALVES):
@@ -93,7 +92,7 @@ class QuantMatmul(Arguments):
         """N."""
         return self.x2.shape[-1] * (INT4_PER_INT32 if self.packed_along_n else 1)
 
-    @cached_property
+    @property
     def out_shape(self) -> list[int]:
         if self.form is not Form.INT8:
             return [self.x1.shape[0], self.width]
