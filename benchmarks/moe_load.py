@@ -97,8 +97,6 @@ def prepare(layer: nn.Module, products: list[Any], hidden: int, inner: int, only
     """What the engine does after loading. Returns the seconds, and the bytes at the peak above those before."""
     from vllm_npu_quant.layouts import load_object
     from vllm_npu_quant.methods.moe import FusedExperts
-    from vllm_npu_quant.serving import dispatch
-    from vllm_npu_quant.spec import LayerKind
 
     methods = [load_object(product.served.require_row().method)(product.name + "_") for product in products]
     chain = FusedExperts(methods[0], methods[1], hidden, inner, (products[0].group_size, products[1].group_size))

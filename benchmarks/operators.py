@@ -26,7 +26,7 @@ import torch
 
 from vllm_npu_quant import emulation
 from vllm_npu_quant.emulation import native
-from vllm_npu_quant.emulation.matmul import FRACTAL_NZ
+from vllm_npu_quant.methods.base import FRACTAL_NZ
 
 SHAPES = ((2048, 2048), (4096, 11008))
 ROWS = (1, 16, 256)

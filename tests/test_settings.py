@@ -84,7 +84,7 @@ def test_long_values_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(finding.found) == 80
 
 
-def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv(settings.CACHE, raising=False)

@@ -31,7 +31,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
-__all__ = ["RELEASES", "Environment", "Release", "cache_folder", "existing", "make"]
+__all__ = ["RELEASES", "Environment", "Release", "cache_dir", "existing", "make"]
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Environment:
         return json.loads((self.folder / "environment.json").read_text())
 
 
-def cache_folder() -> Path:
+def cache_dir() -> Path:
     configured = os.environ.get("VLLM_NPU_QUANT_CACHE")
     return Path(configured) if configured else Path.home() / ".cache" / "vllm-npu-quant"
 
@@ -147,7 +147,7 @@ def source(name: str, version: str) -> Path:
     pip unpacks an sdist and then asks its build backend for metadata. Both packages want compilers of vendors for that, so
     the backend is kept from being imported: pip stops there, before any code of the package has run, and the tree is kept.
     """
-    target = cache_folder() / "sources" / f"{name}-{version}"
+    target = cache_dir() / "sources" / f"{name}-{version}"
     if target.exists():
         return target
     _say(f"sources of {name} {version}")
@@ -198,7 +198,7 @@ def _minor() -> str:
 
 def wheel_of(name: str, version: str = "") -> Path:
     """The unpacked wheel of a package, in the cache. Without a version: the newest that pip finds, once."""
-    wheels = cache_folder() / "wheels"
+    wheels = cache_dir() / "wheels"
     pattern = f"{name}-{version or '*'}-cp{sys.version_info.major}{sys.version_info.minor}-*{platform.machine()}.whl"
     if not list(wheels.glob(pattern)):
         _say(f"{name} {version}".rstrip())
@@ -207,7 +207,7 @@ def wheel_of(name: str, version: str = "") -> Path:
         if done.returncode:
             raise SystemExit(f"pip brought no {wanted}:\n{done.stderr.strip()[-2000:]}")
     wheel = max(wheels.glob(pattern))
-    target = cache_folder() / wheel.stem
+    target = cache_dir() / wheel.stem
     if not target.exists():
         unfinished = target.with_name(f"{target.name}.{os.getpid()}")
         with zipfile.ZipFile(wheel) as archive:
@@ -240,7 +240,7 @@ def _add_torchvision(site: Path) -> None:
 
 def folder_of(release: Release) -> Path:
     tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    return cache_folder() / "ascend" / f"{release.version}-{tag}-torch{_torch_version()}"
+    return cache_dir() / "ascend" / f"{release.version}-{tag}-torch{_torch_version()}"
 
 
 def recipe(release: Release) -> dict[str, str]:

@@ -23,14 +23,14 @@ OLDER_VERSION = "2.10.0.post4"
 FUNCTIONS_FILE = "torch_npu/csrc/aten/npu_native_functions_by_codegen.yaml"
 
 
-def cache_folder() -> Path:
+def cache_dir() -> Path:
     configured = os.environ.get("VLLM_NPU_QUANT_CACHE")
     return Path(configured) if configured else Path.home() / ".cache" / "vllm-npu-quant"
 
 
 def downloaded_wheel(version: str) -> Path:
     """The wheel for this interpreter and machine; the test is skipped only if it cannot be had."""
-    folder = cache_folder() / "wheels"
+    folder = cache_dir() / "wheels"
     tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
     pattern = f"torch_npu-{version}-{tag}-*{platform.machine()}.whl"
     if not list(folder.glob(pattern)):
@@ -44,7 +44,7 @@ def downloaded_wheel(version: str) -> Path:
 
 
 def unpacked(wheel: Path) -> Path:
-    folder = cache_folder() / wheel.stem
+    folder = cache_dir() / wheel.stem
     if not folder.exists():
         unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
         with zipfile.ZipFile(wheel) as archive:

@@ -19,8 +19,7 @@ from tests.emulation.test_emulation_refusals import REFUSALS
 
 def described(operator: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """A call that is not made."""
-    packet, _, overload = operator.partition(".")
-    schema = getattr(getattr(torch.ops.npu, packet), overload or "default")._schema
+    schema = getattr(torch.ops.npu, operator).default._schema
     raw = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
     return Call(operator, Recorder().described(schema, raw), [])
 

@@ -328,10 +328,6 @@ def npu_weight_quant_batchmatmul(
     return [Expected(_requantized(f32(out), factor, offset9), "int8")]
 
 
-def npu_convert_weight_to_int4pack(weight: Array, inner_k_tiles: int = 0):
-    return [Expected(packed_nibbles(weight.values), "int32")]
-
-
 def npu_dynamic_quant_asymmetric(x: Array, *, smooth_scales=None, group_index=None, dst_type=None):
     four_bits = dst_type == 16
     high, low = (7, -8) if four_bits else (127, -128)
@@ -355,14 +351,6 @@ def npu_kronecker_quant(x: Array, p1: Array, p2: Array, clip_ratio=None, dst_dty
     with np.errstate(invalid="ignore"):
         y = to_int(f32(both) / scale[:, None, None], -8, 7)
     return [Expected(packed_nibbles(y), "int32"), Expected(scale, "float32")]
-
-
-def npu_anti_quant(x: Array, scale: Array, *, offset=None, dst_dtype=None, src_dtype=None):
-    values = nibbles(x.values) if x.dtype == "int32" else x.values
-    shifted = values if offset is None else values + offset.values
-    out = shifted * scale.values
-    slack = 2 * EPS32 * (np.abs(out) + np.abs(scale.values) * np.abs(values))
-    return [Expected(out, {None: "float16", 5: "float16", 15: "bfloat16"}[dst_dtype], slack)]
 
 
 # -------------------------------------------------------------------------------------------------------------- grouped
@@ -517,50 +505,11 @@ def npu_grouped_matmul(
     return [_together(parts, sum(len(rows.values) for rows in x), dtype)]
 
 
-def npu_grouped_matmul_list(x, weight, *, group_list=None, split_item=0, bias=None, scale=None, **antiquant):
-    dtype = x[0].dtype
-    bounds = groups_of(np.array(group_list), 0) if len(x) == 1 else [(i, 0, 0) for i in range(len(x))]
-    options = {"antiquant_scale": None, "antiquant_offset": None, **antiquant, "per_token_scale": None}
-    parts = _grouped(x, weight, bounds, dtype, 0, bias=bias, scale=scale, **options)
-    if split_item in (0, 1):
-        return [Expected(value, dtype, slack) for value, slack in parts]
-    return [_together(parts, sum(len(rows.values) for rows in x), dtype)]
-
-
 def npu_format_cast(x: Array, acl_format: int):
     return [Expected(x.values, x.dtype)]
 
 
-# ---------------------------------------------------------------------------------------------------- norms, activation
-
-
-def _rstd(x: np.ndarray, gamma: np.ndarray, epsilon: float) -> np.ndarray:
-    axes = tuple(range(-gamma.ndim, 0))
-    return 1.0 / np.sqrt(np.mean(x * x, axis=axes, keepdims=True) + epsilon)
-
-
-def npu_rms_norm(x: Array, gamma: Array, epsilon: float = 1e-6):
-    rstd = _rstd(x.values, gamma.values, epsilon)
-    y = x.values * rstd * gamma.values
-    return [Expected(y, x.dtype, 16 * EPS32 * np.abs(y)), Expected(rstd, "float32", 16 * EPS32 * rstd)]
-
-
-def added_and_normalized(x1: Array, x2: Array, gamma: Array, epsilon: float):
-    """(y as the sum of a value and its slack, rstd, x) with the rounding to the input's dtype before gamma."""
-    x = rounded(x1.dtype, rounded("float32", x1.values + x2.values))
-    rstd = _rstd(x, gamma.values, epsilon)
-    normalized = x * rstd
-    before = rounded(x1.dtype, normalized)
-    # Where float32 error can push a value over a rounding boundary, the neighbour is right too.
-    error = 16 * EPS32 * np.abs(normalized)
-    doubtful = rounded(x1.dtype, normalized - error) != rounded(x1.dtype, normalized + error)
-    slack = np.where(doubtful, ulp(x1.dtype, normalized), 2 * EPS32 * np.abs(before)) * np.abs(gamma.values)
-    return before * gamma.values, slack, rstd, x
-
-
-def npu_add_rms_norm(x1: Array, x2: Array, gamma: Array, epsilon: float = 1e-6):
-    y, slack, rstd, x = added_and_normalized(x1, x2, gamma, epsilon)
-    return [Expected(y, x1.dtype, slack), Expected(rstd, "float32", 16 * EPS32 * rstd), Expected(x, x1.dtype)]
+# ----------------------------------------------------------------------------------------------------------- activation
 
 
 def silu(x: np.ndarray) -> np.ndarray:
@@ -671,265 +620,7 @@ def npu_dequant_swiglu_quant(
     return [out, Expected(_rows(scale, total), "float32", _rows(scale * relative, total), written)]
 
 
-def npu_swiglu_quant(
-    x: Array,
-    *,
-    smooth_scales=None,
-    offsets=None,
-    group_index=None,
-    activate_left=False,
-    quant_mode=0,
-    group_list_type=0,
-    dst_type=None,
-):
-    shape = x.shape[:-1]
-    flat = x.values.reshape(-1, x.shape[-1])
-    total = len(flat)
-    group = np.zeros(total, dtype=int) if group_index is None else _covered(group_index.values, group_list_type == 1)
-    y = _variant(flat[: len(group)], activate_left, 0, 0, 0, 0)
-
-    def of_rows(array):
-        return array.values[group].reshape(len(group), -1)
-
-    if smooth_scales is not None:
-        y = y * of_rows(smooth_scales)
-    error = 32 * EPS32 * np.abs(y)
-    written = (np.arange(total) < len(group)).reshape(shape)
-    if quant_mode == 0:
-        z = y if offsets is None else y + of_rows(offsets)
-        integers, slack = doubtful(_int8, z, error + 2 * EPS32 * np.abs(z))
-        scale = Expected(np.zeros(shape), "float32", 0, np.zeros(shape, dtype=bool))
-    else:
-        rows, step, relative = _dynamic_rows(y, error)
-        integers, slack = rows.values, rows.slack
-        with np.errstate(divide="ignore"):
-            multiplier = _rows(1 / step, total).reshape(shape)
-        finite = np.where(np.isfinite(multiplier), multiplier, 0)
-        scale = Expected(multiplier, "float32", finite * _rows(relative, total).reshape(shape), written)
-    full = (*shape, -1)
-    out = Expected(_rows(integers, total).reshape(full), "int8", _rows(slack, total).reshape(full), written[..., None])
-    return [out, scale]
-
-
-def npu_add_rms_norm_quant(
-    x1,
-    x2,
-    gamma,
-    scales1,
-    zero_points1,
-    beta=None,
-    scales2=None,
-    zero_points2=None,
-    *,
-    epsilon=1e-6,
-    div_mode=True,
-):
-    value, slack, _, x = added_and_normalized(x1, x2, gamma, epsilon)
-    # y is rounded to the input's dtype; where that is in doubt, so is the integer.
-    y = rounded(x1.dtype, value)
-    either = np.maximum(np.abs(rounded(x1.dtype, value - slack) - y), np.abs(rounded(x1.dtype, value + slack) - y))
-    if beta is not None:
-        y = y + beta.values
-
-    def quantized(scales, zero_points):
-        if scales is None:
-            return Expected(np.zeros(x.shape), "int8", 0, np.zeros(x.shape, dtype=bool))
-        z = y / scales.values if div_mode else y * scales.values
-        error = either / np.abs(scales.values) if div_mode else either * np.abs(scales.values)
-        if zero_points is not None:
-            z = z + zero_points.values
-        integers, in_doubt = doubtful(_int8, z, error + 4 * EPS32 * (np.abs(z) + 1))
-        return Expected(integers, "int8", in_doubt)
-
-    return [quantized(scales1, zero_points1), quantized(scales2, zero_points2), Expected(x, x1.dtype)]
-
-
-# ------------------------------------------------------------------------------------------------------- microscaling
-
-
-def float_codes(exponent_bits: int, mantissa_bits: int) -> np.ndarray:
-    """The numbers of a small float format in the order of their codes, sign bit 0."""
-    bias = 2 ** (exponent_bits - 1) - 1
-    codes = np.arange(2 ** (exponent_bits + mantissa_bits))
-    exponent, mantissa = codes >> mantissa_bits, codes & (2**mantissa_bits - 1)
-    fraction = mantissa / 2**mantissa_bits
-    return np.where(
-        exponent == 0, fraction * 2.0 ** (1 - bias), (1 + fraction) * 2.0 ** (exponent.astype(float) - bias)
-    )
-
-
-def nearest_code(values: np.ndarray, codes: np.ndarray, largest: float) -> np.ndarray:
-    """The code of the nearest number, an even code for a tie, saturating at ``largest``."""
-    usable = codes[codes <= largest]
-    distance = np.abs(np.minimum(np.abs(values), largest)[..., None] - usable)
-    tied = distance == distance.min(axis=-1, keepdims=True)
-    even = np.arange(len(usable)) % 2 == 0
-    return np.argmax(tied * (1 + even), axis=-1)
-
-
-_MX_FORMATS = {
-    23: ("float8_e5m2", 5, 2, 15, 57344.0),
-    291: ("float8_e5m2", 5, 2, 15, 57344.0),
-    24: ("float8_e4m3fn", 4, 3, 8, 448.0),
-    292: ("float8_e4m3fn", 4, 3, 8, 448.0),
-    296: ("uint8", 2, 1, 2, 6.0),
-}
-
-
-def npu_dynamic_mx_quant(x: Array, *, axis=-1, dst_type=296, block_size=32, scale_alg=0):
-    name, exponent_bits, mantissa_bits, emax, largest = _MX_FORMATS[dst_type]
-    columns = x.shape[-1]
-    codes = float_codes(exponent_bits, mantissa_bits)
-    out = np.zeros(x.shape, dtype=np.int64)
-    blocks = -(-columns // block_size)
-    scales = np.zeros((*x.shape[:-1], blocks + blocks % 2), dtype=np.int64)
-    for index in range(blocks):
-        part = x.values[..., index * block_size : (index + 1) * block_size]
-        top = np.abs(part).max(axis=-1, keepdims=True)
-        with np.errstate(divide="ignore"):
-            if scale_alg == 0:
-                exponent = np.floor(np.log2(top)) - emax
-            else:
-                exponent = np.ceil(np.log2(f32(top / largest).astype(np.float64)))
-        exponent = np.clip(exponent, -127, 127)
-        scales[..., index] = exponent[..., 0] + 127
-        scaled = part * 2.0**-exponent
-        sign = np.signbit(scaled).astype(np.int64) << (exponent_bits + mantissa_bits)
-        out[..., index * block_size : (index + 1) * block_size] = nearest_code(scaled, codes, largest) | sign
-    if dst_type == 296:
-        out = out[..., 0::2] | (out[..., 1::2] << 4)
-    return [Expected(out, name), Expected(scales.reshape(*x.shape[:-1], -1, 2), "uint8")]
-
-
-# ------------------------------------------------------------------------------------- grouped matmul, SwiGLU, quantize
-
-
-def _int8_twice(values: np.ndarray) -> np.ndarray:
-    return to_int(rounded("float16", values), -128, 127)
-
-
-def _grouped_swiglu(x, weight, weight_scale, x_scale, bounds, assist=None, smooth_scale=None):
-    outputs, scales, slacks, errors = [], [], [], []
-    for expert, start, end in bounds:
-        if start == end:
-            continue
-        rows, token = x.values[start:end], x_scale.values[start:end, None]
-        if weight.dtype == "int8":
-            product = (rows @ weight.values[expert]) * token * weight_scale.values[expert]
-            error = 4 * EPS32 * np.abs(product)
-        elif x.dtype == "int8":
-            factors = low_word_as_float(weight_scale.values[expert]).reshape(-1, weight_scale.shape[-1])
-            (c,) = _int8_int4(rows, nibbles(weight.values[expert]), factors, assist.values[expert], token, "float32")
-            product, error = c.values, c.slack
-        else:
-            factors = low_word_as_float(weight_scale.values[expert]).astype(np.float64)
-            factors = factors.reshape(-1, weight_scale.shape[-1])
-            left, right = nibbles(rows), nibbles(weight.values[expert])
-            right = right * np.repeat(factors, right.shape[0] // factors.shape[0], axis=0)
-            product = left @ right * token
-            error = 16 * EPS32 * (np.abs(left) @ np.abs(right) * token)
-        gate, up = np.split(product, 2, axis=1)
-        gate_error, up_error = np.split(np.broadcast_to(error, product.shape), 2, axis=1)
-        y = silu(gate) * up
-        error = 1.2 * gate_error * np.abs(up) + np.abs(silu(gate)) * up_error + 16 * EPS32 * np.abs(y)
-        if smooth_scale is not None:
-            factor = smooth_scale.values[expert]
-            y, error = y * factor, error * np.abs(factor) + EPS32 * np.abs(y * factor)
-        top = np.abs(y).max(axis=1, keepdims=True)
-        safe = np.where(top == 0, 1.0, top)
-        relative = error.max(axis=1, keepdims=True) / safe + 4 * EPS32
-        scaled = y * 127 / safe
-        integers, slack = doubtful(_int8_twice, scaled, np.abs(scaled) * relative + error * 127 / safe)
-        outputs.append(integers)
-        slacks.append(slack)
-        scales.append(top[:, 0] / 127)
-        errors.append((top * relative)[:, 0] / 127)
-    total = len(x.values)
-    width = weight_scale.shape[-1] // 2
-    integers = np.concatenate([np.zeros((0, width), dtype=np.int64), *outputs])
-    written = np.arange(total) < len(integers)
-    slack = np.concatenate([np.zeros((0, width), dtype=np.int64), *slacks])
-    scale, error = (np.concatenate([np.zeros(0), *parts]) for parts in (scales, errors))
-    return [
-        Expected(_rows(integers, total), "int8", _rows(slack, total), written[:, None]),
-        Expected(_rows(scale, total), "float32", _rows(error, total), written),
-    ]
-
-
-def npu_grouped_matmul_swiglu_quant(x, weight, group_list, weight_scale, x_scale, *, bias=None):
-    outputs = _grouped_swiglu(x, weight, weight_scale, x_scale, groups_of(group_list.values, 0), bias)
-    return [*outputs, Expected(np.zeros(()), "float32", 0, np.zeros((), dtype=bool))]
-
-
-def npu_grouped_matmul_swiglu_quant_v2(
-    x,
-    weight,
-    weight_scale,
-    x_scale,
-    group_list,
-    *,
-    smooth_scale=None,
-    weight_assist_matrix=None,
-    dequant_mode=0,
-    group_list_type=0,
-):
-    bounds = groups_of(group_list.values, group_list_type)
-    assist = weight_assist_matrix[0] if weight_assist_matrix else None
-    return _grouped_swiglu(x, weight[0], weight_scale[0], x_scale, bounds, assist, smooth_scale)
-
-
 # -------------------------------------------------------------------------------------------------------------- routing
-
-
-def _softmax(x: np.ndarray) -> np.ndarray:
-    shifted = np.exp(x - x.max(axis=-1, keepdims=True))
-    return shifted / shifted.sum(axis=-1, keepdims=True)
-
-
-def npu_moe_gating_top_k_softmax(x: Array, finished=None, k=1):
-    scores = _softmax(x.values)
-    order = np.argsort(-scores, axis=-1, kind="stable")[..., :k]
-    y = np.take_along_axis(scores, order, axis=-1)
-    experts = order if finished is None else np.where(finished.values[..., None], x.shape[-1], order)
-    tokens = order.size // k
-    rows = np.array([[j * tokens + i for j in range(k)] for i in range(tokens)]).reshape(order.shape)
-    return [Expected(y, x.dtype, 16 * EPS32 * y), Expected(experts, "int32"), Expected(rows, "int32")]
-
-
-def npu_moe_gating_top_k(
-    x: Array,
-    k,
-    *,
-    bias=None,
-    k_group=1,
-    group_count=1,
-    group_select_mode=0,
-    renorm=0,
-    norm_type=0,
-    out_flag=False,
-    routed_scaling_factor=1.0,
-    eps=1e-20,
-):
-    scores = _softmax(x.values) if norm_type == 0 else 1 / (1 + np.exp(-x.values))
-    choice = scores if bias is None else scores + bias.values
-    experts = []
-    for row in choice:
-        groups = row.reshape(group_count, -1)
-        if group_select_mode == 0:
-            rank = groups.max(axis=1)
-        else:
-            rank = np.sort(groups, axis=1)[:, -2:].sum(axis=1)
-        best = np.argsort(-rank, kind="stable")[:k_group]
-        allowed = np.full(groups.shape, -np.inf)
-        allowed[best] = groups[best]
-        experts.append(np.argsort(-allowed.ravel(), kind="stable")[:k])
-    chosen = np.array(experts)
-    y = np.take_along_axis(scores, chosen, axis=1)
-    if norm_type == 1 or renorm == 1:
-        y = y / (y.sum(axis=1, keepdims=True) + eps)
-    y = y * routed_scaling_factor
-    out = Expected(scores, "float32", 16 * EPS32 * scores, np.full(scores.shape, out_flag))
-    return [Expected(y, x.dtype, 32 * EPS32 * y), Expected(chosen, "int32"), out]
 
 
 def npu_moe_init_routing(x, row_idx, expert_idx, active_num):
@@ -1029,39 +720,6 @@ def npu_moe_init_routing_v2(
     ]
 
 
-def npu_moe_finalize_routing(rows, skip1, skip2, bias, scales, source, experts, drop_pad_mode=0, k=1):
-    choices = k if scales is None else scales.shape[1]
-    tokens = source.shape[0] // choices
-    flat = rows.values.reshape(-1, rows.shape[-1])
-    out = np.zeros((tokens, flat.shape[1]))
-    magnitude = np.zeros_like(out)
-    for i in range(tokens):
-        for j in range(choices):
-            index = source.values[j * tokens + i if drop_pad_mode in (0, 1) else i * choices + j]
-            row = np.zeros(flat.shape[1]) if index == -1 else flat[index]
-            if bias is not None:
-                row = row + bias.values[experts.values[i, j]]
-            term = row if scales is None else row * scales.values[i, j]
-            out[i] += term
-            magnitude[i] += np.abs(term)
-        for skip in (skip1, skip2):
-            if skip is not None:
-                out[i] += skip.values[i]
-                magnitude[i] += np.abs(skip.values[i])
-    return [Expected(out, rows.dtype, 8 * EPS32 * magnitude)]
-
-
-def npu_moe_token_permute(tokens, indices, num_out_tokens=None):
-    flat = indices.values.ravel()
-    choices = flat.size // tokens.shape[0]
-    order = sorted(range(flat.size), key=lambda pair: flat[pair])
-    position = np.zeros(flat.size, dtype=np.int64)
-    for index, pair in enumerate(order):
-        position[pair] = index
-    kept = order[:num_out_tokens] if num_out_tokens else order
-    return [Expected(tokens.values[[pair // choices for pair in kept]], tokens.dtype), Expected(position, "int32")]
-
-
 def npu_moe_token_unpermute(permuted, indices, probs=None):
     choices = 1 if probs is None else probs.shape[1]
     weights = np.ones((indices.shape[0], 1)) if probs is None else probs.values
@@ -1072,27 +730,7 @@ def npu_moe_token_unpermute(permuted, indices, probs=None):
     return [Expected(terms.sum(axis=1), permuted.dtype, slack)]
 
 
-def npu_moe_re_routing(tokens, counts, *, per_token_scales=None):
-    ranks, experts = counts.shape
-    blocks, start = {}, 0
-    for rank in range(ranks):
-        for expert in range(experts):
-            blocks[expert, rank] = list(range(start, start + counts.values[rank, expert]))
-            start += counts.values[rank, expert]
-    index = np.array([row for key in sorted(blocks) for row in blocks[key]], dtype=np.int64)
-    if per_token_scales is None:
-        scales = Expected(np.zeros(len(index)), "float32", 0, np.zeros(len(index), dtype=bool))
-    else:
-        scales = Expected(per_token_scales.values[index], "float32")
-    return [
-        Expected(tokens.values[index], tokens.dtype),
-        scales,
-        Expected(index, "int32"),
-        Expected(counts.values.sum(axis=0), counts.dtype),
-    ]
-
-
 #: Operator name -> oracle, as in the table of cases.
 ORACLES: dict[str, Callable[..., list[Expected]]] = {
     name: function for name, function in globals().items() if name.startswith("npu_")
-} | {"npu_grouped_matmul.List": npu_grouped_matmul_list}
+}

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_npu_quant import emulation
-from vllm_npu_quant.emulation import matmul
+from vllm_npu_quant import emulation, settings
+from vllm_npu_quant.emulation import native
+from vllm_npu_quant.emulation.fast import products
+from vllm_npu_quant.emulation.numerics import int_matmul
 
 emulation.register()
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,8 +27,7 @@ def python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 def overload(name: str) -> torch._ops.OpOverload:
-    packet, _, overload_name = name.partition(".")
-    return getattr(getattr(torch.ops.npu, packet), overload_name or "default")
+    return getattr(torch.ops.npu, name).default
 
 
 @pytest.mark.parametrize("name", emulation.OPERATORS)
@@ -35,17 +36,16 @@ def test_schema_survives_registration(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", emulation.OPERATORS)
-def test_reference_takes_the_arguments_of_the_schema(name: str) -> None:
-    """The dispatcher drops arguments that equal the schema's default, so the kernel's defaults must be the same."""
-    parameters = list(inspect.signature(emulation.OPERATORS[name].reference).parameters.values())
+def test_rules_take_the_arguments_of_the_schema(name: str) -> None:
+    """The dispatcher drops arguments that equal the schema's default, so the defaults must be the same."""
+    parameters = list(inspect.signature(emulation.OPERATORS[name].arguments).parameters.values())
     arguments = overload(name)._schema.arguments
-    assert [parameter.name for parameter in parameters[: len(arguments)]] == [argument.name for argument in arguments]
-    for parameter, argument in zip(parameters, arguments, strict=False):
+    assert [parameter.name for parameter in parameters] == [argument.name for argument in arguments]
+    for parameter, argument in zip(parameters, arguments, strict=True):
         default = argument.default_value if argument.has_default_value() else inspect.Parameter.empty
         given = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
         assert given == default
         assert (parameter.kind is parameter.KEYWORD_ONLY) == argument.kwarg_only
-    assert all(parameter.default is not parameter.empty for parameter in parameters[len(arguments) :])
 
 
 def test_register_is_idempotent() -> None:
@@ -88,18 +88,29 @@ def test_torch_npu_keeps_everything_as_it_is(tmp_path: Path) -> None:
 
 def test_unknown_mode_is_an_error() -> None:
     result = python("import vllm_npu_quant.emulation as e; e.register()", VLLM_NPU_QUANT_EMULATION="quick")
-    assert "ValueError: VLLM_NPU_QUANT_EMULATION='quick': expected 'reference' or 'fast'" in result.stderr
+    assert "NpuQuantError: " in result.stderr
+    assert "bad-config" in result.stderr
+    assert "VLLM_NPU_QUANT_EMULATION must be fast or reference, not 'quick'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "mode"), [(None, "fast"), ("", "fast"), ("fast", "fast"), ("reference", "reference"), (" Fast ", "fast")]
+)
+def test_values_of_the_mode(value: str | None, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if value is not None:
+        monkeypatch.setenv("VLLM_NPU_QUANT_EMULATION", value)
+    assert settings.emulation_mode() == mode
 
 
 @pytest.mark.parametrize("mode", ["reference", "fast"])
 def test_mode_selects_the_kernel(mode: str) -> None:
     code = (
         "import torch, vllm_npu_quant.emulation as e\n"
-        "from vllm_npu_quant.emulation import matmul\n"
+        "from vllm_npu_quant.emulation.fast import quant_matmul\n"
         "e.register()\n"
         "x = torch.ones(2, 8, dtype=torch.int8)\n"
         "torch.ops.npu.npu_quant_matmul(x, x.t().contiguous(), torch.ones(2), output_dtype=torch.int32)\n"
-        f"assert len(matmul._products) == {int(mode == 'fast')}\n"
+        f"assert len(quant_matmul._products) == {int(mode == 'fast')}\n"
     )
     result = python(code, VLLM_NPU_QUANT_EMULATION=mode)
     assert result.returncode == 0, result.stderr
@@ -118,32 +129,32 @@ def test_int8_dot_that_saturates_is_not_used(monkeypatch: pytest.MonkeyPatch) ->
 
     left = torch.randint(-8, 8, (3, 31), dtype=torch.int8)
     right = torch.randint(-8, 8, (31, 5), dtype=torch.int8)
-    assert torch.equal(saturating(left, right), matmul.int_matmul(left, right))
-    matmul.int8_dot_is_exact.cache_clear()
-    monkeypatch.setattr(matmul.native, "available", lambda: False)
-    monkeypatch.setattr(matmul, "has_int8_dot", lambda: True)
+    assert torch.equal(saturating(left, right), int_matmul(left, right))
+    products.int8_dot_is_exact.cache_clear()
+    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(products, "has_int8_dot", lambda: True)
     monkeypatch.setattr(torch, "_int_mm", saturating)
     try:
-        assert not matmul.int8_dot_is_exact()
+        assert not products.int8_dot_is_exact()
         left = torch.full((3, 64), 127, dtype=torch.int8)
-        assert torch.equal(matmul.fast_int_matmul(left, left.t()), matmul.int_matmul(left, left.t()))
+        assert torch.equal(products.fast_int_matmul(left, left.t()), int_matmul(left, left.t()))
     finally:
-        matmul.int8_dot_is_exact.cache_clear()
+        products.int8_dot_is_exact.cache_clear()
 
 
 def test_format_belongs_to_the_storage() -> None:
     weight = torch.arange(64, dtype=torch.int8).view(8, 8)
-    assert torch.ops.npu.get_npu_format(weight) == 2
+    assert emulation.storage_format(weight) == 2
     cast = torch.ops.npu.npu_format_cast(weight, 29)
     assert cast.data_ptr() != weight.data_ptr()
     assert torch.equal(cast, weight)
     parameter = torch.nn.Parameter(cast, requires_grad=False)
-    assert torch.ops.npu.get_npu_format(parameter) == 29
-    assert torch.ops.npu.get_npu_format(weight) == 2
+    assert emulation.storage_format(parameter) == 29
+    assert emulation.storage_format(weight) == 2
     again = torch.ops.npu.npu_format_cast(cast, 29)
     assert again is cast
     back = torch.ops.npu.npu_format_cast(cast, 2)
-    assert torch.ops.npu.get_npu_format(back) == 2
+    assert emulation.storage_format(back) == 2
     transposed = torch.ops.npu.npu_format_cast(weight.t(), 29)
     assert transposed.stride() == weight.t().stride()
 

@@ -6,17 +6,22 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_emulation_registry import python
 
-from vllm_npu_quant.emulation import checks, grouped, matmul, native, quantize
-from vllm_npu_quant.emulation.numerics import int_matmul
+from vllm_npu_quant import emulation, settings
+from vllm_npu_quant.emulation import native
+from vllm_npu_quant.emulation.fast import forms
+from vllm_npu_quant.emulation.fast.products import float_int_matmul
+from vllm_npu_quant.emulation.numerics import dequantize_weight, int_matmul, pack_int4, unpack_weight
 
 BF16, F16 = torch.bfloat16, torch.float16
+OPERATORS = emulation.OPERATORS
 
 built = pytest.mark.skipif(not native.available(), reason="needs x86-64 with AVX2 and a C compiler")
 
@@ -36,6 +41,12 @@ def packed(*shape: int) -> torch.Tensor:
 
 def positive(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return (torch.rand(shape, generator=torch.Generator().manual_seed(2)) + 0.5).to(dtype)
+
+
+def fast_kernel(name: str) -> Callable[..., Any]:
+    kernel = OPERATORS[name].fast
+    assert kernel is not None
+    return kernel
 
 
 @built
@@ -109,8 +120,8 @@ def test_quantized_products_are_equal_bit_for_bit(rows: int, out_dtype: torch.dt
         if out_dtype is torch.int32 and token_scale is not None:
             continue
         options = {"bias": bias, "pertoken_scale": token_scale, "output_dtype": code}
-        fast = matmul.npu_quant_matmul_fast(x, weight, scale * 1e-4, **options)
-        assert torch.equal(fast, matmul.npu_quant_matmul(x, weight, scale * 1e-4, **options))
+        fast = fast_kernel("npu_quant_matmul")(x, weight, scale * 1e-4, **options)
+        assert torch.equal(fast, OPERATORS["npu_quant_matmul"].reference(x, weight, scale * 1e-4, **options))
 
 
 @built
@@ -125,12 +136,12 @@ def test_every_weight_is_dequantized_with_the_devices_roundings(dtype: torch.dty
     if not group_size:
         scale, offset = scale[0], offset[0]
     for weight, some_offset in itertools.product((integers(depth, width), packed(depth, width // 8)), (None, offset)):
-        values = weight if weight.dtype == torch.int8 else matmul.unpack_weight(weight, True)
-        expected = matmul.dequantize_weight(values, scale, some_offset, dtype, group_size)
+        values = weight if weight.dtype == torch.int8 else unpack_weight(weight, True)
+        expected = dequantize_weight(values, scale, some_offset, dtype, group_size)
         one_by_one = [slice(row, row + 1) for row in range(depth - 17, depth)]  # looked up
         for rows in (slice(0, depth), slice(250, 253), *one_by_one):  # many, few, one
             x = torch.eye(depth, dtype=dtype)[rows].contiguous()
-            fast = matmul.npu_weight_quant_batchmatmul_fast(
+            fast = fast_kernel("npu_weight_quant_batchmatmul")(
                 x, weight, scale, some_offset, antiquant_group_size=group_size
             )
             assert torch.equal(fast, expected[rows])
@@ -142,15 +153,17 @@ def test_every_code_of_every_scale_is_looked_up(offset: float | None) -> None:
     """All sixteen codes times scales of every sign and size, denormal ones among them, in one row at a time."""
     depth, width, group_size = 96, 2048, 32
     codes = (torch.arange(depth)[:, None] + torch.arange(width)) % 16 - 8
-    weight = matmul.pack_int4(codes.to(torch.int32))
+    weight = pack_int4(codes.to(torch.int32))
     bits = torch.randint(-(2**15), 2**15, (depth // group_size, width), generator=torch.Generator().manual_seed(3))
     scale = bits.to(torch.int16).view(BF16)
     scale = torch.where(scale.abs().float() < 2.0**120, scale, 3.0)  # times 8, and finite
     some_offset = None if offset is None else torch.full_like(scale, offset)
-    expected = matmul.dequantize_weight(codes.to(torch.int8), scale, some_offset, BF16, group_size)
+    expected = dequantize_weight(codes.to(torch.int8), scale, some_offset, BF16, group_size)
     for row in range(depth):
         x = torch.eye(depth, dtype=BF16)[row : row + 1].contiguous()
-        fast = matmul.npu_weight_quant_batchmatmul_fast(x, weight, scale, some_offset, antiquant_group_size=group_size)
+        fast = fast_kernel("npu_weight_quant_batchmatmul")(
+            x, weight, scale, some_offset, antiquant_group_size=group_size
+        )
         assert torch.equal(fast[0], expected[row]), row
 
 
@@ -161,8 +174,8 @@ def test_scales_that_are_not_finite_spoil_what_they_spoil_in_the_reference() -> 
     for special in (float("inf"), float("-inf"), float("nan")):
         scale = positive(128, dtype=BF16)
         scale[::3] = special
-        fast = matmul.npu_weight_quant_batchmatmul_fast(x, weight, scale)
-        slow = matmul.npu_weight_quant_batchmatmul(x, weight, scale)
+        fast = fast_kernel("npu_weight_quant_batchmatmul")(x, weight, scale)
+        slow = OPERATORS["npu_weight_quant_batchmatmul"].reference(x, weight, scale)
         assert torch.equal(fast.isfinite(), slow.isfinite())
         assert torch.equal(fast.isnan(), slow.isnan())
 
@@ -210,8 +223,8 @@ def test_experts_are_multiplied_by_their_own_weights(sizes: list[int]) -> None:
         ),
     ]
     for x, weight, more in calls:
-        (fast,) = grouped.npu_grouped_matmul_fast([x.clone()], [weight], **options, **more)
-        (wanted,) = grouped.npu_grouped_matmul([x.clone()], [weight], **options, **more)
+        (fast,) = fast_kernel("npu_grouped_matmul")([x.clone()], [weight], **options, **more)
+        (wanted,) = OPERATORS["npu_grouped_matmul"].reference([x.clone()], [weight], **options, **more)
         assert torch.equal(fast[:-2], wanted[:-2])
         assert torch.equal(fast.isnan(), wanted.isnan())
 
@@ -224,8 +237,8 @@ def test_dynamic_quantization_is_equal_for_every_kind_of_number(dtype: torch.dty
     mixed = bits[torch.randperm(2**16, generator=torch.Generator().manual_seed(0))].view(-1, 64)
     finite = torch.where(mixed.isfinite(), mixed, 0)[:, :61].contiguous()
     for x in (every, finite, torch.zeros(3, 5, dtype=dtype)):
-        fast, scale = quantize.npu_dynamic_quant_fast(x)
-        wanted, wanted_scale = quantize.npu_dynamic_quant(x)
+        fast, scale = fast_kernel("npu_dynamic_quant")(x)
+        wanted, wanted_scale = OPERATORS["npu_dynamic_quant"].reference(x)
         assert torch.equal(fast, wanted)
         assert torch.equal(
             scale.view(torch.int32)[~wanted_scale.isnan()], wanted_scale.view(torch.int32)[~wanted_scale.isnan()]
@@ -236,17 +249,19 @@ def test_dynamic_quantization_is_equal_for_every_kind_of_number(dtype: torch.dty
 def test_float32_products_by_parts_are_exact() -> None:
     x = torch.full((3, 3000), -128, dtype=torch.int8)
     for weight in (torch.full((3000, 5), -128, dtype=torch.int8), integers(3000, 5)):
-        assert torch.equal(matmul.float_int_matmul(x, weight), int_matmul(x, weight))
+        assert torch.equal(float_int_matmul(x, weight), int_matmul(x, weight))
 
 
 def test_without_the_kernels_the_numbers_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "available", lambda: False)
     x, weight = integers(5, 1100), integers(1100, 24, seed=1)
     options = {"pertoken_scale": positive(5), "output_dtype": 15}
-    fast = matmul.npu_quant_matmul_fast(x, weight, positive(24), **options)
-    assert torch.equal(fast, matmul.npu_quant_matmul(x, weight, positive(24), **options))
+    fast = fast_kernel("npu_quant_matmul")(x, weight, positive(24), **options)
+    assert torch.equal(fast, OPERATORS["npu_quant_matmul"].reference(x, weight, positive(24), **options))
     tokens = torch.randn(5, 64, dtype=BF16)
-    assert all(map(torch.equal, quantize.npu_dynamic_quant_fast(tokens), quantize.npu_dynamic_quant(tokens)))
+    assert all(
+        map(torch.equal, fast_kernel("npu_dynamic_quant")(tokens), OPERATORS["npu_dynamic_quant"].reference(tokens))
+    )
 
 
 def test_a_host_without_a_compiler_is_told_once(
@@ -288,6 +303,17 @@ def test_a_folder_that_others_can_write_is_not_used(monkeypatch: pytest.MonkeyPa
     assert native._folder() != tmp_path / "native"
 
 
+def test_the_cache_is_the_users_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for variable in ("VLLM_NPU_QUANT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    assert settings.cache_dir() == tmp_path / ".cache" / "vllm-npu-quant"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert settings.cache_dir() == tmp_path / "xdg" / "vllm-npu-quant"
+    monkeypatch.setenv("VLLM_NPU_QUANT_CACHE", "~/own")
+    assert settings.cache_dir() == tmp_path / "own"
+
+
 @built
 def test_a_library_is_built_once_for_a_source_and_its_flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(native, "_folder", lambda: tmp_path)
@@ -304,17 +330,48 @@ def test_a_library_is_built_once_for_a_source_and_its_flags(monkeypatch: pytest.
     assert len(list(tmp_path.glob("*.so"))) == 2
 
 
+SHORT_LIVED_THREADS = """
+import threading, torch
+from vllm_npu_quant.emulation import native
+x, weight = torch.ones(264, 4096, dtype=torch.int8), torch.ones(4096, 8, dtype=torch.int8)
+
+def multiply():
+    assert native.product(native.Kind.INT8, x, weight, torch.int32)[0, 0] == 4096
+
+def resident(threads):
+    for _ in range(threads):
+        thread = threading.Thread(target=multiply)
+        thread.start()
+        thread.join()
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1024
+
+before = resident(30)
+print("MiB:", resident(200) - before)
+"""
+
+
+@built
+def test_the_memory_of_ended_threads_is_freed() -> None:
+    """Each of the 200 threads takes more than 1 MiB of scratch memory."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs /proc")
+    done = python(SHORT_LIVED_THREADS)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.rpartition("MiB:")[2]) < 60
+
+
 Call = tuple[str, tuple[Any, ...], dict[str, Any]]
 #: Of each operator: a call that it takes, and arguments in the place of some of these that it refuses or computes with.
 REMEMBERED: dict[str, tuple[Call, list[dict[str, Any]], list[dict[str, Any]]]] = {
     "dynamic_quant": (
-        ("quantize.npu_dynamic_quant", (), {"input": positive(4, 16, dtype=BF16)}),
+        ("npu_dynamic_quant", (), {"input": positive(4, 16, dtype=BF16)}),
         [{"input": positive(4, 16)}, {"quant_mode": "pertensor"}, {"dst_type": 3}, {"dst_type_max": 1.0}],
         [{"input": positive(16, 4, dtype=BF16).t()}, {"dst_type": 16}, {"input": positive(2, 2, 16, dtype=BF16)}],
     ),
     "quant_matmul": (
         (
-            "matmul.npu_quant_matmul",
+            "npu_quant_matmul",
             (integers(3, 32), integers(32, 32, seed=1)),
             {"scale": positive(32), "pertoken_scale": positive(3), "output_dtype": 15},
         ),
@@ -336,7 +393,7 @@ REMEMBERED: dict[str, tuple[Call, list[dict[str, Any]], list[dict[str, Any]]]] =
     ),
     "weight_quant_batchmatmul": (
         (
-            "matmul.npu_weight_quant_batchmatmul",
+            "npu_weight_quant_batchmatmul",
             (torch.eye(64, dtype=BF16)[:3].contiguous(), packed(64, 8)),
             {"antiquant_scale": positive(2, 64, dtype=BF16), "antiquant_group_size": 32},
         ),
@@ -358,7 +415,7 @@ REMEMBERED: dict[str, tuple[Call, list[dict[str, Any]], list[dict[str, Any]]]] =
     ),
     "grouped_matmul": (
         (
-            "grouped.npu_grouped_matmul",
+            "npu_grouped_matmul",
             ([integers(3, 32)], [integers(2, 32, 16, seed=1)]),
             {
                 "scale": [positive(2, 16, dtype=BF16)],
@@ -406,13 +463,11 @@ def assert_refused_alike(kernels: Iterable[Any], operands: tuple[Any, ...], give
 @built
 @pytest.mark.parametrize("operator", REMEMBERED)
 def test_calls_are_remembered_for_equal_arguments_only(operator: str) -> None:
-    (path, operands, given), refused, taken = REMEMBERED[operator]
-    module, _, name = path.partition(".")
-    room = {"quantize": quantize, "matmul": matmul, "grouped": grouped}[module]
-    reference, fast = getattr(room, name), getattr(room, name + "_fast")
+    (name, operands, given), refused, taken = REMEMBERED[operator]
+    kernels = OPERATORS[name].reference, fast_kernel(name)
 
     def as_the_reference(changed: dict[str, Any]) -> None:
-        expected, found = (kernel(*operands, **(given | changed)) for kernel in (reference, fast))
+        expected, found = (kernel(*operands, **(given | changed)) for kernel in kernels)
         if isinstance(expected, torch.Tensor):
             expected, found = [expected], [found]
         for one, other in zip(found, expected, strict=True):
@@ -423,12 +478,12 @@ def test_calls_are_remembered_for_equal_arguments_only(operator: str) -> None:
         for changed in taken:
             as_the_reference(changed)
         for changed in refused:
-            assert_refused_alike((reference, fast), operands, given | changed)
+            assert_refused_alike(kernels, operands, given | changed)
 
 
 def test_no_more_calls_are_remembered_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "REMEMBERED_CALLS", 2)
+    monkeypatch.setattr(forms, "REMEMBERED_CALLS", 2)
     calls: dict[Any, int] = {}
     for number in range(5):
-        assert checks.remember(calls, checks.form(torch.ones(number)), number) == number
+        assert forms.remember(calls, forms.form(torch.ones(number)), number) == number
         assert len(calls) <= 2

@@ -36,21 +36,15 @@ from vllm_npu_quant import emulation
 RELATIVE = {"float32": 1e-4, "float16": 2.0**-9, "bfloat16": 2.0**-6}
 #: Operators whose integers are rounded floats.
 ROUNDING = {
-    "npu_add_rms_norm_quant",
     "npu_dequant_swiglu_quant",
     "npu_dynamic_quant",
     "npu_dynamic_quant_asymmetric",
-    "npu_grouped_matmul_swiglu_quant",
-    "npu_grouped_matmul_swiglu_quant_v2",
     "npu_kronecker_quant",
     "npu_moe_init_routing_v2",
     "npu_quantize",
-    "npu_swiglu_quant",
 }
 #: Relative error (of norms) of a layer's output on the device, by the bits of the activation.
 LAYER = {0: 2.0**-7, 8: 2.0**-6, 4: 0.06}
-#: Operators of Ascend 950 only.
-OTHER_CHIPS = {"npu_dynamic_mx_quant"}
 
 
 def find_npu() -> tuple[torch.device | None, str]:
@@ -77,13 +71,6 @@ def as_array(tensor: torch.Tensor) -> Array:
     host = tensor.cpu()
     exact = torch.float64 if host.dtype.is_floating_point else torch.int64
     return Array(host.to(exact).numpy(), name)
-
-
-def arguments(case: OperatorCase, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    args, kwargs = on(device, (case.args, case.kwargs))
-    if case.nz:
-        args = (args[0], torch.ops.npu.npu_format_cast(args[1], 29), *args[2:])
-    return args, kwargs
 
 
 def differs(operator: str, found: Array, wanted: Expected) -> str:
@@ -115,7 +102,7 @@ def differs(operator: str, found: Array, wanted: Expected) -> str:
 
 def check_operator(case: OperatorCase, device: torch.device) -> list[str]:
     """Run a case on the device, and compare it with its oracle."""
-    args, kwargs = arguments(case, device)
+    args, kwargs = on(device, case.arguments())
     result = case.overload(*args, **kwargs)
     outputs = [result] if isinstance(result, torch.Tensor) else list(result)
     expected = oracle(case)
@@ -188,7 +175,6 @@ METHOD_W4A8 = next(case.scheme for case in METHOD_CASES if isinstance(case, Line
 
 __all__ = [
     "OPERATOR_CASES",
-    "OTHER_CHIPS",
     "check_method",
     "check_operator",
     "differs",

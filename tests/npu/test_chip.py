@@ -30,6 +30,4 @@ def test_method(case: chip.MethodCase, npu: torch.device) -> None:
 
 @pytest.mark.parametrize("case", chip.OPERATOR_CASES, ids=lambda case: case.id)
 def test_operator(case: chip.OperatorCase, npu: torch.device) -> None:
-    if case.operator in chip.OTHER_CHIPS:
-        pytest.skip("an operator of Ascend 950")
     assert chip.check_operator(case, npu) == []

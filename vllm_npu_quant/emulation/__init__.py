@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators of torch_npu on a CPU: the real schemas, the documented arithmetic, the device's argument rules.
+"""The operators of torch_npu on a CPU, with the real schemas, the documented arithmetic and the device's argument rules.
 
 ``register()`` defines them as ``torch.ops.npu.*`` where torch_npu is absent. Nothing here was measured on an NPU: the
-arithmetic is what Huawei's documents, tests and kernels say, and each function names its source.
+arithmetic follows Huawei's documents, tests and kernels, and each function names its source.
+
+An operator is up to three modules of the same name: ``rules/`` has its arguments, what is refused, and the shapes and dtypes
+of the outputs; ``reference/`` the arithmetic in plain torch; ``fast/``, for the operators that layers call most, a second
+kernel on top of ``native.c``. ``registry`` has the table.
 """
 
 from __future__ import annotations
@@ -13,8 +17,16 @@ from vllm_npu_quant.emulation.registry import (
     build_kernels,
     install_kernels,
     is_emulated,
-    mode,
     register,
 )
+from vllm_npu_quant.emulation.rules.format_cast import storage_format
 
-__all__ = ["OPERATORS", "Operator", "build_kernels", "install_kernels", "is_emulated", "mode", "register"]
+__all__ = [
+    "OPERATORS",
+    "Operator",
+    "build_kernels",
+    "install_kernels",
+    "is_emulated",
+    "register",
+    "storage_format",
+]

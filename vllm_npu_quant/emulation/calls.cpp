@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Operators of which a repeated call goes from torch's dispatcher to native.c without Python. Built on the host by calls.py.
+// Repeated calls of operators that go from torch's dispatcher to native.c without Python. Built on the host by calls.py.
 //
-// Whether a call is allowed, and which product it is, follows from the dtypes, shapes and strides of its tensors and from its
-// other arguments, together its form. Python works that out with the argument rules of the reference, computes the call, and,
-// if native.c computes such calls alone, says what it was (nq_remember_*): from then on calls of that form are computed here.
-// Every other call goes to the Python kernel as it is, so that there is one set of rules, and errors are Python's own. Group
-// lists, and the format of a weight where a rule asks for it, are no part of a form and are looked at in every call.
+// Whether a call is allowed, and which product it is, follows from its form: the dtypes, shapes and strides of its tensors and
+// its other arguments. Python checks a new form with the rules of the operator, computes the call, and, if native.c computes
+// such calls alone, records which product it was (nq_remember_*): later calls of that form are computed here. All other calls
+// go to the Python kernel unchanged, so that there is one set of rules and all errors are Python's. Group lists, and the format
+// of a weight where a rule needs it, are not part of a form and are checked in every call.
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
@@ -53,7 +53,7 @@ struct Hash {
     }
 };
 
-// Appends what a rule may look at; false for what no rule of ours knows.
+// Appends what a rule may look at; false for a value of another kind.
 bool append(Form &form, const c10::IValue &value) {
     if (value.isNone()) {
         form.push_back(0);
@@ -127,7 +127,7 @@ const at::Tensor &tensor_of(const c10::IValue &value) {
     return (value.isTensor() ? value : value.toListRef()[0]).toTensor();
 }
 
-// The (expert, first row, end) of every group that is not empty, as grouped.group_bounds; false where it would refuse.
+// The (expert, first row, end) of every group that is not empty, as group_bounds of reference/grouped_matmul.py; false where it would refuse.
 bool group_bounds(const at::Tensor &list, i64 type, i64 rows, std::vector<i64> &bounds) {
     const i64 *numbers = list.const_data_ptr<i64>();
     i64 start = 0, before = 0, experts = list.size(0);
@@ -316,6 +316,6 @@ void nq_remember_dynamic_quant(const char *name, i64 dtype, i64 rows, i64 column
     remember(name, Known{QuantCall{dtype, rows, columns}, {}});
 }
 
-// How many calls of this thread were computed without Python.
+// How many calls of this thread were computed without Python; for tests.
 i64 nq_computed_here(void) { return computed_here; }
 }

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Repeated calls without Python: ``calls.cpp``, built like ``native.c``, between torch's dispatcher and those kernels.
+"""Repeated calls without Python: ``calls.cpp``, built like ``native.c``, between torch's dispatcher and its kernels.
 
-A fast kernel that has checked a call which native.c computes alone says what it is (``remember_*``); calls of that form do
-not come to Python again. Without a C++ compiler, or torch's headers, they all do.
+A fast kernel that has checked a call which native.c computes alone records it (``remember_*``); later calls of that form do
+not reach Python. Without a C++ compiler, or torch's headers, all calls do.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from typing import Final
 import torch
 
 from vllm_npu_quant.emulation import native
+from vllm_npu_quant.emulation.checks import Arguments
 
-__all__ = ["computed_here", "define", "install", "library", "remember_dynamic_quant", "remember_product"]
+__all__ = ["define", "install", "library", "remember_dynamic_quant", "remember_product"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ _ABSENT: Final = (-1, _AS_IT_IS)
 
 
 def flags() -> tuple[str, ...]:
-    """How to build against the torch of this process."""
+    """The compiler's arguments that build against the torch of this process."""
     torch_folder = Path(torch.__file__).parent
     return (
         "-std=c++20",
@@ -61,13 +62,13 @@ def flags() -> tuple[str, ...]:
     )
 
 
-#: Where calls are remembered; None before ``library`` found or built it, and where it cannot be had.
+#: Where calls are recorded; None before ``library`` loaded it, and where it cannot be built.
 _listener: ctypes.CDLL | None = None
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The library, built at the first call together with native.c's; None where either cannot be had."""
+    """The library, built at the first call together with native.c's; None where either cannot be built."""
     global _listener
     if not native.supported():
         return None
@@ -103,7 +104,7 @@ def define(namespace: str, schema: str) -> bool:
         schema: without the namespace.
 
     Returns:
-        Whether it is defined; not where the library cannot be had.
+        Whether it is defined; False without the library.
     """
     found = library()
     return found is not None and found.nq_define(namespace.encode(), schema.encode()) == 0
@@ -116,15 +117,10 @@ def install(namespace: str, name: str, python: str) -> bool:
         python: name, with its namespace, of an operator of the same schema with the Python kernel.
 
     Returns:
-        Whether it is; not where the library cannot be had.
+        Whether it is; False without the library.
     """
     found = library()
     return found is not None and found.nq_install(namespace.encode(), name.encode(), python.encode()) == 0
-
-
-def computed_here() -> int:
-    """How many calls of this thread were computed without Python."""
-    return 0 if _listener is None else _listener.nq_computed_here()
 
 
 @functools.cache
@@ -134,9 +130,9 @@ def _places(operator: str) -> dict[str, int]:
 
 
 def remember_product(
-    operator: str,
+    call: Arguments,
     product: native.Product,
-    operands: Mapping[str, tuple[str, torch.Tensor | None]],
+    operands: Mapping[str, str],
     *,
     rows: int,
     group_list: torch.Tensor | None = None,
@@ -144,21 +140,24 @@ def remember_product(
     spoils_x: bool = False,
     nz_weight: torch.Tensor | None = None,
 ) -> None:
-    """The call that Python computes now is this product; without effect where nothing listens.
+    """Record that the call which Python computes now is this product; no effect before ``library`` was built.
 
     Args:
-        operands: the operand of ``native.product`` -> the operator's argument that it is (or is the only tensor of), and
-            the tensor. A scale or bias in another dtype than native.c takes is converted in every call.
+        operands: the operand of ``native.product`` -> the argument that it is, or is the only tensor of; the argument may
+            be absent. A scale or bias in another dtype than native.c takes is converted in every call.
         rows: of x, M.
         group_list: the tensor of the argument ``group_list``. group_list_type: as in npu_grouped_matmul.
-        spoils_x: x holds garbage afterwards. nz_weight: the weight, where it has to be FRACTAL_NZ and was seen to be.
+        spoils_x: x holds garbage afterwards. nz_weight: the weight, where it has to be FRACTAL_NZ and was checked.
     """
     if _listener is None:
         return
-    places, packed = _places(operator), dict.fromkeys(_OPERANDS, _ABSENT)
-    for operand, (argument, tensor) in operands.items():
-        if tensor is None:
-            continue
+    places, packed = _places(call.operator), dict.fromkeys(_OPERANDS, _ABSENT)
+    for operand, argument in operands.items():
+        tensor = getattr(call, argument)
+        if not isinstance(tensor, torch.Tensor):
+            if not tensor:
+                continue
+            tensor = tensor[0]
         if not tensor.is_contiguous():
             return
         taken, conversion = operand, _AS_IT_IS
@@ -169,7 +168,7 @@ def remember_product(
         packed[taken] = places[argument], conversion
     if group_list is not None and (group_list.dtype != torch.int64 or not group_list.is_contiguous()):
         return
-    call = _PRODUCT.pack(
+    recorded = _PRODUCT.pack(
         *(number for pair in packed.values() for number in pair),
         product.constants,
         rows,
@@ -178,10 +177,10 @@ def remember_product(
         spoils_x,
         0 if nz_weight is None else nz_weight.untyped_storage()._cdata,
     )
-    _listener.nq_remember_product(operator.encode(), call)
+    _listener.nq_remember_product(call.operator.encode(), recorded)
 
 
 def remember_dynamic_quant(operator: str, quantizer: native.DynamicQuant) -> None:
-    """The call that Python computes now is this quantization of its first argument."""
+    """Record that the call which Python computes now is this quantization of its first argument."""
     if _listener is not None:
         _listener.nq_remember_dynamic_quant(operator.encode(), *quantizer.sizes)

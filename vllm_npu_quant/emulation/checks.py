@@ -1,59 +1,125 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Argument rules: what the device refuses, the emulation refuses, in one form of words.
+"""The arguments of an operator's call, and the checks that its rules are written with.
 
-Every refusal is a RuntimeError, as torch_npu's own are, and names the operator, the argument, what was expected and
-what was found. The rules look at shapes, dtypes and strides only, so the CPU kernels and the fake kernels share them.
+Every refusal is a RuntimeError, as torch_npu's own are, and names the operator, the argument, what was expected and what
+was found.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, ClassVar, Final, NoReturn, TypeVar
 
 import torch
 
-__all__ = [
-    "describe",
-    "form",
-    "forms",
-    "is_plain_or_transposed",
-    "refuse",
-    "remember",
-    "require",
-    "require_absent",
-    "require_dim",
-    "require_dtype",
-    "require_shape",
-    "require_value",
-]
+__all__ = ["Arguments", "describe", "dtype_name", "is_plain_or_transposed"]
+
+A = TypeVar("A", bound="Arguments")
+#: The default of a parameter that stands for the value of the argument.
+_VALUE: Final = object()
 
 
-R = TypeVar("R")
-#: Calls that one operator remembers, at most: a server meets a few thousand numbers of tokens.
-REMEMBERED_CALLS = 8192
+class Arguments:
+    """The arguments of one call.
 
-
-def form(tensor: torch.Tensor | None) -> Any:
-    """What a check may look at in a tensor. Equal forms get equal answers, so that the answers can be remembered.
-
-    Every call of a fast kernel makes a key of these: it costs half of what looking through any arguments would.
+    Subclasses are dataclasses whose fields are the arguments of the operator's schema: the same names, order and
+    defaults. (Dtypes arrive as numbers: ``numerics.DTYPE_OF_CODE``.) Properties derive the rest. Rules look at shapes,
+    dtypes, strides and numbers, never at the contents of tensors, so that they serve fake tensors too.
     """
-    return None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride())
 
+    operator: ClassVar[str]
 
-def forms(tensors: Sequence[torch.Tensor] | None) -> Any:
-    """``form`` of a list; an empty list is an absent one."""
-    if not tensors:
-        return None
-    return form(tensors[0]) if len(tensors) == 1 else (None, *map(form, tensors))
+    def check(self) -> None:
+        """Refuse what the device refuses (Atlas A2 and A3), and what is not emulated.
 
+        Raises:
+            RuntimeError: the first argument that breaks a rule.
+        """
+        raise NotImplementedError
 
-def remember(calls: dict[Any, R], key: Any, answer: R) -> R:
-    """Keep the answer to a call that passed its check."""
-    if len(calls) >= REMEMBERED_CALLS:
-        calls.clear()
-    calls[key] = answer
-    return answer
+    def empty(self) -> Any:
+        """The outputs of a call that passed ``check``, of the right shapes and dtypes and with any content."""
+        raise NotImplementedError
+
+    @classmethod
+    def checked(cls: type[A], *args: Any, **kwargs: Any) -> A:
+        """The arguments of a call that passed ``check``."""
+        call = cls(*args, **kwargs)
+        call.check()
+        return call
+
+    def refuse(self, argument: str, expected: str, found: Any = _VALUE) -> NoReturn:
+        """Raise for an argument.
+
+        Args:
+            argument: its name; a remark in parentheses may follow.
+            found: what is reported in the place of its value.
+        """
+        if found is _VALUE:
+            found = getattr(self, argument.partition(" ")[0])
+        raise RuntimeError(f"{self.operator}: argument {argument}: expected {expected}, found {describe(found)}")
+
+    def require(self, condition: Any, argument: str, expected: str, found: Any = _VALUE) -> None:
+        """Refuse the argument unless ``condition``."""
+        if not condition:
+            self.refuse(argument, expected, found)
+
+    def given(self, argument: str, expected: str = "a tensor") -> Any:
+        """The value of an argument, refused where it is absent."""
+        value = getattr(self, argument)
+        if value is None or (isinstance(value, (list, tuple)) and not value):
+            self.refuse(argument, expected, None)
+        return value
+
+    def require_absent(self, reason: str, *arguments: str) -> None:
+        """The arguments must be None; an empty list is as good."""
+        for argument in arguments:
+            value = getattr(self, argument)
+            if value is not None and not (isinstance(value, (list, tuple)) and not value):
+                self.refuse(argument, f"None ({reason})")
+
+    def require_value(self, argument: str, *allowed: Any) -> None:
+        """The argument has one of the values."""
+        if getattr(self, argument.partition(" ")[0]) not in allowed:
+            self.refuse(argument, " or ".join(repr(item) for item in allowed))
+
+    # The checks below look at a tensor, or at every tensor of a list, and accept an absent argument.
+
+    def require_dtype(self, argument: str, *dtypes: torch.dtype) -> None:
+        for tensor in self._tensors(argument):
+            if tensor.dtype not in dtypes:
+                self.refuse(argument, " or ".join(dtype_name(dtype) for dtype in dtypes), tensor)
+
+    def require_dim(self, argument: str, low: int, high: int | None = None) -> None:
+        """The number of dimensions lies in [low, high]; it is ``low`` if ``high`` is None."""
+        high = low if high is None else high
+        for tensor in self._tensors(argument):
+            if not low <= tensor.dim() <= high:
+                self.refuse(argument, f"{low}-D" if low == high else f"{low} to {high} dimensions", tensor)
+
+    def require_shape(self, argument: str, *shapes: Sequence[Any]) -> None:
+        """The shape is one of ``shapes``."""
+        for tensor in self._tensors(argument):
+            self.require_shape_of(argument, tensor, *shapes)
+
+    def require_shape_of(self, argument: str, tensor: torch.Tensor, *shapes: Sequence[Any]) -> None:
+        """The shape of one tensor of a list is one of ``shapes``."""
+        if not any(_has_shape(tensor, shape) for shape in shapes):
+            self.refuse(argument, "shape " + " or ".join(str(list(shape)) for shape in shapes), tensor)
+
+    def require_contiguous(self, argument: str, expected: str = "contiguous memory") -> None:
+        for tensor in self._tensors(argument):
+            self.require(tensor.is_contiguous(), argument, expected, tensor)
+
+    def require_plain_or_transposed(self, argument: str, expected: str = "contiguous or transposed memory") -> None:
+        for tensor in self._tensors(argument):
+            self.require(is_plain_or_transposed(tensor), argument, expected, tensor)
+
+    def _tensors(self, argument: str) -> Sequence[torch.Tensor]:
+        value = getattr(self, argument.partition(" ")[0])
+        if isinstance(value, torch.Tensor):
+            return (value,)
+        return value or ()
 
 
 def describe(value: Any) -> str:
@@ -68,49 +134,13 @@ def describe(value: Any) -> str:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """``float16`` for torch.float16."""
     return str(dtype).removeprefix("torch.")
 
 
-def refuse(operator: str, argument: str, expected: str, found: Any) -> NoReturn:
-    raise RuntimeError(f"{operator}: argument {argument}: expected {expected}, found {describe(found)}")
-
-
-def require(condition: Any, operator: str, argument: str, expected: str, found: Any) -> None:
-    """Refuse the call unless ``condition``; the message is only built for a refusal."""
-    if not condition:
-        refuse(operator, argument, expected, found)
-
-
-def require_dtype(operator: str, argument: str, tensor: torch.Tensor, *dtypes: torch.dtype) -> None:
-    if tensor.dtype not in dtypes:
-        refuse(operator, argument, " or ".join(dtype_name(dtype) for dtype in dtypes), tensor)
-
-
-def require_dim(operator: str, argument: str, tensor: torch.Tensor, low: int, high: int | None = None) -> None:
-    """The number of dimensions lies in [low, high]; exactly low if high is None."""
-    high = low if high is None else high
-    if not low <= tensor.dim() <= high:
-        refuse(operator, argument, f"{low}-D" if low == high else f"{low} to {high} dimensions", tensor)
-
-
-def require_shape(operator: str, argument: str, tensor: torch.Tensor, *shapes: Sequence[Any]) -> None:
-    """The shape is one of ``shapes``."""
-    for shape in shapes:
-        if tensor.dim() == len(shape) and all(size == wanted for size, wanted in zip(tensor.shape, shape, strict=True)):
-            return
-    refuse(operator, argument, "shape " + " or ".join(str(list(shape)) for shape in shapes), tensor)
-
-
-def require_value(operator: str, argument: str, value: Any, *allowed: Any) -> None:
-    if value not in allowed:
-        refuse(operator, argument, " or ".join(repr(item) for item in allowed), value)
-
-
-def require_absent(operator: str, reason: str, **arguments: Any) -> None:
-    """The named arguments must be None."""
-    for name, value in arguments.items():
-        if value is not None:
-            refuse(operator, name, f"None ({reason})", value)
+def _has_shape(tensor: torch.Tensor, shape: Sequence[Any]) -> bool:
+    # One by one: in a graph sizes may be symbols.
+    return tensor.dim() == len(shape) and all(size == wanted for size, wanted in zip(tensor.shape, shape, strict=True))
 
 
 def is_plain_or_transposed(tensor: torch.Tensor) -> bool:

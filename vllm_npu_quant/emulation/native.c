@@ -15,6 +15,7 @@
 
 #include <immintrin.h>
 #include <omp.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -503,9 +504,9 @@ static void finish_int8(const Product *p, const Expert *e, const int32_t *sums, 
 
 // --------------------------------------------------------------------------------------------------------- scratch memory
 
-// A thread's memory, kept for its next task.
+// A thread's memory, kept for its next task and freed when the thread ends.
 typedef struct {
-    char *memory;
+    char *memory; // also the thread's value of `scratch_key`
     i64 bytes;
     void *panel;   // int8 [CHUNK * BLOCK], or float [KF][MAX_COLS]
     int32_t *sums; // [2 * MOST_ROWS][BLOCK]; float [MOST_ROWS][MAX_COLS] for products of floats
@@ -518,16 +519,27 @@ _Static_assert(CHUNK / 4 * 2 * 8 * 8 <= INT16_MAX, "int4 sums of a panel stay in
 _Static_assert(FEW_INTEGERS * MOST_COLS <= FEW_SUMS, "experts with few rows beside others with many");
 
 static __thread Scratch scratch;
+static pthread_key_t scratch_key; // its destructor is `free`
+static pthread_once_t scratch_key_once = PTHREAD_ONCE_INIT;
+static int has_scratch_key;
 
+static void make_scratch_key(void) { has_scratch_key = !pthread_key_create(&scratch_key, free); }
+
+// NULL where memory is short.
 static Scratch *get_scratch(i64 x_bytes) {
     const i64 panel = CHUNK * BLOCK, sums = 2 * MOST_ROWS * BLOCK * 4;
     i64 bytes = panel + 2 * sums + (x_bytes + 127) / 64 * 64;
     if (scratch.bytes < bytes) {
+        pthread_once(&scratch_key_once, make_scratch_key);
+        char *memory = has_scratch_key ? aligned_alloc(64, bytes) : NULL;
+        if (!memory || pthread_setspecific(scratch_key, memory)) {
+            free(memory);
+            return NULL;
+        }
         free(scratch.memory);
-        scratch.memory = aligned_alloc(64, bytes);
-        scratch.bytes = scratch.memory ? bytes : 0;
+        scratch.memory = memory;
+        scratch.bytes = bytes;
     }
-    if (!scratch.memory) return NULL;
     scratch.panel = scratch.memory;
     scratch.sums = (int32_t *)(scratch.memory + panel);
     scratch.totals = (float *)(scratch.memory + panel + sums);
@@ -947,7 +959,7 @@ static void in_lookup_order(const float *x, i64 depth, float *to) {
         for (int i = 0; i < 16; i++) to[k + i] = x[k + order[i]];
 }
 
-// Below 64 inputs to a scale the tables cost more than they save.
+// Whether a row is computed by `int4_row`: from 32 inputs to a scale on, where its tables save clearly more than they cost.
 static int looks_up(const Product *p, i64 rows) {
     return rows == 1 && p->kind == WEIGHT_ONLY && p->int4 && p->x_dtype == BF16 && p->depth % 16 == 0 &&
            p->group_size % 16 == 0 && p->group_size >= 32;

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fast kernels of ``native.c``: built once with the host's C compiler, kept in the user's cache, loaded with ctypes.
+"""The kernels of ``native.c``: built once with the host's C compiler, kept in the user's cache, loaded with ctypes.
 
-Only x86-64 with AVX2 has them. Elsewhere, and where there is no compiler, ``available`` is False and the operators go
-through torch; one log line says why. Before a built library is used it has to reproduce the reference on a few extreme
-operands. Nothing here is called in the mode ``reference``.
+They need x86-64 with AVX2. On other hosts, and without a compiler, ``available`` is False and the fast kernels use torch;
+one log line gives the reason. Before a built library is used it has to reproduce the reference on a few extreme operands.
+Nothing here is called in the mode ``reference``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from typing import Any, Final
 
 import torch
 
-from vllm_npu_quant.emulation.numerics import INT8, int_matmul, round_to_int
+from vllm_npu_quant import settings
+from vllm_npu_quant.emulation.numerics import INT8, dequantize_weight, int_matmul, quantize_rows, unpack_weight
 
 __all__ = [
     "DynamicQuant",
@@ -69,7 +70,7 @@ _CODES: Final = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.in
 
 
 class Kind:
-    """What is multiplied; ``product`` has the formulas."""
+    """Kinds of products; see ``product`` for the formulas."""
 
     INT8 = 0
     WEIGHT_ONLY = 1
@@ -88,6 +89,8 @@ _CONSTANTS: Final = struct.Struct("8q")
 
 def build(source: Path, flags: Sequence[str] = FLAGS) -> Path:
     """Compile a C or C++ file into a shared library in the user's cache, unless it is there.
+
+    The compiler is that of $CC or $CXX, or the first that is found.
 
     Returns:
         The library's path.
@@ -116,7 +119,7 @@ def build(source: Path, flags: Sequence[str] = FLAGS) -> Path:
 
 @contextlib.contextmanager
 def _one_at_a_time(path: Path) -> Iterator[None]:
-    """The workers of a tensor-parallel engine start together; one of them compiles, the others wait for it."""
+    """Let one of the workers of a tensor-parallel engine, which start together, compile while the others wait."""
     with path.open("w") as file:
         # A file system without locks: each compiles for itself.
         with contextlib.suppress(OSError):
@@ -141,7 +144,7 @@ def _compile(compiler: str, source: Path, flags: Sequence[str], target: Path) ->
 
 
 def _cpu() -> str:
-    """What -march=native depends on: a cache may be shared by unlike machines."""
+    """What -march=native depends on, because different machines may share a cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -151,13 +154,9 @@ def _cpu() -> str:
 
 
 def _folder() -> Path:
-    """A folder that only this user can write: what lies in it is executed."""
+    """A folder that only this user can write, because the files in it are executed."""
     try:
-        base = os.environ.get("VLLM_NPU_QUANT_CACHE")
-        root = (
-            Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-npu-quant"
-        )
-        folder = root.expanduser().absolute() / "native"
+        folder = settings.cache_dir() / "native"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = folder.stat()
         if status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -169,7 +168,7 @@ def _folder() -> Path:
 
 @functools.cache
 def _own_folder() -> Path:
-    """A folder of this process alone, where the cache cannot be written or is not private."""
+    """A temporary folder of this process, for a cache that cannot be written or is not private."""
     holder = tempfile.TemporaryDirectory(prefix="vllm-npu-quant-")
     _kept.append(holder)
     return Path(holder.name)
@@ -179,7 +178,7 @@ _kept: list[Any] = []
 
 
 def load(path: Path) -> ctypes.CDLL:
-    """A library built from ``SOURCE``, its functions declared.
+    """Load a library built from ``SOURCE`` and declare its functions.
 
     Raises:
         OSError: it cannot be loaded.
@@ -200,7 +199,7 @@ def supported() -> bool:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The library, built at the first call; None where it cannot be had or does not reproduce the reference."""
+    """The library, built at the first call; None where it cannot be built or does not reproduce the reference."""
     if not supported():
         return None
     try:
@@ -215,13 +214,19 @@ def library() -> ctypes.CDLL | None:
 
 
 def available() -> bool:
+    """Whether products and quantization can be computed here."""
     return library() is not None
 
 
-def reproduces_the_reference(found: ctypes.CDLL) -> bool:
-    """Whether the library's integers and dequantized weights are the reference's, on extreme operands."""
-    from vllm_npu_quant.emulation.matmul import dequantize_weight, unpack_weight
+def _loaded() -> ctypes.CDLL:
+    found = library()
+    if found is None:
+        raise RuntimeError("the kernels of native.c are not available on this host")
+    return found
 
+
+def reproduces_the_reference(found: ctypes.CDLL) -> bool:
+    """Whether the library's integers and dequantized weights are those of the reference, on extreme operands."""
     generator = torch.Generator().manual_seed(0)
 
     def integers(*shape: int, low: int = -128) -> torch.Tensor:
@@ -245,10 +250,7 @@ def reproduces_the_reference(found: ctypes.CDLL) -> bool:
                 ):
                     return False
             tokens = torch.randn((rows, depth), generator=generator).to(dtype)
-            largest = tokens.float().abs().amax(dim=1, keepdim=True)
-            quantized, token_scale = dynamic_quant(tokens, found=found)
-            expected = round_to_int(tokens.float() * (torch.tensor(127.0) / largest), INT8).to(torch.int8)
-            if not torch.equal(quantized, expected) or not torch.equal(token_scale, (largest / 127.0).squeeze(1)):
+            if not all(map(torch.equal, dynamic_quant(tokens, found=found), quantize_rows(tokens.float(), INT8))):
                 return False
     return True
 
@@ -257,25 +259,24 @@ def reproduces_the_reference(found: ctypes.CDLL) -> bool:
 
 
 class DynamicQuant:
-    """``dynamic_quant`` of inputs of one shape and dtype; what follows from these is worked out once."""
+    """``dynamic_quant`` of inputs of one shape and dtype; what follows from these is computed once."""
 
     def __init__(self, x: torch.Tensor, found: ctypes.CDLL | None = None) -> None:
-        found = found or library()
-        assert found is not None
+        found = found or _loaded()
         *self.rows, columns = x.shape
         #: The code of the dtype, rows, columns.
         self.sizes = _CODES[x.dtype], math.prod(self.rows), columns
         self._run = found.nq_dynamic_quant
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # One number per dimension, or a tensor to be like: torch.empty takes twice as long for a tuple.
+        # One number per dimension, not a tuple: torch.empty takes twice as long for that.
         y, scale = torch.empty_like(x, dtype=torch.int8), torch.empty(*self.rows, dtype=torch.float32)
         self._run(x.data_ptr(), *self.sizes, y.data_ptr(), scale.data_ptr())
         return y, scale
 
 
 def dynamic_quant(x: torch.Tensor, found: ctypes.CDLL | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric int8 with a scale for every row, as ``quantize.quantize_rows``.
+    """Symmetric int8 with a scale for every row, as ``numerics.quantize_rows``.
 
     Args:
         x: bfloat16 or float16 [..., K], contiguous, at least 2 dimensions.
@@ -294,7 +295,7 @@ def bias(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 class Product:
-    """``product`` of operands of one combination of shapes and dtypes; what follows from these is worked out once."""
+    """``product`` of operands of one combination of shapes and dtypes; what follows from these is computed once."""
 
     def __init__(
         self,
@@ -310,8 +311,7 @@ class Product:
         Args:
             scales: scale or antiquant_scale, whichever there is.
         """
-        found = found or library()
-        assert found is not None
+        found = found or _loaded()
         rows, int4 = x.shape[0], weight.dtype == torch.int32
         depth, width = weight.shape[-2], weight.shape[-1] * (8 if int4 else 1)
         step = scales is not None and scales.numel() > 1
@@ -373,12 +373,12 @@ def product(
     antiquant_scale: torch.Tensor | None = None,
     **options: Any,
 ) -> torch.Tensor:
-    """Rows times the weight of their group, all contiguous:
+    """The product of rows with the weight of their group, all contiguous; the functions are those of ``numerics``.
 
         INT8:         int8 x int8 -> int32 (+ bias_int32); for float outputs * scale * token_scale (+ bias_float32)
         WEIGHT_ONLY:  x @ dequantize_weight(...) (+ bias_float32), summed in float32
-        INT8_INT4:    ``matmul.split_int8_matmul(...)`` * token_scale, with the bias as its offset
-        INT4:         ``grouped.scaled_groups(...)`` * token_scale
+        INT8_INT4:    ``split_int8_matmul(...)`` * token_scale, with the bias as its offset
+        INT4:         ``scaled_groups(...)`` * token_scale
 
     Args:
         x: int8, bfloat16 or float16 [M, K]; INT4: int32 [M, K/8].

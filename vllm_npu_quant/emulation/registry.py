@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -14,28 +13,55 @@ from typing import Any
 
 import torch
 
-from vllm_npu_quant.emulation import activation, calls, grouped, grouped_swiglu, matmul, mx, norm, quantize, routing
+from vllm_npu_quant import settings
+from vllm_npu_quant.emulation import calls
+from vllm_npu_quant.emulation.checks import Arguments
+from vllm_npu_quant.emulation.fast.dynamic_quant import npu_dynamic_quant_fast
+from vllm_npu_quant.emulation.fast.grouped_matmul import npu_grouped_matmul_fast
+from vllm_npu_quant.emulation.fast.quant_matmul import npu_quant_matmul_fast
+from vllm_npu_quant.emulation.fast.weight_quant_batchmatmul import npu_weight_quant_batchmatmul_fast
+from vllm_npu_quant.emulation.reference.dequant_swiglu_quant import npu_dequant_swiglu_quant
+from vllm_npu_quant.emulation.reference.dynamic_quant import npu_dynamic_quant, npu_dynamic_quant_asymmetric
+from vllm_npu_quant.emulation.reference.format_cast import npu_format_cast
+from vllm_npu_quant.emulation.reference.grouped_matmul import npu_grouped_matmul
+from vllm_npu_quant.emulation.reference.kronecker_quant import npu_kronecker_quant
+from vllm_npu_quant.emulation.reference.moe_init_routing import npu_moe_compute_expert_tokens, npu_moe_init_routing
+from vllm_npu_quant.emulation.reference.moe_init_routing_v2 import npu_moe_init_routing_v2
+from vllm_npu_quant.emulation.reference.moe_token_unpermute import npu_moe_token_unpermute
+from vllm_npu_quant.emulation.reference.quant_matmul import npu_quant_matmul
+from vllm_npu_quant.emulation.reference.quantize import npu_quantize
+from vllm_npu_quant.emulation.reference.swiglu import npu_swiglu
+from vllm_npu_quant.emulation.reference.trans_quant_param import npu_trans_quant_param
+from vllm_npu_quant.emulation.reference.weight_quant_batchmatmul import npu_weight_quant_batchmatmul
+from vllm_npu_quant.emulation.rules.dequant_swiglu_quant import DequantSwigluQuant
+from vllm_npu_quant.emulation.rules.dynamic_quant import DynamicQuant, DynamicQuantAsymmetric
+from vllm_npu_quant.emulation.rules.format_cast import FormatCast
+from vllm_npu_quant.emulation.rules.grouped_matmul import GroupedMatmul
+from vllm_npu_quant.emulation.rules.kronecker_quant import KroneckerQuant
+from vllm_npu_quant.emulation.rules.moe_init_routing import MoeComputeExpertTokens, MoeInitRouting
+from vllm_npu_quant.emulation.rules.moe_init_routing_v2 import MoeInitRoutingV2
+from vllm_npu_quant.emulation.rules.moe_token_unpermute import MoeTokenUnpermute
+from vllm_npu_quant.emulation.rules.quant_matmul import QuantMatmul
+from vllm_npu_quant.emulation.rules.quantize import Quantize
+from vllm_npu_quant.emulation.rules.swiglu import Swiglu
+from vllm_npu_quant.emulation.rules.trans_quant_param import TransQuantParam
+from vllm_npu_quant.emulation.rules.weight_quant_batchmatmul import WeightQuantBatchmatmul
 from vllm_npu_quant.emulation.schemas import SCHEMAS
 
 logger = logging.getLogger(__name__)
 
 __all__ = [
     "CALLED_MOST",
-    "MODE_VARIABLE",
     "NAMESPACE",
     "OPERATORS",
     "Operator",
     "build_kernels",
     "install_kernels",
     "is_emulated",
-    "mode",
     "register",
 ]
 
 NAMESPACE = "npu"
-#: ``reference``: plain torch, obviously right. ``fast``, the default: the same numbers by the CPU's own instructions.
-MODE_VARIABLE = "VLLM_NPU_QUANT_EMULATION"
-MODES = ("fast", "reference")
 
 Kernel = Callable[..., Any]
 
@@ -45,97 +71,54 @@ class Operator:
     """One operator of torch_npu.
 
     Attributes:
-        schema: the text that torch_npu registers.
-        reference: the CPU kernel in plain torch.
-        fake: shapes and dtypes only, with the same argument rules.
-        fast: a CPU kernel with the same results, where one pays; else the reference serves.
+        arguments: its rules.
+        compute: its arithmetic in plain torch, of checked arguments.
+        fast: a second CPU kernel with the same results, or None where the reference is as good.
     """
 
-    schema: str
-    reference: Kernel
-    fake: Kernel
+    arguments: type[Arguments]
+    compute: Callable[[Any], Any]
     fast: Kernel | None = None
 
+    @property
+    def schema(self) -> str:
+        """The text that torch_npu registers."""
+        return SCHEMAS[self.arguments.operator]
+
+    def reference(self, *args: Any, **kwargs: Any) -> Any:
+        """The CPU kernel in plain torch."""
+        return self.compute(self.arguments.checked(*args, **kwargs))
+
+    def fake(self, *args: Any, **kwargs: Any) -> Any:
+        """Shapes and dtypes only, by the same rules."""
+        return self.arguments.checked(*args, **kwargs).empty()
+
     def kernel(self, mode: str) -> Kernel:
+        """The CPU kernel in the mode "fast" or "reference"."""
         return self.fast if mode == "fast" and self.fast is not None else self.reference
 
 
-def _table(kernels: dict[str, tuple[Kernel, ...]]) -> dict[str, Operator]:
-    return {name: Operator(SCHEMAS[name], *functions) for name, functions in kernels.items()}
-
-
-#: Name (with the overload after a dot) -> operator.
-OPERATORS: dict[str, Operator] = _table(
-    {
-        "npu_quantize": (quantize.npu_quantize, quantize.npu_quantize_fake),
-        "npu_dynamic_quant": (
-            quantize.npu_dynamic_quant,
-            quantize.npu_dynamic_quant_fake,
-            quantize.npu_dynamic_quant_fast,
-        ),
-        "npu_dynamic_quant_asymmetric": (
-            quantize.npu_dynamic_quant_asymmetric,
-            quantize.npu_dynamic_quant_asymmetric_fake,
-        ),
-        "npu_kronecker_quant": (quantize.npu_kronecker_quant, quantize.npu_kronecker_quant_fake),
-        "npu_anti_quant": (quantize.npu_anti_quant, quantize.npu_anti_quant_fake),
-        "npu_trans_quant_param": (quantize.npu_trans_quant_param, quantize.npu_trans_quant_param_fake),
-        "npu_quant_matmul": (matmul.npu_quant_matmul, matmul.npu_quant_matmul_fake, matmul.npu_quant_matmul_fast),
-        "npu_weight_quant_batchmatmul": (
-            matmul.npu_weight_quant_batchmatmul,
-            matmul.npu_weight_quant_batchmatmul_fake,
-            matmul.npu_weight_quant_batchmatmul_fast,
-        ),
-        "npu_convert_weight_to_int4pack": (
-            matmul.npu_convert_weight_to_int4pack,
-            matmul.npu_convert_weight_to_int4pack_fake,
-        ),
-        "npu_grouped_matmul": (
-            grouped.npu_grouped_matmul,
-            grouped.npu_grouped_matmul_fake,
-            grouped.npu_grouped_matmul_fast,
-        ),
-        "npu_grouped_matmul.List": (
-            grouped.npu_grouped_matmul_list,
-            grouped.npu_grouped_matmul_list_fake,
-            grouped.npu_grouped_matmul_list_fast,
-        ),
-        "npu_format_cast": (matmul.npu_format_cast, matmul.npu_format_cast_fake),
-        "get_npu_format": (matmul.get_npu_format, matmul.get_npu_format_fake),
-        "npu_rms_norm": (norm.npu_rms_norm, norm.npu_rms_norm_fake),
-        "npu_add_rms_norm": (norm.npu_add_rms_norm, norm.npu_add_rms_norm_fake),
-        "npu_swiglu": (activation.npu_swiglu, activation.npu_swiglu_fake),
-        "npu_swiglu_quant": (activation.npu_swiglu_quant, activation.npu_swiglu_quant_fake),
-        "npu_dequant_swiglu_quant": (activation.npu_dequant_swiglu_quant, activation.npu_dequant_swiglu_quant_fake),
-        "npu_add_rms_norm_quant": (norm.npu_add_rms_norm_quant, norm.npu_add_rms_norm_quant_fake),
-        "npu_dynamic_mx_quant": (mx.npu_dynamic_mx_quant, mx.npu_dynamic_mx_quant_fake),
-        "npu_grouped_matmul_swiglu_quant": (
-            grouped_swiglu.npu_grouped_matmul_swiglu_quant,
-            grouped_swiglu.npu_grouped_matmul_swiglu_quant_fake,
-            grouped_swiglu.npu_grouped_matmul_swiglu_quant_fast,
-        ),
-        "npu_grouped_matmul_swiglu_quant_v2": (
-            grouped_swiglu.npu_grouped_matmul_swiglu_quant_v2,
-            grouped_swiglu.npu_grouped_matmul_swiglu_quant_v2_fake,
-            grouped_swiglu.npu_grouped_matmul_swiglu_quant_v2_fast,
-        ),
-        "npu_moe_init_routing": (routing.npu_moe_init_routing, routing.npu_moe_init_routing_fake),
-        "npu_moe_init_routing_v2": (routing.npu_moe_init_routing_v2, routing.npu_moe_init_routing_v2_fake),
-        "npu_moe_compute_expert_tokens": (
-            routing.npu_moe_compute_expert_tokens,
-            routing.npu_moe_compute_expert_tokens_fake,
-        ),
-        "npu_moe_finalize_routing": (routing.npu_moe_finalize_routing, routing.npu_moe_finalize_routing_fake),
-        "npu_moe_token_permute": (routing.npu_moe_token_permute, routing.npu_moe_token_permute_fake),
-        "npu_moe_token_unpermute": (routing.npu_moe_token_unpermute, routing.npu_moe_token_unpermute_fake),
-        "npu_moe_gating_top_k": (routing.npu_moe_gating_top_k, routing.npu_moe_gating_top_k_fake),
-        "npu_moe_gating_top_k_softmax": (
-            routing.npu_moe_gating_top_k_softmax,
-            routing.npu_moe_gating_top_k_softmax_fake,
-        ),
-        "npu_moe_re_routing": (routing.npu_moe_re_routing, routing.npu_moe_re_routing_fake),
-    }
-)
+#: Name -> operator.
+OPERATORS: dict[str, Operator] = {
+    operator.arguments.operator: operator
+    for operator in (
+        Operator(Quantize, npu_quantize),
+        Operator(DynamicQuant, npu_dynamic_quant, npu_dynamic_quant_fast),
+        Operator(DynamicQuantAsymmetric, npu_dynamic_quant_asymmetric),
+        Operator(KroneckerQuant, npu_kronecker_quant),
+        Operator(TransQuantParam, npu_trans_quant_param),
+        Operator(QuantMatmul, npu_quant_matmul, npu_quant_matmul_fast),
+        Operator(WeightQuantBatchmatmul, npu_weight_quant_batchmatmul, npu_weight_quant_batchmatmul_fast),
+        Operator(GroupedMatmul, npu_grouped_matmul, npu_grouped_matmul_fast),
+        Operator(FormatCast, npu_format_cast),
+        Operator(Swiglu, npu_swiglu),
+        Operator(DequantSwigluQuant, npu_dequant_swiglu_quant),
+        Operator(MoeInitRouting, npu_moe_init_routing),
+        Operator(MoeInitRoutingV2, npu_moe_init_routing_v2),
+        Operator(MoeComputeExpertTokens, npu_moe_compute_expert_tokens),
+        Operator(MoeTokenUnpermute, npu_moe_token_unpermute),
+    )
+}
 
 #: Products and quantization: the operators that layers call most.
 CALLED_MOST = (
@@ -144,7 +127,7 @@ CALLED_MOST = (
     "npu_weight_quant_batchmatmul",
     "npu_grouped_matmul",
 )
-#: Where their Python kernels are when calls.cpp stands before them.
+#: The namespace of their Python kernels once calls.cpp is registered in their place.
 _PYTHON_NAMESPACE = "npu_emulated_in_python"
 
 #: Registrations live as long as their Library objects.
@@ -155,27 +138,19 @@ _emulated = False
 _building = threading.Lock()
 
 
-def mode() -> str:
-    """``reference`` or ``fast``, from the environment variable VLLM_NPU_QUANT_EMULATION (default: fast)."""
-    value = os.environ.get(MODE_VARIABLE, "fast")
-    if value not in MODES:
-        raise ValueError(f"{MODE_VARIABLE}={value!r}: expected 'reference' or 'fast'")
-    return value
-
-
 def register() -> bool:
-    """Define the operators in the namespace ``npu``, unless torch_npu is installed or somebody defined them before.
+    """Define the operators in the namespace ``npu``, unless torch_npu is installed or they are defined already.
 
-    Idempotent; the mode is read once, at the first call.
+    Idempotent; ``settings.emulation_mode`` is read once, at the first call.
 
     Returns:
         Whether the operators of this process are emulated.
 
     Raises:
-        ValueError: the environment variable VLLM_NPU_QUANT_EMULATION holds an unknown value.
+        NpuQuantError: bad-config, the environment variable VLLM_NPU_QUANT_EMULATION holds an unknown value.
     """
     global _emulated
-    chosen = mode()
+    chosen = settings.emulation_mode()
     if _emulated:
         return True
     if _torch_npu_is_installed() or any(_is_defined(name) for name in OPERATORS):
@@ -201,11 +176,11 @@ def _implement(namespace: str, name: str, kernel: Kernel) -> torch.library.Libra
 
 
 def build_kernels() -> None:
-    """Build what the fast kernels use, and let repeated calls of the operators in CALLED_MOST go without Python.
+    """Build what the fast kernels use, and let repeated calls of the operators in CALLED_MOST bypass Python.
 
-    It takes 13 s with two cores where the user's cache lacks the built files, else a tenth of one. Without this, the first
-    call of a fast kernel builds what it needs, and all calls go through Python: the same numbers. No effect where the
-    operators are not emulated, in the mode ``reference``, or a second time. Not while operators are called.
+    It takes 13 s with two cores where the user's cache lacks the built files, else 0.1 s. Without this, the first call of a
+    fast kernel builds what it needs, and all calls go through Python, with the same results. No effect where the operators
+    are not emulated, in the mode ``reference``, or the second time. Must not run while operators are called.
     """
     with _building:
         while _replaceable and calls.library() is not None:
@@ -224,14 +199,14 @@ def build_kernels() -> None:
 
 
 def is_emulated() -> bool:
-    """Whether ``register`` put the emulation in force in this process."""
+    """Whether ``register`` defined the operators in this process."""
     return _emulated
 
 
 def install_kernels(names: Iterable[str] | None = None) -> tuple[str, ...]:
-    """Put the CPU kernels under operators that exist already: the real schemas of torch_npu.
+    """Register the CPU kernels for operators that exist already, under the real schemas of torch_npu. For tests.
 
-    Operators without a Meta kernel of their own get the fake kernel too. For the conformance test.
+    Operators without a Meta kernel of their own get the fake kernel too.
 
     Args:
         names: keys of OPERATORS; None means all of them.
@@ -244,7 +219,7 @@ def install_kernels(names: Iterable[str] | None = None) -> tuple[str, ...]:
     faked = []
     for name in OPERATORS if names is None else names:
         operator = OPERATORS[name]
-        library.impl(name, operator.kernel(mode()), "CPU")
+        library.impl(name, operator.kernel(settings.emulation_mode()), "CPU")
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "Meta"):
             library.impl(name, operator.fake, "Meta")
             faked.append(name)

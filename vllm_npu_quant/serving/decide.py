@@ -45,14 +45,8 @@ class Host:
     @classmethod
     def read(cls, *, latent_attention: bool = False, kv_consumer: bool = False) -> Host:
         """Read the settings once. Invalid values are in ``findings``."""
-        found: list[Finding] = []
-        values = {}
-        for name, read in (("fp8", settings.fp8_mode), ("w4a8", settings.w4a8_mode)):
-            try:
-                values[name] = read()
-            except NpuQuantError as error:
-                found += error.findings
-        return cls(latent_attention=latent_attention, kv_consumer=kv_consumer, findings=tuple(found), **values)
+        values, found = settings.Settings.read()
+        return cls(values.fp8, values.w4a8, latent_attention, kv_consumer, found)
 
 
 @dataclass(frozen=True)
