@@ -184,7 +184,6 @@ INTERNALS = (
     Internal("torch:_int_mm", Kind.USES, "emulation", "multiplies int8 matrices in int32", _TORCH),
     Internal("torch.cpu:_is_vnni_supported", Kind.USES, "emulation", "tells whether torch._int_mm is fast", _TORCH),
     Internal("torch:UntypedStorage._cdata", Kind.USES, "emulation", "identifies a weight's storage", _TORCH),
-    Internal("re:_parser", Kind.USES, "formats", "parses patterns; sre_parse before Python 3.11", "Python 3.11"),
     Internal(
         "vllm_ascend.ops.fused_moe.moe_comm_method:MoECommMethod._apply_mlp",
         Kind.USES,
