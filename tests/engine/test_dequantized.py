@@ -15,7 +15,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_ma
 from tests.formats.modelslim_layers import read_with_headers
 from vllm_npu_quant.engine.dequantized import DequantizedLinearMethod
 from vllm_npu_quant.engine.linear import TORCH_DTYPES
-from vllm_npu_quant.formats.base import LayerEntry
+from vllm_npu_quant.formats.described import LayerEntry
 from vllm_npu_quant.formats.resolve import ResolvedLayer
 from vllm_npu_quant.layouts.tables import LayerSizes, group_size_of, rows_per_scale_of, tensors_of
 from vllm_npu_quant.spec import (
