@@ -317,7 +317,7 @@ def read(
     _report_undescribed_rotations(rotations, layers, found)
     missing = types.keys() - tensors.keys()
     _report_missing(missing, types, tensors, described, found)
-    if len(tensors) > len(types) - len(missing):
+    if len(tensors) > len(types) - len(missing):  # more than those that are listed
         _report_unlisted(types, tensors, described, rotations, found)
     _report_float_dtypes(types, tensors, found)
     scale_bias = any(_SCALE_BIAS in entry.tensors for entry in entries.distinct)
