@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long the description of a very large checkpoint takes: validate, index, and dispatch every layer.
+"""How long the description of a very large checkpoint takes: validate, index, compare with headers, dispatch every layer.
 
 The peer is the way in which vllm-ascend 0.23 looks layers up: per layer that is not fused, a scan over all keys for those
 that start with the layer's name, and per norm a scan for a bias. It is written afresh here from that description, runs in
@@ -20,7 +20,8 @@ import sys
 import time
 from collections.abc import Callable
 
-from vllm_npu_quant.formats.modelslim import ModelSlimFormat
+from vllm_npu_quant.checkpoint import TensorInfo
+from vllm_npu_quant.formats.modelslim import read
 from vllm_npu_quant.formats.resolve import LayerResolver
 from vllm_npu_quant.serving.dispatch import find_row
 from vllm_npu_quant.spec import LayerKind
@@ -73,6 +74,17 @@ def deepseek_r1() -> dict[str, object]:
     }
 
 
+def headers(description: dict[str, object]) -> dict[str, TensorInfo]:
+    """Stored tensors for the description: of one size, which changes no time."""
+    stored = {"weight": ("I8", (256, 256)), "weight_scale": ("BF16", (256, 1)), "weight_offset": ("BF16", (256, 1))}
+    found = {}
+    for name, kind in description.items():
+        if "." in name:
+            dtype, shape = ("BF16", (256, 256)) if kind == "FLOAT" else stored[name.rpartition(".")[2]]
+            found[name] = TensorInfo(name, dtype, shape, "model.safetensors", 0, 0)
+    return found
+
+
 def model_layers() -> list[tuple[str, tuple[str, ...]]]:
     """The layers that vLLM asks for, with the shards of the fused ones."""
     layers: list[tuple[str, tuple[str, ...]]] = []
@@ -87,9 +99,11 @@ def model_layers() -> list[tuple[str, tuple[str, ...]]]:
     return layers
 
 
-def ours(description: dict[str, object], layers: list[tuple[str, tuple[str, ...]]]) -> int:
-    """Validate and index the description, resolve every layer, and choose its method class where a row serves it."""
-    found = ModelSlimFormat.from_description(description)
+def ours(
+    description: dict[str, object], tensors: dict[str, TensorInfo], layers: list[tuple[str, tuple[str, ...]]]
+) -> int:
+    """Validate and index the description, compare it with the headers, resolve every layer, and choose its method class."""
+    found = read(description, tensors)
     if found.findings:
         sys.exit("\n".join(finding.render() for finding in found.findings))
     resolver = LayerResolver(found)
@@ -135,8 +149,9 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
     description, layers = deepseek_r1(), model_layers()
+    tensors = headers(description)
     pairs = [
-        (timed(lambda: ours(description, layers)), timed(lambda: scans(description, layers)))
+        (timed(lambda: ours(description, tensors, layers)), timed(lambda: scans(description, layers)))
         for _ in range(arguments.rounds)
     ]
     mine, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))

@@ -212,7 +212,8 @@ def test_layouts_methods_and_operators_load_torch_and_not_vllm() -> None:
 _PICKLE = """
 import json, pickle, sys
 from vllm_npu_quant.engine.config import ModelSlimConfig
-from vllm_npu_quant.formats.modelslim import ModelSlimFormat
+from vllm_npu_quant.checkpoint import TensorInfo
+from vllm_npu_quant.formats.modelslim import read
 from vllm_npu_quant.formats.resolve import LayerResolver
 
 folder, out, synthetic = sys.argv[1:]
@@ -221,7 +222,13 @@ config.maybe_update_config(folder)
 open(out, "wb").write(pickle.dumps(config))
 
 big = ModelSlimConfig()
-big.format = ModelSlimFormat.from_description(json.load(open(synthetic)))
+types = json.load(open(synthetic))
+stored = {"weight": ("I8", (256, 256)), "weight_scale": ("F32", (256, 1)), "weight_offset": ("F32", (256, 1))}
+tensors = {}
+for name, kind in types.items():
+    dtype, shape = ("BF16", (256,)) if kind == "FLOAT" else stored[name.rpartition(".")[2]]
+    tensors[name] = TensorInfo(name, dtype, shape, "a", 0, 0)
+big.format = read(types, tensors)
 assert not big.format.findings, big.format.findings[0].render()
 big.resolver = LayerResolver(big.format)
 print(json.dumps([len(pickle.dumps(big)), len(list(big.format.layer_names()))]))

@@ -22,11 +22,12 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from tests.engine.world import world
 from tests.layouts.memory import peak_of
 from vllm_npu_quant import emulation
+from vllm_npu_quant.checkpoint import TensorInfo
 from vllm_npu_quant.engine import config as config_module
 from vllm_npu_quant.engine import stored as stored_module
 from vllm_npu_quant.engine.config import ModelSlimConfig
 from vllm_npu_quant.errors import NpuQuantError
-from vllm_npu_quant.formats.modelslim import ModelSlimFormat
+from vllm_npu_quant.formats.modelslim import read
 from vllm_npu_quant.formats.resolve import LayerResolver
 from vllm_npu_quant.layouts import int4
 from vllm_npu_quant.methods import base as methods_base
@@ -34,6 +35,8 @@ from vllm_npu_quant.methods import w8a8, weight_only
 
 Tensors = dict[str, torch.Tensor]
 BLOCK = "model.layers.0."
+#: safetensors' names.
+STORED_DTYPES = {torch.int8: "I8", torch.int32: "I32", torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -80,7 +83,12 @@ def config_of(kind: str, layers: dict[str, Tensors]) -> ModelSlimConfig:
         f"{name}.{tensor}": "FLOAT" if tensor == "bias" else kind for name, parts in layers.items() for tensor in parts
     }
     config = ModelSlimConfig()
-    config.format = ModelSlimFormat.from_description(description)
+    tensors = {f"{name}.{tensor}": value for name, parts in layers.items() for tensor, value in parts.items()}
+    headers = {
+        name: TensorInfo(name, STORED_DTYPES[value.dtype], tuple(value.shape), "model.safetensors", 0, 0)
+        for name, value in tensors.items()
+    }
+    config.format = read(description, headers)
     assert not config.format.findings, config.format.findings[0].render()
     config.resolver = LayerResolver(config.format)
     return config

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from vllm.model_executor.models.utils import PPMissingLayer
 
+from tests.formats.modelslim_layers import read_with_headers
 from vllm_npu_quant.engine.config import ModelSlimConfig
 from vllm_npu_quant.engine.loading import check_loaded
 from vllm_npu_quant.engine.norm import NormBiasMethod
 from vllm_npu_quant.errors import Finding, NpuQuantError
-from vllm_npu_quant.formats.modelslim import ModelSlimFormat
 from vllm_npu_quant.formats.resolve import LayerResolver
 
 
@@ -49,7 +49,7 @@ def layer(**norms: nn.Module) -> nn.Module:
 def config(*norms: str) -> ModelSlimConfig:
     found = ModelSlimConfig()
     described = {f"{norm}.{tensor}": "FLOAT" for norm in norms for tensor in ("weight", "bias")}
-    found.format = ModelSlimFormat.from_description(described)
+    found.format = read_with_headers(described)
     assert found.format.norm_biases == set(norms)
     found.resolver = LayerResolver(found.format)
     return found

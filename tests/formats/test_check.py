@@ -11,8 +11,8 @@ import pytest
 
 from vllm_npu_quant.checkpoint import TensorInfo
 from vllm_npu_quant.errors import Severity
-from vllm_npu_quant.formats import check
-from vllm_npu_quant.formats.modelslim import ModelSlimFormat
+from vllm_npu_quant.formats import check, modelslim
+from vllm_npu_quant.formats.described import Described
 
 EXPERTS = 64
 PARTS = (("gate_proj", (32, 64)), ("up_proj", (32, 64)), ("down_proj", (64, 32)))
@@ -34,9 +34,9 @@ def experts(depth: int = 2) -> dict[str, TensorInfo]:
     return tensors
 
 
-def described(tensors: dict[str, TensorInfo], names: dict[str, Any] | None = None) -> ModelSlimFormat:
+def described(tensors: dict[str, TensorInfo], names: dict[str, Any] | None = None) -> Described:
     entries = dict.fromkeys(names or tensors, "W8A8_DYNAMIC")
-    return ModelSlimFormat.from_description({**entries, "version": "1.0.0"}, tensors=tensors)
+    return modelslim.read({**entries, "version": "1.0.0"}, tensors)
 
 
 def findings_of(tensors: dict[str, TensorInfo], names: dict[str, Any] | None = None) -> list[tuple[str, str]]:
@@ -48,21 +48,21 @@ def findings_of(tensors: dict[str, TensorInfo], names: dict[str, Any] | None = N
 def test_layers_that_are_alike_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """384 expert layers in two forms: 32 x 64 and 64 x 32."""
     compared, measured = [], []
-    compare, measure = check.check_layer, ModelSlimFormat.from_description.__globals__["_Builder"]._shape
+    compare, measure = check.check_layer, modelslim._with_shapes
 
     def counted(layer: str, *arguments: Any, **options: Any) -> Any:
         compared.append(layer)
         return compare(layer, *arguments, **options)
 
-    def counted_shape(self: Any, layer: str, types: Any) -> Any:
-        measured.append(layer)
-        return measure(self, layer, types)
+    def counted_shapes(entry: Any, shapes: Any, versioned: bool) -> Any:
+        measured.append(shapes["weight"])
+        return measure(entry, shapes, versioned)
 
     monkeypatch.setattr(check, "check_layer", counted)
-    monkeypatch.setattr("vllm_npu_quant.formats.modelslim._Builder._shape", counted_shape)
+    monkeypatch.setattr(modelslim, "_with_shapes", counted_shapes)
     assert findings_of(experts()) == []
     assert [layer.removeprefix("model.layers.0.mlp.experts.0.") for layer in compared] == ["gate_proj", "down_proj"]
-    assert measured == compared
+    assert measured == [(32, 64), (64, 32)]
 
 
 def shorter(tensor: TensorInfo) -> TensorInfo:

@@ -6,13 +6,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from vllm_npu_quant.formats.base import LayerEntry
 
+from tests.formats.modelslim_layers import read_with_headers
 from tests.formats.packed_layers import awq_layer, float_layer, gptq_layer, headers
 from vllm_npu_quant.errors import NpuQuantError
 from vllm_npu_quant.formats import awq, gptq
+from vllm_npu_quant.formats.described import Described, LayerEntry
 from vllm_npu_quant.formats.experts import EXPERT_NAMES, collect_experts
-from vllm_npu_quant.formats.modelslim import ModelSlimFormat
 from vllm_npu_quant.formats.resolve import LayerResolver
 from vllm_npu_quant.spec import FLOAT, Granularity, LayerSpec, Layout, WeightSpec
 
@@ -39,7 +39,7 @@ def test_any_single_expert_that_differs_is_named(names: tuple[str, ...], other: 
 READERS = {"awq": awq.read, "gptq": gptq.read}
 
 
-def described(changes: dict[str, Any], count: int = 4) -> ModelSlimFormat:
+def described(changes: dict[str, Any], count: int = 4) -> Described:
     types: dict[str, Any] = {"version": "1.0.0", "model_quant_type": "W8A8_DYNAMIC"}
     for number in range(count):
         for name in EXPERT_NAMES[0]:
@@ -51,7 +51,7 @@ def described(changes: dict[str, Any], count: int = 4) -> ModelSlimFormat:
         for key in [key for key in types if key.startswith(name)]:
             del types[key]
         types[name + ".weight"] = kind
-    return ModelSlimFormat.from_description(types)
+    return read_with_headers(types)
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -100,14 +100,14 @@ FUSED = {"gate_up_proj": (4, 256, 128), "down_proj": (4, 128, 128)}
 
 def test_float_experts_stored_as_two_tensors_of_a_description() -> None:
     types = {f"{EXPERTS}.{name}": "FLOAT" for name in FUSED} | {"version": "1.0.0", "model_quant_type": "W8A8_DYNAMIC"}
-    entry = LayerResolver(ModelSlimFormat.from_description(types)).resolve_experts(EXPERTS).entry
+    entry = LayerResolver(read_with_headers(types)).resolve_experts(EXPERTS).entry
     assert all(part.spec.is_float for part in (entry.gate, entry.up, entry.down))
 
 
 def test_quantized_experts_stored_as_two_tensors_are_not_taken_for_float() -> None:
     types = {f"{EXPERTS}.{name}": "W8A8_DYNAMIC" for name in FUSED} | {"version": "1.0.0"}
     with pytest.raises(NpuQuantError):
-        LayerResolver(ModelSlimFormat.from_description(types)).resolve_experts(EXPERTS)
+        LayerResolver(read_with_headers(types)).resolve_experts(EXPERTS)
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "U8"])
@@ -142,7 +142,7 @@ def test_messages_have_the_names_of_the_checkpoint(names: tuple[str, str, str]) 
         for name in names
         for last in ("weight", "weight_scale", "weight_offset")
     }
-    resolver = LayerResolver(ModelSlimFormat.from_description({"version": "1.0.0", **described_layers}))
+    resolver = LayerResolver(read_with_headers({"version": "1.0.0", **described_layers}))
     with pytest.raises(NpuQuantError) as caught:
         resolver.resolve_experts("model.layers.1.mlp.experts")
     assert f"model.layers.1.mlp.experts.0.{names[0]}" in caught.value.findings[0].expected

@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 
 from tests.fixtures_index import fixture, shared
+from tests.formats.modelslim_layers import read_with_headers, stored_for
 from vllm_npu_quant.checkpoint import Checkpoint
-from vllm_npu_quant.errors import Finding, Severity
-from vllm_npu_quant.formats.base import LayerEntry
+from vllm_npu_quant.errors import Finding, NpuQuantError, Severity
 from vllm_npu_quant.formats.check import check_checkpoint, check_layer
-from vllm_npu_quant.formats.detect import is_description_file
-from vllm_npu_quant.formats.modelslim import TYPES, ModelSlimFormat
+from vllm_npu_quant.formats.described import LayerEntry
+from vllm_npu_quant.formats.modelslim import FORMAT, TYPES, is_description_file, read, vllm_ascend_schemes
+from vllm_npu_quant.formats.samples import EXPERTS
+from vllm_npu_quant.formats.samples import LAYER as SAMPLE_LAYER
+from vllm_npu_quant.serving.decide import Host, decide
 from vllm_npu_quant.serving.dispatch import describe, find_row
 from vllm_npu_quant.spec import Granularity, LayerKind, LayerSpec, Layout, NumberKind, TransformSpec
 
@@ -53,12 +56,12 @@ def scaled(weight: Stored, scale: tuple[int, int], **more: Stored) -> dict[str, 
     return stored(weight=weight, weight_scale=f32(*scale), weight_offset=f32(*scale), **more)
 
 
-def entry_of(description: dict[str, Any], tensors: dict[str, Stored] | None) -> LayerEntry:
-    found = ModelSlimFormat.from_description(description, tensors=tensors)
+def entry_of(description: dict[str, Any], tensors: dict[str, Stored]) -> LayerEntry:
+    found = read(description, tensors)
     assert [finding for finding in found.findings if finding.severity is Severity.ERROR] == []
     entry = found.find(LAYER)
     assert entry is not None
-    if tensors is not None and not entry.spec.is_float:
+    if not entry.spec.is_float:
         assert check_layer(LAYER, entry, tensors, "description") == []
     return entry
 
@@ -139,27 +142,10 @@ def test_the_stored_shapes_tell_the_layout(name: str) -> None:
     assert find_row(LayerKind.LINEAR, spec) is not None
 
 
-@pytest.mark.parametrize(
-    ("kind", "header", "layout", "group"),
-    [
-        ("W4A16", V1, Layout.MODELSLIM_PACKED_K, 0),
-        ("W4A16", {**V1, "group_size": 64}, Layout.MODELSLIM_PACKED_N, 64),
-        ("W4A16", {}, Layout.MODELSLIM_INT, 0),
-        ("W4A8_DYNAMIC", V1, Layout.MODELSLIM_PACKED_N, 0),
-        ("W4A8_DYNAMIC", {}, Layout.MODELSLIM_INT, 0),
-        ("W4A4_DYNAMIC", V1, Layout.MODELSLIM_INT, 0),
-        ("W4A4_DYNAMIC", {**V1, "group_size": 64}, Layout.MODELSLIM_INT, 64),
-    ],
-)
-def test_without_files_the_version_tells_it(kind: str, header: dict, layout: Layout, group: int) -> None:
-    spec = entry_of(described(SCALES, kind, **header), None).spec
-    assert (spec.layout, spec.weight.group_size) == (layout, group)
-
-
 def test_scale_bias_is_checked_and_not_loaded() -> None:
     names, kind, header, tensors, _, _ = LAYOUTS["W4A8"]
-    found = ModelSlimFormat.from_description(described(names, kind, **header), tensors=tensors)
-    assert found.dropped_tensors() == ("scale_bias",)
+    found = read(described(names, kind, **header), tensors)
+    assert found.dropped == ("scale_bias",)
     broken = {**tensors, f"{LAYER}.scale_bias": f32(63, 16)}
     (finding,) = check_layer(LAYER, found.find(LAYER), broken, "description")
     assert (finding.code, finding.expected) == ("wrong-shape", "[N, *] = [64, -1]")
@@ -177,22 +163,24 @@ def test_activations_stay_what_the_checkpoint_says() -> None:
 
 def test_sparse_types() -> None:
     static = ("weight", "quant_bias", "input_scale", "input_offset", "deq_scale")
-    spec = entry_of(described(static, "W8A8S", **V1), None).spec
+    tensors = stored(
+        weight=int8(64, 256),
+        quant_bias=Stored("I32", (64,)),
+        input_scale=f32(1),
+        input_offset=f32(1),
+        deq_scale=f32(64),
+    )
+    spec = entry_of(described(static, "W8A8S", **V1), tensors).spec
     assert (spec.layout, spec.activation.dynamic) == (Layout.MODELSLIM_STATIC, False)
     tensors = stored(weight=Stored("BF16", (64, 256)))
     assert entry_of(described(("weight",), "W16A16S", **V1), tensors).spec.is_float
 
 
-def test_fp8_is_requantized_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = scaled(Stored("F8_E4M3", (64, 256)), (64, 1))
-    found = ModelSlimFormat.from_description(described(SCALES, "WFP8AFP8_DYNAMIC", **V1), tensors=tensors)
-    assert [finding.code for finding in found.findings] == ["requantized"]
-    spec = found.find(LAYER).spec
-    assert (spec.weight.bits, spec.stored.kind, spec.activation.bits) == (8, NumberKind.FLOAT, 8)
-    assert check_layer(LAYER, found.find(LAYER), tensors, "description") == []
-    monkeypatch.setenv("VLLM_NPU_QUANT_FP8", "bf16")
-    found = ModelSlimFormat.from_description(described(SCALES, "WFP8AFP8_DYNAMIC", **V1), tensors=tensors)
-    assert found.find(LAYER).spec.weight.kind is NumberKind.FLOAT
+def test_fp8_is_what_the_checkpoint_stores() -> None:
+    spec = entry_of(described(SCALES, "WFP8AFP8_DYNAMIC", **V1), scaled(Stored("F8_E4M3", (64, 256)), (64, 1))).spec
+    assert (spec.scheme, spec.layout) == ("WFP8AFP8_DYNAMIC", Layout.FP8)
+    assert (spec.weight.bits, spec.weight.kind, spec.weight.granularity) == (8, NumberKind.FLOAT, Granularity.CHANNEL)
+    assert (spec.activation.bits, spec.activation.kind, spec.activation.dynamic) == (8, NumberKind.FLOAT, True)
 
 
 FLATQUANT_TENSORS = scaled(int8(64, 256), (64, 1), left_trans=f32(8, 8), right_trans=f32(32, 32), clip_ratio=f32(1))
@@ -235,17 +223,17 @@ def test_a_scheme_without_a_place_for_a_transform_is_not_served() -> None:
     assert isinstance(spec, LayerSpec)
 
 
-def errors(description: dict[str, Any], tensors: dict[str, Stored] | None) -> list[Finding]:
-    found = ModelSlimFormat.from_description(description, tensors=tensors)
+def errors(description: dict[str, Any], tensors: dict[str, Stored]) -> list[Finding]:
+    found = read(description, tensors)
     findings = list(found.findings)
-    if tensors is not None and found.find(LAYER) is not None and not found.find(LAYER).spec.is_float:
+    if found.find(LAYER) is not None and not found.find(LAYER).spec.is_float:
         findings += check_layer(LAYER, found.find(LAYER), tensors, "description")
     return [finding for finding in findings if finding.severity is Severity.ERROR]
 
 
 UNFUSED = {f"{LAYER}.div.mul_scale": "FLOAT", **{f"{LAYER}.linear.{name}": "W8A8_DYNAMIC" for name in SCALES}, **V1}
 
-#: description, tensors, code, what the message says.
+#: description, tensors (None for those that the description lists), code, what the message says.
 BROKEN = {
     "MXFP8": (described(SCALES[:2], "W8A8_MXFP8", **V1), None, "unsupported-scheme", "Ascend 950"),
     "MXFP4": (described(SCALES[:2], "W4A4_MXFP4", **V1), None, "unsupported-scheme", "W8A8_DYNAMIC, W4A8_DYNAMIC"),
@@ -262,22 +250,10 @@ BROKEN = {
         "missing-tensor",
         "left_trans",
     ),
-    "FlatQuant without files": (
-        described(FLATQUANT, "W4A4_FLATQUANT_DYNAMIC", **V1),
-        None,
-        "unreadable-file",
-        "download the checkpoint",
-    ),
-    "a rotation without files": (
-        described(SCALES, "W8A8_DYNAMIC", **rotated("heads_rotation", LAYER)),
-        None,
-        "unreadable-file",
-        "heads_rotation",
-    ),
     "a rotation that is not stored": (
         described(SCALES, "W8A8_DYNAMIC", **rotated("heads_rotation", LAYER)),
         scaled(int8(64, 256), (64, 1)),
-        "unreadable-file",
+        "missing-tensor",
         "heads_rotation",
     ),
     "a rotation that is not square": (
@@ -340,7 +316,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_descriptions_give_one_clear_error(name: str) -> None:
     description, tensors, code, text = BROKEN[name]
-    found = errors(description, tensors)
+    found = errors(description, stored_for(description) if tensors is None else tensors)
     if not code:
         assert found == []  # 6 groups of 43 inputs, of which the last is short: odd, and possible
         return
@@ -353,10 +329,98 @@ def test_broken_descriptions_give_one_clear_error(name: str) -> None:
 def test_a_refused_type_is_said_once_for_all_its_layers() -> None:
     types = {f"model.layers.{number}.mlp.up_proj.weight": "W8A8_MXFP8" for number in range(30)}
     types["model.layers.7.mlp.down_proj.weight"] = "NF4"
-    first, second = ModelSlimFormat.from_description({**types, **V1}).findings
+    first, second = read_with_headers({**types, **V1}).findings
     assert (first.code, first.layer, first.found) == ("unsupported-scheme", "model.layers.0.mlp.up_proj", "W8A8_MXFP8")
     assert first.message.endswith("(30 layers)")
     assert (second.layer, second.found) == ("model.layers.7.mlp.down_proj", "NF4")
+
+
+def test_unfused_smoothing_is_found_behind_a_layer_with_the_same_tensors() -> None:
+    found = read_with_headers({"a.smooth.mul_scale": "FLOAT", "b.div.mul_scale": "FLOAT", **V1})
+    (finding,) = found.findings
+    assert (finding.code, finding.layer, finding.found) == ("unsupported-scheme", "b.div", "b.div.mul_scale")
+
+
+def test_the_support_matrix_has_a_sample_of_every_type() -> None:
+    samples = {sample.label: sample for sample in FORMAT.samples()}
+    assert list(samples) == [*TYPES, "W8A8_MXFP8", "W4A8_MXFP", "W4A4_MXFP4", "W8A8SC", "FAQuant"]
+    for label, sample in samples.items():
+        found = read(sample.config, sample.tensors)
+        if label not in TYPES:
+            assert {finding.code for finding in found.findings if finding.severity is Severity.ERROR} >= {
+                "unsupported-scheme"
+            }
+            continue
+        assert found.findings == ()
+        entry = found.find(SAMPLE_LAYER)
+        assert entry.spec.scheme == label
+        assert check_layer(SAMPLE_LAYER, entry, sample.tensors, "description") == []
+        if label == "W4A4_FLATQUANT_DYNAMIC":  # experts have no place for a transform
+            assert entry.spec.transform == TransformSpec(16, 16, clip=True)
+            assert found.find_experts(EXPERTS) is None
+        else:
+            assert found.find_experts(EXPERTS).gate == entry
+    packed = {
+        label: read(samples[label].config, samples[label].tensors).find(SAMPLE_LAYER).spec.layout for label in TYPES
+    }
+    assert packed["W4A16"] is Layout.MODELSLIM_PACKED_K
+    assert packed["W4A8_DYNAMIC"] is Layout.MODELSLIM_PACKED_N
+    assert packed["W4A4_DYNAMIC"] is Layout.MODELSLIM_INT
+
+
+def test_schemes_come_from_the_type_strings_alone() -> None:
+    types = {
+        **{f"{LAYER}.{name}": "W8A8_DYNAMIC" for name in SCALES},
+        **{f"m.experts.0.{part}.{name}": "W4A8_DYNAMIC" for part in ("w1", "w2", "w3") for name in SCALES},
+        **{f"m.q_proj.{name}": "W4A4_FLATQUANT_DYNAMIC" for name in FLATQUANT},
+        "m.norm.weight": "FLOAT",
+        "m.a.weight": "W8A8_MXFP8",
+        "m.b.weight": "W9A9",
+        "m.c.weight": "W9A9",
+    }
+    assert vllm_ascend_schemes({**types, **V1, "fa_quant_type": "FAQuant"}) == {
+        ("W8A8_DYNAMIC", "linear"),
+        ("W4A8_DYNAMIC", "moe"),
+        ("W4A4_FLATQUANT_DYNAMIC", "linear"),
+        ("W8A8_MXFP8", "linear"),
+        ("W9A9", "linear"),
+        ("FAQuant", "linear"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("description", "expected"),
+    [(V1, "msModelSlim, description 1.0.0"), ({}, "msModelSlim"), ({"version": 1}, "msModelSlim")],
+)
+def test_producer(description: dict[str, Any], expected: str) -> None:
+    assert FORMAT.producer(description) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"quant_method": "modelslim"}, True),
+        ({"quant_method": "ASCEND"}, True),
+        ({"a.q_proj.weight": "W8A8"}, True),
+        ({"version": "1.0.0"}, False),
+        ({"quant_method": "awq", "a.q_proj.weight": "W8A8"}, False),
+        ({}, False),
+    ],
+)
+def test_an_embedded_description_is_claimed(config: dict[str, Any], expected: bool) -> None:
+    assert FORMAT.serves(config) is expected
+
+
+def test_several_descriptions_contradict_each_other() -> None:
+    assert FORMAT.file_beside(["config.json", "model.safetensors"]) is None
+    assert (
+        FORMAT.file_beside(["config.json", "quant_model_description_w8a8.json"]) == "quant_model_description_w8a8.json"
+    )
+    with pytest.raises(NpuQuantError) as caught:
+        FORMAT.file_beside(["quant_model_description_w8a8.json", "quant_model_description.json"])
+    (finding,) = caught.value.findings
+    assert finding.code == "contradictory-evidence"
+    assert finding.found == "quant_model_description.json, quant_model_description_w8a8.json"
 
 
 def description_of(folder: Path) -> dict[str, Any]:
@@ -390,7 +454,7 @@ def test_real_checkpoints(name: str) -> None:
     except KeyError:
         folder = shared(name)
     checkpoint = Checkpoint.open(folder)
-    found = ModelSlimFormat.from_description(description_of(folder), tensors=checkpoint.tensors)
+    found = read(description_of(folder), checkpoint.tensors)
     codes = {finding.code for finding in found.findings if finding.severity is Severity.ERROR}
     expected = REAL[name]
     if isinstance(expected, str):
@@ -400,4 +464,4 @@ def test_real_checkpoints(name: str) -> None:
     assert [finding for finding in check_checkpoint(found, checkpoint) if finding.severity is Severity.ERROR] == []
     quantized = {entry.spec for entry in found.layers.values() if not entry.spec.is_float}
     assert {spec.layout for spec in quantized} == expected
-    assert all(find_row(LayerKind.LINEAR, spec) is not None for spec in quantized)
+    assert all(decide(LayerKind.LINEAR, spec, Host()).row is not None for spec in quantized)

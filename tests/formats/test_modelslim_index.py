@@ -5,18 +5,19 @@ from __future__ import annotations
 
 import json
 import pickle
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from tests.fixtures_index import fixture, fixtures
+from tests.formats.modelslim_layers import read_with_headers, stored_for
 from vllm_npu_quant.checkpoint import Checkpoint
 from vllm_npu_quant.errors import Severity
 from vllm_npu_quant.formats.check import check_checkpoint
-from vllm_npu_quant.formats.detect import is_description_file
-from vllm_npu_quant.formats.modelslim import ModelSlimFormat, as_static
-from vllm_npu_quant.spec import Granularity
+from vllm_npu_quant.formats.modelslim import is_description_file, read
+from vllm_npu_quant.spec import Granularity, Layout
 
 DYNAMIC = {"weight": "W8A8_DYNAMIC", "weight_scale": "W8A8_DYNAMIC", "weight_offset": "W8A8_DYNAMIC"}
 STATIC = {name: "W8A8" for name in ("weight", "input_scale", "input_offset", "quant_bias", "deq_scale")}
@@ -36,7 +37,7 @@ def test_real_descriptions_have_no_errors(name: str) -> None:
     folder = fixture(name)
     file = next(path for path in folder.iterdir() if is_description_file(path.name))
     checkpoint = Checkpoint.open(folder)
-    found = ModelSlimFormat.from_description(json.loads(file.read_text()), file.name, checkpoint.tensors)
+    found = read(json.loads(file.read_text()), checkpoint.tensors, file.name)
     errors = [finding for finding in (*found.findings, *check_checkpoint(found, checkpoint))]
     assert [finding for finding in errors if finding.severity is Severity.ERROR] == []
     assert found.find("model.layers.0.self_attn.q_proj") is not None
@@ -60,9 +61,7 @@ def test_description_names(name: str, expected: bool) -> None:
 
 
 def test_the_models_own_type_is_not_trusted() -> None:
-    found = ModelSlimFormat.from_description(
-        description({"model.layers.0.mlp.up_proj": DYNAMIC}, model_quant_type="FLOAT")
-    )
+    found = read_with_headers(description({"model.layers.0.mlp.up_proj": DYNAMIC}, model_quant_type="FLOAT"))
     assert found.findings == ()
     assert found.find("model.layers.0.mlp.up_proj").spec.scheme == "W8A8_DYNAMIC"
 
@@ -83,26 +82,24 @@ def test_group_size_follows_the_stored_scale_not_the_header() -> None:
         "a.k.weight_scale": Stored(8, 1),
         "a.k.weight_offset": Stored(8, 1),
     }
-    found = ModelSlimFormat.from_description(description({"a.q": types, "a.k": types}, group_size=128), tensors=tensors)
+    found = read(description({"a.q": types, "a.k": types}, group_size=128), tensors)
     assert found.find("a.q").spec.weight.group_size == 64
     assert found.find("a.k").spec.weight.granularity is Granularity.CHANNEL
-    without_files = ModelSlimFormat.from_description(description({"a.q": types}, group_size=128))
-    assert without_files.find("a.q").spec.weight.group_size == 128
 
 
-def test_mix_runs_dynamic_and_can_run_static() -> None:
+def test_mix_stores_the_tensors_of_static_layers_and_has_dynamic_activations() -> None:
     types = {**{name: "W8A8_MIX" for name in STATIC}, **{name: "W8A8_MIX" for name in DYNAMIC}}
-    found = ModelSlimFormat.from_description(description({"a.q": types}))
+    found = read_with_headers(description({"a.q": types}))
     assert found.findings == ()
-    spec = found.find("a.q").spec
-    assert spec.activation.dynamic
-    assert not as_static(spec).activation.dynamic
-    assert as_static(spec).weight == spec.weight
+    entry = found.find("a.q")
+    assert entry.spec.activation.dynamic
+    assert entry.spec.layout is Layout.MODELSLIM_STATIC
+    assert entry.tensors == {"weight_scale", "weight_offset"}
 
 
 def test_mix_without_its_weight_scale_is_an_error() -> None:
     types = {name: "W8A8_MIX" for name in STATIC}
-    found = ModelSlimFormat.from_description(description({"a.q": types}))
+    found = read_with_headers(description({"a.q": types}))
     assert {finding.code for finding in found.findings} == {"missing-tensor"}
     assert {"a.q.weight_scale: W8A8_MIX", "a.q.weight_offset: W8A8_MIX"} == {f.expected for f in found.findings}
 
@@ -114,10 +111,10 @@ def test_norm_biases_and_linear_biases() -> None:
         "m.q_proj": {**DYNAMIC, "bias": "FLOAT"},
         "m.visual.fc": {"weight": "FLOAT", "bias": "FLOAT"},
     }
-    found = ModelSlimFormat.from_description(description(layers))
+    found = read_with_headers(description(layers))
     assert found.findings == ()
     assert found.norm_biases == {"m.input_layernorm"}
-    assert found.biased_layers() == {"m.q_proj"}
+    assert found.biased == {"m.q_proj"}
 
 
 def expert_layers(count: int = 4, **changes: dict[str, str]) -> dict[str, dict[str, str]]:
@@ -130,7 +127,7 @@ def expert_layers(count: int = 4, **changes: dict[str, str]) -> dict[str, dict[s
 
 
 def test_experts_become_one_entry() -> None:
-    found = ModelSlimFormat.from_description(description(expert_layers()))
+    found = read_with_headers(description(expert_layers()))
     assert found.findings == ()
     experts = found.find_experts("model.layers.0.mlp.experts")
     assert (experts.count, experts.names) == (4, ("gate_proj", "up_proj", "down_proj"))
@@ -144,7 +141,7 @@ def test_mixtral_names_and_mixed_precision_of_w13_and_w2() -> None:
         for name in ("w1", "w3"):
             layers[f"l.experts.{number}.{name}"] = dict(DYNAMIC)
         layers[f"l.experts.{number}.w2"] = {"weight": "FLOAT"}
-    experts = ModelSlimFormat.from_description(description(layers)).find_experts("l.experts")
+    experts = read_with_headers(description(layers)).find_experts("l.experts")
     assert experts.names == ("w1", "w3", "w2")
     assert experts.down.spec.is_float
     assert not experts.gate.spec.is_float
@@ -152,7 +149,7 @@ def test_mixtral_names_and_mixed_precision_of_w13_and_w2() -> None:
 
 def test_every_expert_is_compared() -> None:
     odd = {name: "W8A16" for name in DYNAMIC}
-    found = ModelSlimFormat.from_description(description(expert_layers(64, **{"63.up_proj": odd})))
+    found = read_with_headers(description(expert_layers(64, **{"63.up_proj": odd})))
     (finding,) = found.findings
     assert finding.code == "fused-shards-disagree"
     assert finding.layer == "model.layers.0.mlp.experts.*.up_proj"
@@ -163,23 +160,23 @@ def test_every_expert_is_compared() -> None:
 def test_a_missing_expert_is_named() -> None:
     layers = expert_layers()
     del layers["model.layers.0.mlp.experts.2.up_proj"]
-    (finding,) = ModelSlimFormat.from_description(description(layers)).findings
+    (finding,) = read_with_headers(description(layers)).findings
     assert finding.code == "undescribed-layer"
     assert finding.found == "no model.layers.0.mlp.experts.2.up_proj"
 
 
 def test_a_huge_expert_number_costs_nothing() -> None:
     layers = {f"l.experts.{10**18}.{name}": dict(DYNAMIC) for name in ("gate_proj", "up_proj", "down_proj")}
-    (finding,) = ModelSlimFormat.from_description(description(layers)).findings
+    (finding,) = read_with_headers(description(layers)).findings
     assert finding.code == "undescribed-layer"
 
 
 def test_kv_cache_scales_are_dropped_with_a_finding() -> None:
     layers = {"l.k_proj": {**DYNAMIC, "kv_cache_scale": "C8", "kv_cache_offset": "C8"}}
-    found = ModelSlimFormat.from_description(description(layers, kv_cache_type="C8", kv_quant_type="C8"))
+    found = read_with_headers(description(layers, kv_cache_type="C8", kv_quant_type="C8"))
     (finding,) = found.findings
     assert (finding.code, finding.severity) == ("kv-cache-not-quantized", Severity.WARNING)
-    assert found.dropped_tensors() == ("kv_cache_scale", "kv_cache_offset")
+    assert found.dropped == ("kv_cache_scale", "kv_cache_offset")
     assert found.find("l.k_proj").spec.scheme == "W8A8_DYNAMIC"
 
 
@@ -204,7 +201,7 @@ def _with(**changes: Any) -> Callable[[], dict[str, Any]]:
     ],
 )
 def test_broken_descriptions(broken: Callable[[], dict[str, Any]], code: str, layer: str, words: str) -> None:
-    findings = ModelSlimFormat.from_description(broken(), "d.json").findings
+    findings = read_with_headers(broken(), "d.json").findings
     hit = next(finding for finding in findings if finding.code == code)
     assert hit.layer == layer
     assert hit.file == "d.json"
@@ -214,21 +211,21 @@ def test_broken_descriptions(broken: Callable[[], dict[str, Any]], code: str, la
 
 def test_all_problems_come_at_once() -> None:
     broken = _with(**{"a.q_proj.weight": "W9A9", "a.k_proj.weight_scale": "W8A8", "group_size": -3})()
-    codes = [finding.code for finding in ModelSlimFormat.from_description(broken).findings]
+    codes = [finding.code for finding in read_with_headers(broken).findings]
     assert sorted(set(codes)) == ["bad-config", "unknown-scheme"]
     assert len(codes) == 3
 
 
 def test_many_alike_are_counted() -> None:
     layers = {f"l.{number}.q_proj": {"weight": "W8A8", "deq_scale": "W8A16"} for number in range(500)}
-    findings = ModelSlimFormat.from_description(description(layers)).findings
+    findings = read_with_headers(description(layers)).findings
     assert len(findings) == 21
     assert findings[-1].message.startswith("480 more")
 
 
 def test_an_unknown_type_is_said_once_for_all_its_layers() -> None:
     layers = {f"l.{number}.q_proj": {"weight": "W9A9", "weight_scale": "W9"} for number in range(500)}
-    (finding,) = ModelSlimFormat.from_description(description(layers)).findings
+    (finding,) = read_with_headers(description(layers)).findings
     assert (finding.code, finding.layer) == ("unknown-scheme", "l.0.q_proj")
     assert finding.message == "no such ModelSlim type: W9, W9A9 (500 layers)"
 
@@ -237,10 +234,24 @@ def test_the_order_of_the_entries_does_not_matter() -> None:
     layers = {**expert_layers(), "model.layers.0.mlp.down_proj": STATIC, "model.layers.0.mlp.gate": {"weight": "FLOAT"}}
     written = description(layers)
     scattered = dict(sorted(written.items(), key=lambda entry: entry[0].rpartition(".")[::-1]))
-    expected, found = map(ModelSlimFormat.from_description, (written, scattered))
+    expected, found = map(read_with_headers, (written, scattered))
     assert not found.findings
     assert (found.layers, found.experts) == (expected.layers, expected.experts)
     assert len(found.experts) == 1
+
+
+def test_memory_is_linear_where_the_tensors_of_two_layers_take_turns() -> None:
+    entries = {f"{layer}.{number}": "FLOAT" for number in range(5_000) for layer in ("a.q", "a.k")}
+    tensors = stored_for(entries)
+    tracemalloc.start()
+    try:
+        found = read(entries, tensors)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found.findings == ()
+    assert set(found.layers) == {"a.q", "a.k"}
+    assert peak < 20_000_000
 
 
 def test_the_index_is_small() -> None:
@@ -253,7 +264,7 @@ def test_the_index_is_small() -> None:
                 layers[f"model.layers.{number}.mlp.experts.{expert}.{name}"] = DYNAMIC
     entries = description(layers)
     assert len(entries) > 136_000
-    found = ModelSlimFormat.from_description(entries)
+    found = read_with_headers(entries)
     assert found.findings == ()
     assert len(pickle.dumps(found)) < 1_000_000
     assert len(found.experts) == 61

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.formats.modelslim_layers import read_with_headers
 from vllm_npu_quant.errors import NpuQuantError
-from vllm_npu_quant.formats.modelslim import ModelSlimFormat
 from vllm_npu_quant.formats.resolve import LayerResolver
 
 DYNAMIC = ("weight", "weight_scale", "weight_offset")
@@ -16,7 +16,7 @@ def resolver(layers: dict[str, str], **options) -> LayerResolver:
     entries = {}
     for layer, kind in layers.items():
         entries |= {f"{layer}.{name}": kind for name in (DYNAMIC if kind != "FLOAT" else ("weight",))}
-    found = ModelSlimFormat.from_description({**entries, "version": "1.0.0"})
+    found = read_with_headers({**entries, "version": "1.0.0"})
     assert found.findings == ()
     return LayerResolver(found, **options)
 

@@ -85,18 +85,21 @@ def layer_entry(
     known = {tensor.name: tensor for tensor in LAYOUTS[spec.layout].tensors}
     dropped = frozenset(ignored)
     for name in (name for name in named if name not in known and name not in dropped):
-        found.add(
-            Finding(
-                "unexpected-tensor",
-                f"{spec.scheme} has no tensor {name}, so its effect would be lost",
-                layer=layer,
-                file=named[name].file,
-                expected=", ".join(known),
-                found=name,
-                fix="update vllm-npu-quant, or re-export the checkpoint without it",
-            )
-        )
+        found.add(unexpected_tensor(layer, spec, name, named[name].file))
     return LayerEntry(spec, frozenset(needs) | {name for name in named if name in known and known[name].optional})
+
+
+def unexpected_tensor(layer: str, spec: LayerSpec, name: str, file: str) -> Finding:
+    """The finding for a tensor of a quantized layer that its layout does not have."""
+    return Finding(
+        "unexpected-tensor",
+        f"{spec.scheme} has no tensor {name}, so its effect would be lost",
+        layer=layer,
+        file=file,
+        expected=", ".join(tensor.name for tensor in LAYOUTS[spec.layout].tensors),
+        found=name,
+        fix="update vllm-npu-quant, or re-export the checkpoint without it",
+    )
 
 
 def silent_finding(layers: Sequence[str], source: str) -> Finding | None:

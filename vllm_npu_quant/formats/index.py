@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from vllm_npu_quant.errors import FindingLimit
 from vllm_npu_quant.formats.common import FLOAT_DTYPES
 from vllm_npu_quant.formats.described import Described, LayerEntry, StoredTensor
-from vllm_npu_quant.formats.experts import collect_experts, holds_fused_floats, split_expert
+from vllm_npu_quant.formats.experts import collect_experts, holds_fused_floats, split_number
 
-__all__ = ["index_layers", "is_embedding", "stored_layers_of"]
+__all__ = ["add_layers", "index_layers", "is_embedding", "stored_layers_of"]
 
 
 def is_embedding(layer: str) -> bool:
@@ -43,20 +43,40 @@ def index_layers(
             finding says why it has no entry.
         found: collects what is wrong with the experts.
     """
-    same: dict[LayerEntry, LayerEntry] = {}  # one object per distinct entry keeps the pickle small
-    by_experts: dict[str, dict[str, dict[str, LayerEntry]]] = {}
-    biased, fused_floats = [], []
-    for layer, tensors in stored.items():
-        decided = decide(layer, tensors)
-        if decided is None:
-            if holds_fused_floats(layer, tensors) and all(part.dtype in FLOAT_DTYPES for part in tensors.values()):
+    fused_floats: list[str] = []
+
+    def decided_layers() -> Iterator[tuple[str, LayerEntry]]:
+        same: dict[LayerEntry, LayerEntry] = {}  # one object per distinct entry keeps the pickle small
+        for layer, tensors in stored.items():
+            entry = decide(layer, tensors)
+            if entry is not None:
+                yield layer, same.setdefault(entry, entry)
+            elif holds_fused_floats(layer, tensors) and all(part.dtype in FLOAT_DTYPES for part in tensors.values()):
                 fused_floats.append(layer)
-            continue
-        entry = same.setdefault(decided, decided)
-        expert = split_expert(layer)
-        if expert is not None:
-            parent, number, projection = expert
-            by_experts.setdefault(parent, {}).setdefault(projection, {})[number] = entry
+
+    add_layers(described, decided_layers(), found)
+    described.fused_floats = frozenset(fused_floats)
+
+
+def add_layers(described: Described, entries: Iterable[tuple[str, LayerEntry]], found: FindingLimit) -> None:
+    """Fill ``described`` with these layers; the experts of a MoE layer become one entry.
+
+    Args:
+        described: whose layers, experts and biased are filled.
+        entries: the layers' names and entries; equal entries are one object.
+        found: collects what is wrong with the experts.
+    """
+    by_experts: dict[str, dict[str, dict[str, LayerEntry]]] = {}
+    biased = []
+    # The projections of an expert usually follow each other, so its name is split once.
+    before = ""
+    expert: tuple[str, str] | None = None
+    for layer, entry in entries:
+        parent, _, projection = layer.rpartition(".")
+        if parent != before:
+            before, expert = parent, split_number(parent)
+        if expert is not None and projection:
+            by_experts.setdefault(expert[0], {}).setdefault(projection, {})[expert[1]] = entry
             continue
         described.layers[layer] = entry
         if "bias" in entry.tensors and not entry.spec.is_float:
@@ -66,4 +86,4 @@ def index_layers(
         found.extend(findings)
         if experts is not None:
             described.experts[layer] = experts
-    described.biased, described.fused_floats = frozenset(biased), frozenset(fused_floats)
+    described.biased = frozenset(biased)

@@ -9,18 +9,21 @@ writes "FLOAT" there for some fully quantized models, so each tensor's own type 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, TypeAdapter, ValidationError
 
-from vllm_npu_quant.errors import Finding, Severity, nearest_names
-from vllm_npu_quant.formats.base import FLOAT_ENTRY, ExpertsEntry, LayerEntry, QuantFormat
-from vllm_npu_quant.formats.check import FindingLimit, StoredTensor
-from vllm_npu_quant.formats.experts import FUSED_FLOAT, collect_experts, holds_fused_floats, split_number
-from vllm_npu_quant.formats.fp8 import fp8_activation, fp8_weight
+from vllm_npu_quant.errors import Finding, FindingLimit, NpuQuantError, Severity, nearest_names
+from vllm_npu_quant.formats.common import FLOAT_DTYPES, kv_cache_finding, unexpected_tensor
+from vllm_npu_quant.formats.declaration import Format, Sample
+from vllm_npu_quant.formats.described import FLOAT_ENTRY, Described, LayerEntry, StoredTensor
+from vllm_npu_quant.formats.experts import holds_fused_floats, split_expert
+from vllm_npu_quant.formats.index import add_layers
+from vllm_npu_quant.formats.samples import LAYER, sample_tensors
 from vllm_npu_quant.layouts.tables import LAYOUTS
 from vllm_npu_quant.spec import (
     FLOAT,
@@ -28,13 +31,65 @@ from vllm_npu_quant.spec import (
     Granularity,
     LayerSpec,
     Layout,
+    NumberKind,
     TransformSpec,
     WeightSpec,
 )
 
-__all__ = ["DESCRIPTION_FILE", "DescriptionHeader", "ModelSlimFormat"]
+if TYPE_CHECKING:
+    from vllm_npu_quant.checkpoint import Checkpoint
+
+__all__ = [
+    "DESCRIPTION_FILE",
+    "FORMAT",
+    "TYPES",
+    "description_name",
+    "embedded_description",
+    "is_description_file",
+    "read",
+    "vllm_ascend_schemes",
+]
 
 DESCRIPTION_FILE = "quant_model_description.json"
+_FILE_NAME = re.compile(r"quant_model_description(_[a-z0-9_]{1,40})?\.json")
+
+#: quant_method values under which the description is embedded in config.json.
+_METHODS = frozenset({"modelslim", "ascend", ""})
+
+
+def is_description_file(name: str) -> bool:
+    """Whether a file name is one of the names that msModelSlim gives its description."""
+    return _FILE_NAME.fullmatch(name) is not None
+
+
+def description_name(names: Iterable[str]) -> str | None:
+    """The one description file among these file names; None if there is none.
+
+    Raises:
+        NpuQuantError: contradictory-evidence if there are several: each would quantize the weights differently.
+    """
+    found = sorted(name for name in names if is_description_file(name))
+    if len(found) > 1:
+        raise NpuQuantError(
+            [
+                Finding(
+                    "contradictory-evidence",
+                    "the checkpoint holds several ModelSlim descriptions",
+                    expected="one quant_model_description*.json",
+                    found=", ".join(found),
+                    fix="remove the descriptions that do not belong to the weight files",
+                )
+            ]
+        )
+    return found[0] if found else None
+
+
+def embedded_description(config: Mapping[str, Any]) -> bool:
+    """Whether a quantization_config is msModelSlim's description itself."""
+    method = str(config.get("quant_method") or "").lower()
+    if method not in _METHODS:
+        return False
+    return method != "" or any(str(key).endswith(".weight") for key in config)
 
 
 class DescriptionHeader(BaseModel):
@@ -74,17 +129,11 @@ class _QuarotMetadata(BaseModel):
 
 _PER_TOKEN = ActivationSpec(8, dynamic=True, granularity=Granularity.TOKEN)
 _INT4_PER_TOKEN = ActivationSpec(4, dynamic=True, granularity=Granularity.TOKEN)
+_FP8_PER_TOKEN = ActivationSpec(8, dynamic=True, granularity=Granularity.TOKEN, kind=NumberKind.FLOAT)
 _STATIC_INT8 = ActivationSpec(8, dynamic=False, granularity=Granularity.TENSOR, symmetric=False)
 _INT8 = WeightSpec(8)
 _INT4 = WeightSpec(4)
-
-
-class _Packing(str, Enum):
-    """How 4-bit integers lie in a stored weight."""
-
-    NONE = "one per byte"
-    OUTPUTS = "two outputs per byte"
-    INPUTS = "two inputs per byte"
+_FP8 = WeightSpec(8, NumberKind.FLOAT)
 
 
 @dataclass(frozen=True)
@@ -92,33 +141,30 @@ class _Type:
     """A type string of the description.
 
     Attributes:
-        layout, weight, activation: what it means for a layer. The layout of 4-bit weights depends on how they are packed.
+        layout, weight, activation: what it means for a layer with scales per channel and a weight that is not packed.
         grouped: whether scales may be per group of inputs.
-        packed: how files of version 1.0.0 pack the weight where its scales are per channel, and per group.
+        packed: the layout of 4-bit weights with scales per channel in files that name a version; None for ``layout``.
         needs: tensors that are optional in the layout, and that this type needs.
     """
 
     layout: Layout
-    weight: WeightSpec | None
+    weight: WeightSpec
     activation: ActivationSpec | None = None
     grouped: bool = False
-    packed: tuple[_Packing, _Packing] = (_Packing.NONE, _Packing.NONE)
+    packed: Layout | None = None
     needs: frozenset[str] = frozenset()
 
 
-#: The type strings that stand for a quantized Linear or expert. "W8A8_MIX" holds the tensors of both W8A8 and
-#: W8A8_DYNAMIC: it runs dynamic, except on a decode node of a prefill/decode-disaggregated deployment. "W8A8S" is W8A8 of
-#: weights that were made sparse.
+#: The type strings that stand for a quantized Linear or expert. "W8A8_MIX" stores the tensors of both W8A8 and
+#: W8A8_DYNAMIC. "W8A8S" is W8A8 of weights that were made sparse.
 TYPES: dict[str, _Type] = {
     "W8A8": _Type(Layout.MODELSLIM_STATIC, _INT8, _STATIC_INT8),
     "W8A8S": _Type(Layout.MODELSLIM_STATIC, _INT8, _STATIC_INT8),
     "W8A8_DYNAMIC": _Type(Layout.MODELSLIM_INT, _INT8, _PER_TOKEN, grouped=True),
     "W8A8_MIX": _Type(Layout.MODELSLIM_STATIC, _INT8, _PER_TOKEN, needs=frozenset({"weight_scale", "weight_offset"})),
     "W8A16": _Type(Layout.MODELSLIM_INT, _INT8, grouped=True),
-    "W4A16": _Type(Layout.MODELSLIM_INT, _INT4, grouped=True, packed=(_Packing.INPUTS, _Packing.OUTPUTS)),
-    "W4A8_DYNAMIC": _Type(
-        Layout.MODELSLIM_INT, _INT4, _PER_TOKEN, grouped=True, packed=(_Packing.OUTPUTS, _Packing.OUTPUTS)
-    ),
+    "W4A16": _Type(Layout.MODELSLIM_INT, _INT4, grouped=True, packed=Layout.MODELSLIM_PACKED_K),
+    "W4A8_DYNAMIC": _Type(Layout.MODELSLIM_INT, _INT4, _PER_TOKEN, grouped=True, packed=Layout.MODELSLIM_PACKED_N),
     "W4A4_DYNAMIC": _Type(Layout.MODELSLIM_INT, _INT4, _INT4_PER_TOKEN, grouped=True),
     "W4A4_FLATQUANT_DYNAMIC": _Type(
         Layout.MODELSLIM_INT,
@@ -127,19 +173,16 @@ TYPES: dict[str, _Type] = {
         grouped=True,
         needs=frozenset({"left_trans", "clip_ratio"}),
     ),
-    "WFP8AFP8_DYNAMIC": _Type(Layout.FP8, fp8_weight(Granularity.CHANNEL), fp8_activation(static=False)),
+    "WFP8AFP8_DYNAMIC": _Type(Layout.FP8, _FP8, _FP8_PER_TOKEN),
 }
 FLOAT_TYPE = "FLOAT"
-#: Types of tensors that are what they were: "W16A16S" is float that was made sparse.
+#: Types of tensors that are not quantized: "W16A16S" is float that was made sparse.
 FLOAT_TYPES = frozenset({FLOAT_TYPE, "W16A16S"})
 
-#: (packed along, two levels of scales) -> layout of a 4-bit weight.
-_INT4_LAYOUTS = {
-    (_Packing.NONE, False): Layout.MODELSLIM_INT,
-    (_Packing.OUTPUTS, False): Layout.MODELSLIM_PACKED_N,
-    (_Packing.INPUTS, False): Layout.MODELSLIM_PACKED_K,
-    (_Packing.NONE, True): Layout.MODELSLIM_TWO_LEVEL,
-    (_Packing.OUTPUTS, True): Layout.MODELSLIM_TWO_LEVEL_PACKED,
+#: Layout of 4-bit weights -> the same with two outputs per byte.
+_OUTPUTS_PACKED: dict[Layout | str, Layout] = {
+    Layout.MODELSLIM_INT: Layout.MODELSLIM_PACKED_N,
+    Layout.MODELSLIM_TWO_LEVEL: Layout.MODELSLIM_TWO_LEVEL_PACKED,
 }
 
 _REFUSED = {
@@ -148,17 +191,22 @@ _REFUSED = {
     "NF4": "NPUs have no operator for NormalFloat weights",
     "W8A8_TIMESTEP": "scales per diffusion step have no meaning for a language model",
 }
-
-#: Tensors of an input transform: those that give the size of its left side, of its right side, and the others.
-_LEFT = ("left_trans", "heads_rotation", "kronecker_rotation_m")
-_RIGHT = ("right_trans", "kronecker_rotation_n")
-_TRANSFORM = frozenset({*_LEFT, *_RIGHT, "clip_ratio"})
+_ONLY_950 = (
+    "microscaling formats (MXFP8, MXFP4) are computed by Ascend 950 (A5) only: Atlas A2, A3 and 310P have no instructions "
+    "for them"
+)
 #: Types of tensors that quantize something other than a layer's weight.
 KV_CACHE_TYPE = "C8"
 _NOT_SERVED = {
     "FAQuant": "quantized attention (FA3) needs vllm-ascend's attention backend",
     "INT8_DYNAMIC": "a quantized sparse-attention indexer needs vllm-ascend's attention backend",
 }
+
+#: Tensors of an input transform: those that give the size of its left side, of its right side, and the others.
+_LEFT = ("heads_rotation", "kronecker_rotation_m", "left_trans")
+_RIGHT = ("kronecker_rotation_n", "right_trans")
+_TRANSFORM = frozenset({*_LEFT, *_RIGHT, "clip_ratio"})
+
 _KV_TENSORS = ("kv_cache_scale", "kv_cache_offset")
 #: 8 * sum_k(w), which some int4 operators want. It is computed from the weights, for any number of ranks.
 _SCALE_BIAS = "scale_bias"
@@ -172,204 +220,27 @@ _STORED_NAMES = frozenset(tensor.name for row in LAYOUTS.values() for tensor in 
 _MAX_VALIDATION_ERRORS = 20
 
 
-#: Dtypes of tensors that the description calls FLOAT.
-_FLOAT_DTYPES = frozenset({"F16", "BF16", "F32", "F64"})
-
-
-_ONLY_950 = (
-    "microscaling formats (MXFP8, MXFP4) are computed by Ascend 950 (A5) only: Atlas A2, A3 and 310P have no instructions "
-    "for them"
-)
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """What the stored tensors tell about a layer besides its type.
+class _Findings(FindingLimit):
+    """The findings of one description. Layers of a type that is not served become one finding for the type.
 
     Attributes:
-        group_size: inputs per scale, 0 for one scale per channel. packing: of a 4-bit weight.
-        left, right: sizes of the matrices of its input transform.
-        rotation: names of matrices that only metadata.quarot lists.
+        source: the description's file.
+        refused: layers by their type, which is known and not served.
+        unknown: layers by their types, which are not known.
     """
 
-    group_size: int = 0
-    packing: _Packing = _Packing.NONE
-    left: int = 0
-    right: int = 0
-    rotation: frozenset[str] = frozenset()
-
-
-@dataclass
-class ModelSlimFormat(QuantFormat):
-    """The layers of a ModelSlim checkpoint.
-
-    Attributes:
-        layers: entry of every layer outside of routed experts.
-        experts: entry of every MoE layer's experts, by the name that ends in ".experts".
-        fused_floats: MoE layers whose float experts are stored as two tensors.
-        kv_cache: whether the checkpoint carries KV-cache scales.
-        dropped: last name components of tensors that are not loaded.
-        header: the description's own fields.
-    """
-
-    layers: dict[str, LayerEntry] = field(default_factory=dict)
-    experts: dict[str, ExpertsEntry] = field(default_factory=dict)
-    fused_floats: frozenset[str] = frozenset()
-    kv_cache: bool = False
-    dropped: tuple[str, ...] = ()
-    header: dict[str, Any] = field(default_factory=dict)
-    biased: frozenset[str] = field(default_factory=frozenset)
-
-    name = "modelslim"
-
-    def find(self, layer: str) -> LayerEntry | None:
-        return self.layers.get(layer)
-
-    def find_experts(self, layer: str) -> ExpertsEntry | None:
-        return FUSED_FLOAT if layer in self.fused_floats else self.experts.get(layer)
-
-    def layer_names(self) -> Iterable[str]:
-        yield from self.layers
-        yield from self.experts
-
-    def stored_layers(self, tensors: Mapping[str, Any]) -> Iterator[tuple[str, LayerEntry]]:
-        yield from self.layers.items()
-        for layer, experts in self.experts.items():
-            for name, entry in zip(experts.names, (experts.gate, experts.up, experts.down), strict=True):
-                for number in range(experts.count):
-                    yield f"{layer}.{number}.{name}", entry
-
-    def biased_layers(self) -> frozenset[str]:
-        return self.biased
-
-    def dropped_tensors(self) -> tuple[str, ...]:
-        return self.dropped
-
-    @classmethod
-    def from_description(
-        cls,
-        description: Mapping[str, Any],
-        source: str = DESCRIPTION_FILE,
-        tensors: Mapping[str, StoredTensor] | None = None,
-    ) -> ModelSlimFormat:
-        """Validate a description and index it by layer.
-
-        One pass over the entries: linear in their number, whatever the number of layers.
-
-        Args:
-            description: the parsed JSON object.
-            source: the file's name, for messages.
-            tensors: shapes of the checkpoint's tensors, where they are known. A layer's group size then follows from the
-                shape of its own scale, not from the description's single ``group_size``.
-
-        Returns:
-            The format; ``findings`` holds everything that is wrong. Nothing is raised.
-        """
-        builder = _Builder(source, tensors)
-        header, types = builder.split(description)
-        builder.note_rotations(header)
-        builder.index(types)
-        builder.check_header(header)
-        builder.check_files(types)
-        return cls(
-            source=source,
-            findings=tuple(builder.found.close()),
-            norm_biases=frozenset(builder.norm_biases),
-            layers=builder.layers,
-            experts=builder.experts,
-            fused_floats=frozenset(builder.fused_floats),
-            kv_cache=builder.kv_cache,
-            dropped=(*(_KV_TENSORS if builder.kv_cache else ()), *((_SCALE_BIAS,) if builder.scale_bias else ())),
-            header={"version": header.version, "group_size": header.group_size},
-            biased=frozenset(builder.biased),
-        )
-
-
-def _by_layer(types: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """Layer -> (suffix, type, suffix, type, ...) of its tensors.
-
-    Layers with the same tensors share one tuple: a hundred thousand objects fewer to make, and to visit for the collector.
-    """
-    layers: dict[str, tuple[str, ...]] = {}
-    shared: dict[tuple[str, ...], tuple[str, ...]] = {}
-
-    def close() -> None:
-        if listed:  # a layer whose tensors do not follow each other is met again
-            tensors = (*layers.get(before, ()), *listed)
-            layers[before] = shared.setdefault(tensors, tensors)
-
-    before: str = ""
-    listed: list[str] = []
-    for name, kind in types.items():
-        layer, _, suffix = name.rpartition(".")
-        if layer == before:
-            listed += (suffix, kind)
-            continue
-        close()
-        before, listed = layer, [suffix, kind]
-    close()
-    return layers
-
-
-def _how_many(layers: list[str]) -> str:
-    return f" ({len(layers):,} layers)" if len(layers) > 1 else ""
-
-
-def _pairs(listed: Sequence[str]) -> dict[str, str]:
-    """{suffix: type} of a layer."""
-    return dict(zip(listed[::2], listed[1::2], strict=True))
-
-
-class _Builder:
-    """Collects the index and the findings of one description."""
-
-    def __init__(self, source: str, tensors: Mapping[str, StoredTensor] | None) -> None:
+    def __init__(self, source: str) -> None:
+        super().__init__()
         self.source = source
-        self.tensors = tensors
-        self.found = FindingLimit()
-        self.layers: dict[str, LayerEntry] = {}
-        self.experts: dict[str, ExpertsEntry] = {}
-        self.fused_floats: list[str] = []
-        self.norm_biases: list[str] = []
-        self.biased: list[str] = []
-        self.kv_cache = False
-        self.scale_bias = False
-        self.header = DescriptionHeader()
-        #: Layer -> names of the rotation matrices that metadata.quarot gives it.
-        self.rotations: dict[str, frozenset[str]] = {}
-        #: Layers by a type that is refused, and by those that are not known.
         self.refused: dict[str, list[str]] = {}
         self.unknown: dict[tuple[str, ...], list[str]] = {}
-        #: By what is listed and what the shapes tell, and by what is listed and the shapes themselves.
-        self._entries: dict[tuple, LayerEntry | None] = {}
-        self._forms: dict[tuple, LayerEntry] = {}
-
-    def near(self, code: str, name: str, names: Iterable[str]) -> tuple[str, ...]:
-        """The nearest names, for a finding of this code that is going to be shown."""
-        return nearest_names(name, names) if self.found.wants(code) else ()
 
     def report(self, code: str, message: str, *, file: str = "", **fields: Any) -> None:
-        self.found.add(Finding(code, message, file=file or self.source, **fields))
+        """Add a finding; the description is its file unless another one is named."""
+        self.add(Finding(code, message, file=file or self.source, **fields))
 
-    def split(self, description: Mapping[str, Any]) -> tuple[DescriptionHeader, dict[str, str]]:
-        """Separate the description's own fields from its tensor entries, and validate both."""
-        fields = {key: value for key, value in description.items() if "." not in key}
-        tensors = dict(description)
-        for key in fields:
-            del tensors[key]
-        try:
-            header = DescriptionHeader.model_validate(fields)
-        except ValidationError as error:
-            self._report_validation(error)
-            header = DescriptionHeader()
-        self.header = header
-        try:
-            return header, _TENSOR_TYPES.validate_python(tensors)
-        except ValidationError as error:
-            self._report_validation(error)
-            return header, {key: value for key, value in tensors.items() if isinstance(value, str)}
-
-    def _report_validation(self, error: ValidationError) -> None:
+    def report_invalid(self, error: ValidationError) -> None:
+        """Add a finding for each of pydantic's errors."""
         for problem in error.errors(include_url=False)[:_MAX_VALIDATION_ERRORS]:
             self.report(
                 "bad-config",
@@ -379,74 +250,12 @@ class _Builder:
                 fix="re-export the checkpoint with msModelSlim, or correct the entry by hand",
             )
 
-    def note_rotations(self, header: DescriptionHeader) -> None:
-        """Note the layers that ``metadata.quarot`` lists: their rotation matrices are stored, and described nowhere else."""
-        quarot = (header.metadata or {}).get("quarot")
-        if quarot is None:
-            return
-        try:
-            listed = _QuarotMetadata.model_validate(quarot)
-        except ValidationError as error:
-            self._report_validation(error)
-            return
-        for layer in listed.heads_rotation.layers:
-            self.rotations[layer] = frozenset({"heads_rotation"})
-        for layer in listed.kronecker_rotation.layers:
-            self.rotations[layer] = frozenset({"kronecker_rotation_m", "kronecker_rotation_n"})
+    def near(self, code: str, name: str, names: Iterable[str]) -> tuple[str, ...]:
+        """The nearest names, for a finding of this code that is going to be shown."""
+        return nearest_names(name, names) if self.wants(code) else ()
 
-    def index(self, types: Mapping[str, str]) -> None:
-        """Fill the layers and experts."""
-        suffixes = _by_layer(types)
-        by_experts: dict[str, dict[str, dict[str, LayerEntry]]] = {}
-        # Where no stored shape and no rotation tells layers apart, those with the same tensors have the same entry.
-        alike: dict[tuple[str, ...], LayerEntry] = {}
-        # The projections of an expert follow each other as a rule: its name is taken apart once.
-        before, expert = "", None
-        for layer, listed in suffixes.items():
-            if (
-                layer.endswith(".experts")
-                and holds_fused_floats(layer, listed[::2])
-                and set(listed[1::2]) == {FLOAT_TYPE}
-            ):
-                self.fused_floats.append(layer)
-                continue
-            plain = self.tensors is None and layer not in self.rotations
-            entry = alike.get(listed) if plain else None
-            if entry is None:
-                entry = self._known_entry(layer, listed)
-                if entry is None:
-                    continue
-                if plain:
-                    alike[listed] = entry
-            above, _, projection = layer.rpartition(".")
-            if above != before:
-                before, expert = above, split_number(above)
-            if expert is not None and projection:
-                by_experts.setdefault(expert[0], {}).setdefault(projection, {})[expert[1]] = entry
-                continue
-            self.layers[layer] = entry
-            if "bias" in entry.tensors and not entry.spec.is_float:
-                self.biased.append(layer)
-            if entry.spec.is_float and layer.endswith("norm") and _pairs(listed).get("bias") == FLOAT_TYPE:
-                self.norm_biases.append(layer)
-        self._report_types()
-        for layer, projections in by_experts.items():
-            experts, findings = collect_experts(layer, projections, self.source)
-            for finding in findings:
-                self.found.add(finding)
-            if experts is not None:
-                self.experts[layer] = experts
-        for layer in sorted(self.rotations.keys() - suffixes.keys()):
-            self.report(
-                "undescribed-layer",
-                "metadata.quarot rotates the input of a layer that the description does not have",
-                layer=layer,
-                nearest=self.near("undescribed-layer", layer, suffixes),
-                fix="re-export the checkpoint with msModelSlim",
-            )
-
-    def _report_types(self) -> None:
-        """One finding for all layers of a type that is not served."""
+    def close(self) -> list[Finding]:
+        """All findings, those about types included."""
         for kind, layers in self.refused.items():
             self.report(
                 "unsupported-scheme",
@@ -466,252 +275,507 @@ class _Builder:
                 nearest=self.near("unknown-scheme", kinds[0][:80], TYPES),
                 fix="update vllm-npu-quant, or re-export the checkpoint with one of these types",
             )
+        return super().close()
 
-    def _known_entry(self, layer: str, listed: Sequence[str]) -> LayerEntry | None:
-        """The one entry object of all layers with these tensors and shapes; None (after a finding) where there is none."""
-        rotation = self.rotations.get(layer, frozenset())
-        stored: list[StoredTensor | None] = []
-        if self.tensors is not None:
-            names = (*listed[::2], "weight_scale", "weight_scale_second", *rotation)  # all that ``_shape`` looks at
-            stored = [self.tensors.get(f"{layer}.{name}") for name in names]
-        form = (rotation, *listed, *[None if tensor is None else tensor.shape for tensor in stored])
-        entry = self._forms.get(form)
-        if entry is not None:
-            return entry
-        types = _pairs(listed)
-        shape = self._shape(layer, types)
-        signature = (shape, *listed)
-        entry = self._entries.get(signature)
-        if entry is None:  # a layer that has none is reported each time
-            entry = self._entries[signature] = self._entry(layer, types, shape)
-        if entry is not None:
-            self._forms[form] = entry
-        return entry
 
-    def _shape(self, layer: str, types: Mapping[str, str]) -> _Shape:
-        """What the stored tensors tell about a layer; what the description says where they are not known."""
-        kind = TYPES.get(types.get("weight", ""))
-        rotation = self.rotations.get(layer, frozenset())
-        packed_files = self.header.version is not None
-        if kind is None:
-            return _Shape(rotation=rotation)
-        if self.tensors is None:
-            group = self.header.group_size if kind.grouped else 0
-            packing = kind.packed[group > 0] if packed_files else _Packing.NONE
-            return _Shape(group, packing, rotation=rotation)
-        weight, scale = self.tensors.get(layer + ".weight"), self.tensors.get(layer + ".weight_scale")
-        second = self.tensors.get(layer + ".weight_scale_second", scale)
-        group, packing = 0, _Packing.NONE
-        if weight is None and scale is None:
-            group = self.header.group_size if kind.grouped else 0
-        elif _are_matrices(weight, scale, second) and kind.weight is not None:
-            assert weight is not None
-            assert scale is not None
-            assert second is not None
-            groups = second.shape[1]
-            if kind.weight.bits == 4 and 2 * weight.shape[0] == scale.shape[0]:
-                packing = _Packing.OUTPUTS
-            elif packed_files and kind.packed[0] is _Packing.INPUTS and groups == 1:
-                packing = _Packing.INPUTS
-            inputs = weight.shape[1] * (2 if packing is _Packing.INPUTS else 1)
-            group = 0 if groups == 1 else -(-inputs // groups)
-        left, right = (self._side(layer, {*names} & {*types, *rotation}) for names in (_LEFT, _RIGHT))
-        return _Shape(group, packing, left, right, rotation)
+def _how_many(layers: list[str]) -> str:
+    return f" ({len(layers):,} layers)" if len(layers) > 1 else ""
 
-    def _side(self, layer: str, names: set[str]) -> int:
-        """The size of the stored square matrix with one of these names; 0 where there is none."""
-        assert self.tensors is not None
-        stored = (self.tensors.get(f"{layer}.{name}") for name in sorted(names))
-        return next((tensor.shape[0] for tensor in stored if tensor is not None and tensor.shape), 0)
 
-    def _entry(self, layer: str, types: dict[str, str], shape: _Shape) -> LayerEntry | None:
-        """The entry of a layer with these tensors; None (after a finding) where there can be none."""
-        kv = [name for name, kind in types.items() if kind == KV_CACHE_TYPE]
-        if kv:
-            self.kv_cache = True
-            types = {name: kind for name, kind in types.items() if kind != KV_CACHE_TYPE}
-        refused = next((kind for kind in types.values() if kind in _NOT_SERVED), None)
-        if refused:
-            self.report(
-                "unsupported-scheme",
-                _NOT_SERVED[refused],
-                layer=layer,
-                found=refused,
-                fix="export the checkpoint without it",
-            )
-            return None
-        if "mul_scale" in types and layer.endswith(".div"):
-            self.report(
-                "unsupported-scheme",
-                "the layer's input is scaled by a module of its own (smoothing that was not fused), which vLLM's model has "
-                "no place for",
-                layer=layer,
-                found=f"{layer}.mul_scale",
-                fix="export the checkpoint with smoothing that is fused into the preceding layer",
-            )
-            return None
-        quantized = {kind for kind in types.values() if kind not in FLOAT_TYPES}
-        if not quantized:
-            if shape.rotation:
-                self._refuse_float_rotation(layer, shape)
-                return None
-            return _BIASED_FLOAT_ENTRY if "bias" in types else FLOAT_ENTRY
-        known = next((kind for kind in quantized if kind in _REFUSED or "MXFP" in kind), None)
-        if known is not None:
-            self.refused.setdefault(known, []).append(layer)
-            return None
-        unknown = sorted(kind for kind in quantized if kind not in TYPES)
-        if unknown:
-            self.unknown.setdefault(tuple(unknown), []).append(layer)
-            return None
-        scheme = types.get("weight", "")
-        if quantized != {scheme}:
-            self.report(
-                "bad-config",
-                "the tensors of one layer have different types",
-                layer=layer,
-                expected="one type for weight and all its scales",
-                found=", ".join(f"{name}: {kind}" for name, kind in types.items())[:200],
-                fix="re-export the checkpoint with msModelSlim",
-            )
-            return None
-        spec = _spec(scheme, shape, types)
-        self._check_tensors(layer, scheme, spec, types)
-        matrices = {*types, *shape.rotation} & {*_LEFT, *_RIGHT}
-        if matrices and spec.transform is not None and not spec.transform.left and not spec.transform.right:
-            self.report(
-                "unreadable-file",
-                "the sizes of the input transform's matrices are only in the weight files, which are not known yet",
-                layer=layer,
-                expected=", ".join(f"{layer}.{name}" for name in sorted(matrices)) + " in a weight file",
-                fix="download the checkpoint before it is served",
-            )
-            return None
-        if _SCALE_BIAS in types:
-            self.scale_bias = True
-        optional = {tensor.name for tensor in LAYOUTS[spec.layout].tensors if tensor.optional}
-        return LayerEntry(spec, frozenset(optional & {*types, *shape.rotation}))
+def read(
+    description: Mapping[str, Any],
+    tensors: Mapping[str, StoredTensor],
+    source: str = DESCRIPTION_FILE,
+    checkpoint: Checkpoint | None = None,
+) -> Described:
+    """Validate a description and index it by layer. Linear in the number of entries, whatever the number of layers.
 
-    def _refuse_float_rotation(self, layer: str, shape: _Shape) -> None:
-        self.report(
+    Args:
+        description: the parsed JSON object.
+        tensors: the stored tensors by name. A layer's group size and packing follow from the shapes of its own tensors, not
+            from the description's single ``group_size``.
+        source: the file's name, for messages.
+        checkpoint: not used: headers are enough.
+
+    Returns:
+        The layers; ``findings`` holds everything that is wrong. Nothing is raised.
+    """
+    found = _Findings(source)
+    header, types = _split(description, found)
+    rotations = _rotated_layers(header, found)
+    layers = _by_layer(types, rotations, tensors)
+    entries = _Entries(header.version is not None, found)
+    described = Described("modelslim", source, fused_floats=_fused_floats(layers))
+    add_layers(described, entries.of(layers, described.fused_floats), found)
+    described.norm_biases = frozenset(
+        layer
+        for layer, entry in described.layers.items()
+        if layer.endswith("norm") and entry.spec.is_float and "bias" in entry.tensors
+    )
+    kv_cache = KV_CACHE_TYPE in types.values()
+    _report_header(header, kv_cache, found)
+    _report_undescribed_rotations(rotations, layers, found)
+    missing = types.keys() - tensors.keys()
+    _report_missing(missing, types, tensors, described, found)
+    if len(tensors) > len(types) - len(missing):  # more than those that are listed
+        _report_unlisted(types, tensors, described, rotations, found)
+    _report_float_dtypes(types, tensors, found)
+    scale_bias = any(_SCALE_BIAS in entry.tensors for entry in entries.distinct)
+    described.dropped = (*(_KV_TENSORS if kv_cache else ()), *((_SCALE_BIAS,) if scale_bias else ()))
+    described.findings = tuple(found.close())
+    return described
+
+
+def vllm_ascend_schemes(description: Mapping[str, Any]) -> set[tuple[str, str]]:
+    """(scheme, "linear" or "moe") of every quantized layer that a description lists, from its type strings alone.
+
+    Types that this package refuses or does not know are among them, as "linear": they are no reason to take the checkpoint
+    from vllm-ascend.
+    """
+    found = _Findings(DESCRIPTION_FILE)
+    header, types = _split(description, found)
+    layers = _by_layer(types, _rotated_layers(header, found), {})
+    schemes = {
+        (entry.spec.scheme, "linear" if split_expert(layer) is None else "moe")
+        for layer, entry in _Entries(header.version is not None, found).of(layers, _fused_floats(layers))
+        if not entry.spec.is_float
+    }
+    _report_header(header, False, found)
+    refused = (finding.found for finding in found.close() if finding.code in ("unknown-scheme", "unsupported-scheme"))
+    return schemes | {(scheme, "linear") for scheme in refused}
+
+
+def _split(description: Mapping[str, Any], found: _Findings) -> tuple[DescriptionHeader, dict[str, str]]:
+    """Separate the description's own fields from its tensor entries, and validate both."""
+    fields = {key: value for key, value in description.items() if "." not in key}
+    entries = dict(description)
+    for key in fields:
+        del entries[key]
+    try:
+        header = DescriptionHeader.model_validate(fields)
+    except ValidationError as error:
+        found.report_invalid(error)
+        header = DescriptionHeader()
+    try:
+        return header, _TENSOR_TYPES.validate_python(entries)
+    except ValidationError as error:
+        found.report_invalid(error)
+        return header, {key: value for key, value in entries.items() if isinstance(value, str)}
+
+
+def _rotated_layers(header: DescriptionHeader, found: _Findings) -> dict[str, tuple[str, ...]]:
+    """Layer -> names of the rotation matrices that ``metadata.quarot`` gives it; they are stored, and listed nowhere else."""
+    quarot = (header.metadata or {}).get("quarot")
+    if quarot is None:
+        return {}
+    try:
+        listed = _QuarotMetadata.model_validate(quarot)
+    except ValidationError as error:
+        found.report_invalid(error)
+        return {}
+    heads = dict.fromkeys(listed.heads_rotation.layers, ("heads_rotation",))
+    kronecker = dict.fromkeys(listed.kronecker_rotation.layers, ("kronecker_rotation_m", "kronecker_rotation_n"))
+    return {**heads, **kronecker}
+
+
+@dataclass(frozen=True, eq=False)
+class _Form:
+    """What is listed and stored of a layer. Layers that are alike, the experts of a model above all, share one form.
+
+    Attributes:
+        names: last name components of the tensors that the description lists.
+        types: their type strings.
+        shapes: their stored shapes; None for a tensor that is not stored.
+        rotation: names and shapes of the matrices that only metadata.quarot lists.
+    """
+
+    names: tuple[str, ...]
+    types: tuple[str, ...]
+    shapes: tuple[tuple[int, ...] | None, ...]
+    rotation: tuple[tuple[str, tuple[int, ...] | None], ...] = ()
+
+
+def _by_layer(
+    types: Mapping[str, str], rotations: Mapping[str, tuple[str, ...]], tensors: Mapping[str, StoredTensor]
+) -> dict[str, _Form]:
+    """Every layer that the description lists, with its form."""
+    layers: dict[str, _Form] = {}
+    forms: dict[tuple[Any, ...], _Form] = {}
+    scattered: dict[str, list[Any]] = {}  # tensors that do not follow the others of their layer
+
+    def form_of(triples: Iterable[Any]) -> _Form:
+        """The form of: name, type, shape, name, type, shape, ..."""
+        key = tuple(triples)
+        form = forms.get(key)
+        if form is None:
+            form = forms[key] = _Form(key[::3], key[1::3], key[2::3])
+        return form
+
+    before: str | None = None
+    triples: list[Any] = []
+    for name, kind in types.items():
+        layer, _, last = name.rpartition(".")
+        if layer != before:
+            if before is not None and before not in scattered:
+                layers[before] = form_of(triples)
+            before = layer
+            triples = scattered.setdefault(layer, []) if layer in layers else []
+        stored = tensors.get(name)
+        triples += (last, kind, None if stored is None else stored.shape)
+    if before is not None and before not in scattered:
+        layers[before] = form_of(triples)
+    for layer, triples in scattered.items():
+        first = layers[layer]
+        layers[layer] = form_of(
+            (*chain.from_iterable(zip(first.names, first.types, first.shapes, strict=True)), *triples)
+        )
+    for layer in layers.keys() & rotations.keys():
+        stored_matrices = ((name, tensors.get(f"{layer}.{name}")) for name in rotations[layer])
+        matrices = tuple((name, None if matrix is None else matrix.shape) for name, matrix in stored_matrices)
+        layers[layer] = replace(layers[layer], rotation=matrices)
+    return layers
+
+
+def _fused_floats(layers: Mapping[str, _Form]) -> frozenset[str]:
+    """The MoE layers whose float experts are stored as two tensors."""
+    return frozenset(
+        layer
+        for layer, form in layers.items()
+        if holds_fused_floats(layer, form.names) and set(form.types) == {FLOAT_TYPE}
+    )
+
+
+class _Entries:
+    """The entries of layers: made once for each form, and equal ones are one object.
+
+    Attributes:
+        versioned: whether the description names a version.
+        found: collects the findings.
+        distinct: the entries, each by itself.
+    """
+
+    def __init__(self, versioned: bool, found: _Findings) -> None:
+        self.versioned = versioned
+        self.found = found
+        self.distinct: dict[LayerEntry, LayerEntry] = {}
+        self._by_form: dict[_Form, LayerEntry] = {}
+        #: What the types alone say, by the form without shapes.
+        self._listed: dict[tuple[tuple[str, ...], ...], LayerEntry] = {}
+
+    def of(self, layers: Mapping[str, _Form], skipped: frozenset[str]) -> Iterator[tuple[str, LayerEntry]]:
+        """Every layer that has an entry, and is not to be skipped, with it; a finding says why a layer has none."""
+        for layer, form in layers.items():
+            if layer in skipped:
+                continue
+            if layer.endswith(".div") and "mul_scale" in form.names:
+                _report_unfused_smoothing(layer, self.found)
+                continue
+            entry = self._by_form.get(form) or self._make(layer, form)
+            if entry is not None:
+                yield layer, entry
+
+    def _make(self, layer: str, form: _Form) -> LayerEntry | None:
+        """The entry of the first layer of a form; None, after a finding, if it has none."""
+        matrices = dict(form.rotation)
+        types = dict(zip(form.names, form.types, strict=True))
+        key = (form.names, form.types, tuple(matrices))
+        listed = self._listed.get(key) or _listed_entry(layer, types, frozenset(matrices), self.found)
+        if listed is None:
+            return None
+        self._listed[key] = listed
+        shapes = {**dict(zip(form.names, form.shapes, strict=True)), **matrices}
+        entry = _with_shapes(listed, {name: shape for name, shape in shapes.items() if shape}, self.versioned)
+        self._by_form[form] = self.distinct.setdefault(entry, entry)
+        return self._by_form[form]
+
+
+def _listed_entry(
+    layer: str, types: Mapping[str, str], rotation: frozenset[str], found: _Findings
+) -> LayerEntry | None:
+    """What the types of a layer's tensors say; None, after a finding, if it has no entry.
+
+    Args:
+        layer: its name.
+        types: the types by the last component of its tensors' names.
+        rotation: names of the matrices that only metadata.quarot lists.
+        found: collects the findings.
+    """
+    types = {name: kind for name, kind in types.items() if kind != KV_CACHE_TYPE}
+    quantized = dict.fromkeys(kind for kind in types.values() if kind not in FLOAT_TYPES)
+    if not quantized and not rotation:
+        return _BIASED_FLOAT_ENTRY if "bias" in types else FLOAT_ENTRY
+    if not _is_served(layer, quantized, rotation, found):
+        return None
+    scheme = types.get("weight", "")
+    if list(quantized) != [scheme]:
+        found.report(
+            "bad-config",
+            "the tensors of one layer have different types",
+            layer=layer,
+            expected="one type for weight and all its scales",
+            found=", ".join(f"{name}: {kind}" for name, kind in types.items())[:200],
+            fix="re-export the checkpoint with msModelSlim",
+        )
+        return None
+    names = rotation.union(types)
+    spec = _listed_spec(scheme, names)
+    _report_listed(layer, spec, types, found)
+    optional = {tensor.name for tensor in LAYOUTS[spec.layout].tensors if tensor.optional}
+    return LayerEntry(spec, frozenset(optional & names))
+
+
+def _is_served(layer: str, quantized: Collection[str], rotation: frozenset[str], found: _Findings) -> bool:
+    """Whether all of a layer's types are served, and its rotation is. Reports what is not."""
+    refused = next((kind for kind in quantized if kind in _NOT_SERVED), None)
+    if refused is not None:
+        fix = "export the checkpoint without it"
+        found.report("unsupported-scheme", _NOT_SERVED[refused], layer=layer, found=refused, fix=fix)
+        return False
+    if not quantized:
+        found.report(
             "unsupported-scheme",
             "the input of a float layer is rotated at run time, which is served for quantized layers only",
             layer=layer,
-            found=", ".join(sorted(shape.rotation)),
+            found=", ".join(sorted(rotation)),
             fix="quantize the layer, or export the checkpoint without online rotation",
         )
+        return False
+    refused = next((kind for kind in quantized if kind in _REFUSED or "MXFP" in kind), None)
+    if refused is not None:
+        found.refused.setdefault(refused, []).append(layer)
+        return False
+    unknown = tuple(sorted(kind for kind in quantized if kind not in TYPES))
+    if unknown:
+        found.unknown.setdefault(unknown, []).append(layer)
+    return not unknown
 
-    def _check_tensors(self, layer: str, scheme: str, spec: LayerSpec, types: Mapping[str, str]) -> None:
-        """Compare the tensors that the description lists with those of the layout."""
-        known = {tensor.name: tensor for tensor in LAYOUTS[spec.layout].tensors}
-        for name, tensor in known.items():
-            if name not in types and (not tensor.optional or name in TYPES[scheme].needs):
-                self.report(
-                    "missing-tensor",
-                    f"the description does not list {name}, which {scheme} needs",
-                    layer=layer,
-                    expected=f"{layer}.{name}: {scheme}",
-                    found=", ".join(types),
-                    nearest=nearest_names(name, types),
-                    fix="re-export the checkpoint with msModelSlim",
-                )
-        for name in types:
-            if name not in known:
-                self.report(
-                    "unexpected-tensor",
-                    f"{scheme} has no tensor {name}, so its effect would be lost",
-                    layer=layer,
-                    expected=", ".join(known),
-                    found=name,
-                    fix="update vllm-npu-quant, or re-export the checkpoint without it",
-                )
 
-    def check_files(self, types: Mapping[str, str]) -> None:
-        """Compare the description with the names and dtypes of the stored tensors, where they are known."""
-        if self.tensors is None:
-            return
-        missing = types.keys() - self.tensors.keys()
-        biased = set(self.biased)
-        for name in sorted(missing):
-            layer, _, suffix = name.rpartition(".")
-            if (types[name] not in FLOAT_TYPES and suffix in _STORED_NAMES) or (suffix == "bias" and layer in biased):
-                continue  # the check of the layer's layout reports it, with its shape
-            self.report(
+def _report_unfused_smoothing(layer: str, found: _Findings) -> None:
+    found.report(
+        "unsupported-scheme",
+        "the layer's input is scaled by a module of its own (smoothing that was not fused), which vLLM's model has "
+        "no place for",
+        layer=layer,
+        found=f"{layer}.mul_scale",
+        fix="export the checkpoint with smoothing that is fused into the preceding layer",
+    )
+
+
+def _report_listed(layer: str, spec: LayerSpec, types: Mapping[str, str], found: _Findings) -> None:
+    """Compare the tensors that the description lists for a layer with those of its layout."""
+    known = {tensor.name: tensor for tensor in LAYOUTS[spec.layout].tensors}
+    for name, tensor in known.items():
+        if name not in types and (not tensor.optional or name in TYPES[spec.scheme].needs):
+            found.report(
                 "missing-tensor",
-                f"the description lists {suffix}, and no weight file holds it",
+                f"the description does not list {name}, which {spec.scheme} needs",
                 layer=layer,
-                expected=f"{name} ({types[name]})",
-                found="no such tensor",
-                nearest=self.near("missing-tensor", name, self.tensors),
-                fix="download the checkpoint again, or re-export it",
+                expected=f"{layer}.{name}: {spec.scheme}",
+                found=", ".join(types),
+                nearest=nearest_names(name, types),
+                fix="re-export the checkpoint with msModelSlim",
             )
-        for name in sorted(self.tensors.keys() - types.keys()):
-            layer, _, suffix = name.rpartition(".")
-            if suffix in self.rotations.get(layer, ()):
-                continue
-            entry = self.layers.get(layer)
-            # Loaded as it is, a tensor of integers is not what anybody meant; a buffer of positions may be.
-            quantized = (entry is not None and not entry.spec.is_float) or (
-                suffix in _STORED_NAMES and self.tensors[name].dtype not in _FLOAT_DTYPES
-            )
-            self.report(
-                "unexpected-tensor",
-                "the description does not list this tensor" + ("" if quantized else ", which is loaded as it is"),
-                layer=layer,
-                file=self.tensors[name].file,
-                expected=f"an entry for {name}",
-                nearest=self.near("unexpected-tensor", name, types),
-                fix="check that the description and the weights belong together",
-                severity=Severity.ERROR if quantized else Severity.WARNING,
-            )
-        for name, kind in types.items():
-            stored = self.tensors.get(name)
-            if kind in FLOAT_TYPES and stored is not None and stored.dtype not in _FLOAT_DTYPES:
-                self.report(
-                    "wrong-dtype",
-                    f"the description calls this tensor {kind}",
-                    layer=name.rpartition(".")[0],
-                    file=stored.file,
-                    expected=", ".join(sorted(_FLOAT_DTYPES)),
-                    found=stored.dtype,
-                    fix="re-export the checkpoint",
-                )
-
-    def check_header(self, header: DescriptionHeader) -> None:
-        """Findings about what the description says besides its tensors."""
-        for field_name in ("fa_quant_type", "indexer_quant_type"):
-            value = getattr(header, field_name)
-            if value and value != FLOAT_TYPE:
-                self.report(
-                    "unsupported-scheme",
-                    _NOT_SERVED["FAQuant" if field_name == "fa_quant_type" else "INT8_DYNAMIC"],
-                    expected=f"no {field_name}",
-                    found=value[:80],
-                    fix="export the checkpoint without it",
-                )
-        if self.kv_cache or header.kv_cache_type or header.kv_quant_type:
-            self.report(
-                "kv-cache-not-quantized",
-                "the weights are served; the KV cache stays in the model's dtype and its scales are dropped",
-                severity=Severity.WARNING,
-                found=header.kv_cache_type or header.kv_quant_type or KV_CACHE_TYPE,
-            )
+    found.extend(unexpected_tensor(layer, spec, name, found.source) for name in types if name not in known)
 
 
-def _are_matrices(*tensors: StoredTensor | None) -> bool:
-    return all(tensor is not None and len(tensor.shape) == 2 and tensor.shape[1] >= 1 for tensor in tensors)
+def _listed_spec(scheme: str, names: frozenset[str]) -> LayerSpec:
+    """The spec of a type, with scales per channel, a weight that is not packed, and a transform without sizes.
 
-
-def _spec(scheme: str, shape: _Shape, types: Mapping[str, str]) -> LayerSpec:
+    Args:
+        scheme: a key of TYPES.
+        names: the last name components of the layer's tensors.
+    """
     kind = TYPES[scheme]
-    weight = kind.weight
-    assert weight is not None
-    if kind.grouped and shape.group_size > 0:
-        weight = WeightSpec(weight.bits, weight.kind, Granularity.GROUP, shape.group_size, weight.symmetric)
-    layout = kind.layout
-    if weight.bits == 4:
-        layout = _INT4_LAYOUTS.get((shape.packing, "weight_scale_second" in types), layout)
-    transform = None
-    if shape.rotation or not _TRANSFORM.isdisjoint(types):
-        transform = TransformSpec(shape.left, shape.right, "clip_ratio" in types)
-    return LayerSpec(scheme, layout, weight, kind.activation, transform=transform)
+    two_level = kind.weight.bits == 4 and "weight_scale_second" in names
+    layout = Layout.MODELSLIM_TWO_LEVEL if two_level else kind.layout
+    transform = None if _TRANSFORM.isdisjoint(names) else TransformSpec(clip="clip_ratio" in names)
+    return LayerSpec(scheme, layout, kind.weight, kind.activation, transform)
+
+
+def _with_shapes(entry: LayerEntry, shapes: Mapping[str, tuple[int, ...]], versioned: bool) -> LayerEntry:
+    """The entry with what only the stored shapes tell: group size, packing, and the sizes of the input transform.
+
+    Args:
+        entry: as ``_listed_entry`` gives it.
+        shapes: those of its stored tensors that have dimensions, by the last component of their names.
+        versioned: whether the description names a version.
+    """
+    spec = entry.spec
+    if spec.transform is not None:
+        left, right = (next((shapes[name][0] for name in side if name in shapes), 0) for side in (_LEFT, _RIGHT))
+        spec = replace(spec, transform=replace(spec.transform, left=left, right=right))
+    if not spec.is_float and TYPES[spec.scheme].grouped:
+        weight, scale = shapes.get("weight", ()), shapes.get("weight_scale", ())
+        groups = shapes.get("weight_scale_second", scale)
+        # The check of the layout reports shapes that have other dimensions.
+        if all(len(shape) == 2 and shape[1] > 0 for shape in (weight, scale, groups)):
+            spec = _with_groups(spec, weight, scale[0], groups[1], versioned)
+    return replace(entry, spec=spec)
+
+
+def _with_groups(spec: LayerSpec, weight: Sequence[int], outputs: int, groups: int, versioned: bool) -> LayerSpec:
+    """The spec with its layout and group size.
+
+    Args:
+        spec: as ``_listed_spec`` gives it. weight: the weight's stored shape. outputs: rows of its scale.
+        groups: scales per row. versioned: whether the description names a version.
+    """
+    numbers, layout, inputs = TYPES[spec.scheme].weight, spec.layout, weight[1]
+    packed = TYPES[spec.scheme].packed if versioned and groups == 1 else None
+    if numbers.bits == 4 and 2 * weight[0] == outputs:
+        layout = _OUTPUTS_PACKED[layout]
+    elif packed is Layout.MODELSLIM_PACKED_K and layout is Layout.MODELSLIM_INT:
+        layout, inputs = packed, 2 * inputs
+    if groups > 1:
+        numbers = replace(numbers, granularity=Granularity.GROUP, group_size=-(-inputs // groups))
+    return replace(spec, layout=layout, weight=numbers)
+
+
+def _report_undescribed_rotations(rotations: Iterable[str], layers: Mapping[str, Any], found: _Findings) -> None:
+    """Report layers that ``metadata.quarot`` lists and the description does not have."""
+    for layer in sorted(set(rotations) - layers.keys()):
+        found.report(
+            "undescribed-layer",
+            "metadata.quarot rotates the input of a layer that the description does not have",
+            layer=layer,
+            nearest=found.near("undescribed-layer", layer, layers),
+            fix="re-export the checkpoint with msModelSlim",
+        )
+
+
+def _report_header(header: DescriptionHeader, kv_cache: bool, found: _Findings) -> None:
+    """Report what the description says besides its tensors."""
+    for value, kind in ((header.fa_quant_type, "FAQuant"), (header.indexer_quant_type, "INT8_DYNAMIC")):
+        if value and value != FLOAT_TYPE:
+            found.report(
+                "unsupported-scheme",
+                _NOT_SERVED[kind],
+                expected="no fa_quant_type" if kind == "FAQuant" else "no indexer_quant_type",
+                found=value[:80],
+                fix="export the checkpoint without it",
+            )
+    if kv_cache or header.kv_cache_type or header.kv_quant_type:
+        found.add(kv_cache_finding(header.kv_cache_type or header.kv_quant_type or KV_CACHE_TYPE, found.source))
+
+
+def _report_missing(
+    missing: Iterable[str],
+    types: Mapping[str, str],
+    tensors: Mapping[str, StoredTensor],
+    described: Described,
+    found: _Findings,
+) -> None:
+    """Report tensors that the description lists and no file holds, unless the check of the layer's layout does."""
+    for name in sorted(missing):
+        layer, _, suffix = name.rpartition(".")
+        if (types[name] not in FLOAT_TYPES and suffix in _STORED_NAMES) or (
+            suffix == "bias" and layer in described.biased
+        ):
+            continue
+        found.report(
+            "missing-tensor",
+            f"the description lists {suffix}, and no weight file holds it",
+            layer=layer,
+            expected=f"{name} ({types[name]})",
+            found="no such tensor",
+            nearest=found.near("missing-tensor", name, tensors),
+            fix="download the checkpoint again, or re-export it",
+        )
+
+
+def _report_unlisted(
+    types: Mapping[str, str],
+    tensors: Mapping[str, StoredTensor],
+    described: Described,
+    rotations: Mapping[str, tuple[str, ...]],
+    found: _Findings,
+) -> None:
+    """Report tensors that a file holds and the description does not list."""
+    for name in sorted(tensors.keys() - types.keys()):
+        layer, _, suffix = name.rpartition(".")
+        if suffix in rotations.get(layer, ()):
+            continue
+        entry = described.layers.get(layer)
+        # An undeclared integer tensor is an error unless it is a buffer (e.g. position ids).
+        quantized = (entry is not None and not entry.spec.is_float) or (
+            suffix in _STORED_NAMES and tensors[name].dtype not in FLOAT_DTYPES
+        )
+        found.report(
+            "unexpected-tensor",
+            "the description does not list this tensor" + ("" if quantized else ", which is loaded as it is"),
+            layer=layer,
+            file=tensors[name].file,
+            expected=f"an entry for {name}",
+            nearest=found.near("unexpected-tensor", name, types),
+            fix="check that the description and the weights belong together",
+            severity=Severity.ERROR if quantized else Severity.WARNING,
+        )
+
+
+def _report_float_dtypes(types: Mapping[str, str], tensors: Mapping[str, StoredTensor], found: _Findings) -> None:
+    """Report tensors that the description calls float and that are stored as something else."""
+    for name, kind in types.items():
+        stored = tensors.get(name) if kind in FLOAT_TYPES else None
+        if stored is not None and stored.dtype not in FLOAT_DTYPES:
+            found.report(
+                "wrong-dtype",
+                f"the description calls this tensor {kind}",
+                layer=name.rpartition(".")[0],
+                file=stored.file,
+                expected=", ".join(sorted(FLOAT_DTYPES)),
+                found=stored.dtype,
+                fix="re-export the checkpoint",
+            )
+
+
+def _producer(description: Mapping[str, Any]) -> str:
+    version = description.get("version")
+    return f"msModelSlim, description {version[:40]}" if isinstance(version, str) and version else "msModelSlim"
+
+
+#: Types that msModelSlim writes and that are refused, for the support matrix.
+_REFUSED_SAMPLES = ("W8A8_MXFP8", "W4A8_MXFP", "W4A4_MXFP4", "W8A8SC", "FAQuant")
+
+
+def _samples() -> Iterator[Sample]:
+    for scheme, kind in TYPES.items():
+        flatquant = scheme == "W4A4_FLATQUANT_DYNAMIC"
+        transform = TransformSpec(16, 16, clip=True) if flatquant else None
+        listed = {*kind.needs, "right_trans"} if flatquant else kind.needs
+        spec = LayerSpec(scheme, kind.packed or kind.layout, kind.weight, kind.activation, transform)
+        tensors = sample_tensors(spec, listed, experts=not flatquant)
+        yield Sample(scheme, {"version": "1.0.0", **dict.fromkeys(tensors, scheme)}, tensors)
+    for scheme in _REFUSED_SAMPLES:
+        yield Sample(
+            scheme, {"version": "1.0.0", f"{LAYER}.weight": scheme, f"{LAYER}.weight_scale": scheme}, tensors={}
+        )
+
+
+def _lists_tensors(quantization_config: Mapping[str, Any]) -> bool:
+    """Whether a quantization_config holds the description itself, and not only its name."""
+    return any(str(key).endswith(".weight") for key in quantization_config)
+
+
+def _unserved_by_vllm_ascend(description: Mapping[str, Any]) -> str:
+    from vllm_npu_quant.ascend.ownership import unserved
+
+    return ", ".join(f"{scheme} for {layer} layers" for scheme, layer in unserved(vllm_ascend_schemes(description)))
+
+
+FORMAT = Format(
+    name="modelslim",
+    title="ModelSlim",
+    read=read,
+    method_name="modelslim",
+    quant_methods=frozenset({"modelslim", "ascend"}),
+    aliases=frozenset({"ascend"}),
+    file_beside=description_name,
+    needs_file="quant_model_description.json beside config.json",
+    decisive=True,
+    is_complete=_lists_tensors,
+    claims=embedded_description,
+    unserved_by_vllm_ascend=_unserved_by_vllm_ascend,
+    float_reason="{source} says FLOAT",
+    producer=_producer,
+    samples=_samples,
+)
