@@ -362,7 +362,7 @@ def test_the_file_beside_config_json_is_damaged(tmp_path):
 
 
 def test_patterns_that_take_too_much_work_are_reported(monkeypatch):
-    monkeypatch.setattr(patterns, "MAX_STEPS", 5)
+    monkeypatch.setattr(patterns, "MAX_SECONDS", 0.0)
     (finding,) = of(headers(gptq_layer(UP)), dynamic={"+:.*up_proj": {"bits": 8}}).findings
     assert finding.code == "bad-config"
     assert "too much work" in finding.message
