@@ -211,27 +211,27 @@ def test_layouts_methods_and_operators_load_torch_and_not_vllm() -> None:
 
 _PICKLE = """
 import json, pickle, sys
-from vllm_npu_quant.engine.config import ModelSlimConfig
+from tests.configs import config_of_format
 from vllm_npu_quant.checkpoint import TensorInfo
 from vllm_npu_quant.formats.modelslim import read
 from vllm_npu_quant.formats.resolve import LayerResolver
 
 folder, out, synthetic = sys.argv[1:]
-config = ModelSlimConfig()
+config = config_of_format("modelslim")()
 config.maybe_update_config(folder)
 open(out, "wb").write(pickle.dumps(config))
 
-big = ModelSlimConfig()
+big = config_of_format("modelslim")()
 types = json.load(open(synthetic))
 stored = {"weight": ("I8", (256, 256)), "weight_scale": ("F32", (256, 1)), "weight_offset": ("F32", (256, 1))}
 tensors = {}
 for name, kind in types.items():
     dtype, shape = ("BF16", (256,)) if kind == "FLOAT" else stored[name.rpartition(".")[2]]
     tensors[name] = TensorInfo(name, dtype, shape, "a", 0, 0)
-big.format = read(types, tensors)
-assert not big.format.findings, big.format.findings[0].render()
-big.resolver = LayerResolver(big.format)
-print(json.dumps([len(pickle.dumps(big)), len(list(big.format.layer_names()))]))
+big.described = read(types, tensors)
+assert not big.described.findings, big.described.findings[0].render()
+big.resolver = LayerResolver(big.described)
+print(json.dumps([len(pickle.dumps(big)), len(list(big.described.layer_names()))]))
 """
 
 # transformers imports torch_npu where there is one; nobody else may.

@@ -12,7 +12,7 @@ from tests.configs import config_of_format
 from tests.fixtures_index import fixture
 from vllm_npu_quant import settings
 from vllm_npu_quant.ascend import ownership
-from vllm_npu_quant.ascend.ownership import serves_compressed_tensors, serves_modelslim
+from vllm_npu_quant.ascend.ownership import serves_compressed_tensors, unserved
 from vllm_npu_quant.engine.detection import _detect
 
 
@@ -22,9 +22,9 @@ def on_ascend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_all_schemes_must_be_served() -> None:
-    assert serves_modelslim({("W8A8_DYNAMIC", "linear"), ("W8A8_DYNAMIC", "moe")}) == (True, "")
-    assert serves_modelslim({("W8A8_DYNAMIC", "linear"), ("W4A16", "linear")}) == (False, "W4A16 for linear layers")
-    assert serves_modelslim({("W8A8", "moe")}) == (False, "W8A8 for moe layers")
+    assert unserved({("W8A8_DYNAMIC", "linear"), ("W8A8_DYNAMIC", "moe")}) == ""
+    assert unserved({("W8A8_DYNAMIC", "linear"), ("W4A16", "linear")}) == "W4A16 for linear layers"
+    assert unserved({("W8A8", "moe")}) == "W8A8 for moe layers"
 
 
 @pytest.mark.usefixtures("on_ascend")
@@ -107,5 +107,5 @@ def test_strange_configs_are_not_claimed_for_vllm_ascend(config: dict[str, Any])
 
 def test_what_a_registry_has_and_does_not_compute_as_said_is_not_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ownership, "_registry", lambda: lambda scheme, layer: object())
-    assert ownership.unserved({("W8A8", "linear"), ("W4A8_DYNAMIC", "moe")}) == []
-    assert ownership.unserved({("W4A8_DYNAMIC", "linear")}) == [("W4A8_DYNAMIC", "linear")]
+    assert unserved({("W8A8", "linear"), ("W4A8_DYNAMIC", "moe")}) == ""
+    assert unserved({("W4A8_DYNAMIC", "linear")}) == "W4A8_DYNAMIC for linear layers"

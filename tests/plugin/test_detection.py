@@ -78,7 +78,7 @@ def test_a_description_inside_config_json(quant_method: str | None, quantization
     folder = copy_of(MODELSLIM, tmp_path / "m", without=(DESCRIPTION,), quantization_config=embedded)
     config = EngineArgs(str(folder), quantization=quantization).create_engine_config()
     assert config.model_config.quantization == "modelslim"
-    assert config.quant_config.format.source == "config.json"
+    assert config.quant_config.described.source == "config.json"
     assert config.quant_config.resolver.resolve("model.layers.0.self_attn.qkv_proj").spec.scheme == "W8A8"
 
 
@@ -86,7 +86,7 @@ def test_a_description_inside_config_json(quant_method: str | None, quantization
 def test_config_json_points_to_the_description(quant_method: str, tmp_path: Path) -> None:
     folder = copy_of(MODELSLIM, tmp_path / "m", quantization_config={"quant_method": quant_method})
     config = EngineArgs(str(folder)).create_engine_config()
-    assert config.quant_config.format.source == DESCRIPTION
+    assert config.quant_config.described.source == DESCRIPTION
 
 
 @pytest.mark.parametrize("empty", [None, {}])
@@ -98,7 +98,7 @@ def test_an_empty_quantization_config_says_nothing(empty: Any, tmp_path: Path) -
 def test_the_engine_config_is_ours_and_knows_the_layers() -> None:
     config = EngineArgs(str(fixture(MODELSLIM))).create_engine_config().quant_config
     assert isinstance(config, config_of_format("modelslim"))
-    assert config.format.source == DESCRIPTION
+    assert config.described.source == DESCRIPTION
     assert config.hidden_layers == 2
     # What vllm-ascend reads of a config besides: little, and there.
     assert config.quant_description == {}
@@ -132,7 +132,7 @@ def test_config_json_names_another_format(tmp_path: Path) -> None:
 def test_the_user_decides_between_config_json_and_description(tmp_path: Path) -> None:
     folder = copy_of(MODELSLIM, tmp_path / "m", quantization_config=GPTQ)
     config = EngineArgs(str(folder), quantization="modelslim").create_engine_config()
-    assert config.quant_config.format.source == DESCRIPTION
+    assert config.quant_config.described.source == DESCRIPTION
     # A wrong decision is refused by the files: they hold no packed integers.
     with pytest.raises(NpuQuantError) as caught:
         EngineArgs(str(folder), quantization="gptq").create_engine_config()
@@ -243,7 +243,7 @@ def test_a_hub_model_in_the_cache_without_a_network(hub_cache: Path, revision: s
     fill(hub_cache)
     config = EngineArgs(REPOSITORY, revision=revision).create_engine_config()
     assert config.model_config.quantization == "modelslim"
-    assert config.quant_config.format.source == DESCRIPTION
+    assert config.quant_config.described.source == DESCRIPTION
 
 
 def test_the_cache_is_asked_where_the_hub_is_not_reached(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,7 +285,7 @@ def test_a_hub_model_that_is_not_downloaded_yet(hub: Callable[..., Path]) -> Non
     assert not (snapshot / DESCRIPTION).exists()
     config = config_of_format("modelslim")()
     config.maybe_update_config(REPOSITORY)
-    assert config.format.source == DESCRIPTION
+    assert config.described.source == DESCRIPTION
     assert config.resolver.resolve("model.layers.1.mlp.gate_up_proj").spec.scheme == "W8A8"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm_npu_quant.ascend import host
 
-__all__ = ["serves_compressed_tensors", "serves_modelslim", "unserved"]
+__all__ = ["serves_compressed_tensors", "unserved"]
 
 #: vllm-ascend 0.23's registry for A2/A3, for where it cannot be asked: (scheme, "linear" or "moe").
 KNOWN: frozenset[tuple[str, str]] = frozenset(
@@ -35,16 +35,11 @@ def _registry() -> Callable[[str, str], Any]:
     return lookup or (lambda scheme, layer: (scheme, layer) in KNOWN or None)
 
 
-def unserved(schemes: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Those of the (scheme, "linear" or "moe") pairs that vllm-ascend has no class for, sorted."""
+def unserved(schemes: Iterable[tuple[str, str]]) -> str:
+    """Those of the (scheme, "linear" or "moe") pairs that vllm-ascend has no class for, in words; empty if it has all."""
     lookup = _registry()
-    return sorted(pair for pair in set(schemes) if pair in NOT_AS_SAID or not lookup(*pair))
-
-
-def serves_modelslim(schemes: Iterable[tuple[str, str]]) -> tuple[bool, str]:
-    """Whether vllm-ascend serves a ModelSlim checkpoint with these schemes, and why not."""
-    missing = unserved(schemes)
-    return not missing, ", ".join(f"{scheme} for {layer} layers" for scheme, layer in missing)
+    missing = sorted(pair for pair in set(schemes) if pair in NOT_AS_SAID or not lookup(*pair))
+    return ", ".join(f"{scheme} for {layer} layers" for scheme, layer in missing)
 
 
 def serves_compressed_tensors(config: Mapping[str, Any]) -> bool:

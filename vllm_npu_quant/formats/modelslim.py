@@ -759,7 +759,7 @@ def _lists_tensors(quantization_config: Mapping[str, Any]) -> bool:
 def _unserved_by_vllm_ascend(description: Mapping[str, Any]) -> str:
     from vllm_npu_quant.ascend.ownership import unserved
 
-    return ", ".join(f"{scheme} for {layer} layers" for scheme, layer in unserved(vllm_ascend_schemes(description)))
+    return unserved(vllm_ascend_schemes(description))
 
 
 FORMAT = Format(
