@@ -93,6 +93,11 @@ def test_pickled_weights_ask_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert open_checkpoint(MODEL).has_values
 
 
+def test_a_pickle_without_weights_is_no_checkpoint(served: Hub, tmp_path: Path) -> None:
+    (snapshot(tmp_path / "hub", "config.json") / "training_args.bin").write_bytes(b"")
+    assert len(open_checkpoint(MODEL).tensors) == 81
+
+
 def test_a_warning_is_no_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None) -> None:
     use_hub(monkeypatch, NOWHERE, tmp_path)
     index = snapshot(tmp_path / "hub") / INDEX

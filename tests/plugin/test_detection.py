@@ -3,22 +3,33 @@
 
 from __future__ import annotations
 
+import copy
 import json
-import os
+import logging
+import pickle
 import shutil
-from collections.abc import Callable
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
-from vllm.transformers_utils import repo_utils
 
 from tests.configs import config_of_format
 from tests.fixtures_index import fixture
-from vllm_npu_quant.engine import registration
+from tests.hub_server import COMMIT, Hub, environment_of, serve, use_hub
+from vllm_npu_quant.engine import detection
+from vllm_npu_quant.engine.config import NpuQuantConfig
+from vllm_npu_quant.engine.detection import _detect, detect_quantization
 from vllm_npu_quant.errors import Finding, NpuQuantError
 
 MODELSLIM = "msmodelslim-qwen3-w8a8"
@@ -215,97 +226,303 @@ def test_formats_that_config_json_names(name: str, method: str) -> None:
 
 # Models of a hub.
 
-REPOSITORY, COMMIT = "org/tiny-w8a8", "0123456789abcdef0123456789abcdef01234567"
+REPOSITORY = "org/tiny-w8a8"
+
+
+@contextmanager
+def hub_of(
+    folder: Path, home: Path, monkeypatch: pytest.MonkeyPatch, *, token: str = "", without: tuple[str, ...] = ()
+) -> Iterator[Hub]:
+    """A hub with a folder as REPOSITORY, of which nothing is on this host yet."""
+    served = home / "served"
+    if not served.exists():
+        shutil.copytree(folder, served, ignore=shutil.ignore_patterns(*without))
+    with serve({REPOSITORY: served}, token=token) as hub:
+        use_hub(monkeypatch, hub.endpoint, home)
+        yield hub
+
+
+def fill(cache: Path, folder: Path, *, without: tuple[str, ...] = ()) -> Path:
+    """Put a folder into a cache of huggingface_hub as REPOSITORY; returns the snapshot."""
+    repository = cache / ("models--" + REPOSITORY.replace("/", "--"))
+    shutil.copytree(folder, repository / "snapshots" / COMMIT, ignore=shutil.ignore_patterns(*without))
+    (repository / "refs").mkdir()
+    for name in ("main", "v1"):
+        (repository / "refs" / name).write_text(COMMIT)
+    return repository / "snapshots" / COMMIT
+
+
+def detect(quantization: str | None = None, **options: Any) -> str | None:
+    return detect_quantization(EngineArgs(REPOSITORY, quantization=quantization, **options))
+
+
+def entries(config: NpuQuantConfig) -> dict[str, Any]:
+    assert config.described is not None
+    return {name: config.described.find(name) for name in config.described.layer_names()}
+
+
+def config_of(folder: Path) -> NpuQuantConfig:
+    """Our config of a folder's config.json, as vLLM makes it."""
+    quantization = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
+    method = str(quantization.get("quant_method", "modelslim"))
+    return config_of_format(method)(quantization)
 
 
 @pytest.fixture
-def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache as huggingface_hub writes it, in which REPOSITORY has no file yet; returns the folder of its snapshot."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    repository = tmp_path / "hub" / ("models--" + REPOSITORY.replace("/", "--"))
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(COMMIT)
-    (repository / "refs" / "v1").write_text(COMMIT)
-    snapshot = repository / "snapshots" / COMMIT
-    snapshot.mkdir(parents=True)
-    return snapshot
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every connection is an error that nothing catches."""
 
+    def connect(_: socket.socket, address: object) -> None:
+        raise AssertionError(f"a connection to {address}")
 
-def fill(snapshot: Path, *, without: tuple[str, ...] = ()) -> None:
-    for file in fixture(MODELSLIM).iterdir():
-        if file.is_file() and file.name not in without:
-            shutil.copyfile(file, snapshot / file.name)
+    monkeypatch.setattr(socket.socket, "connect", connect)
 
 
 @pytest.mark.parametrize("revision", [None, "v1"])
-def test_a_hub_model_in_the_cache_without_a_network(hub_cache: Path, revision: str | None) -> None:
-    fill(hub_cache)
+def test_a_hub_model_in_the_cache_without_a_network(
+    revision: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None
+) -> None:
+    use_hub(monkeypatch, "http://127.0.0.1:9", tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    fill(tmp_path / "hub", fixture(MODELSLIM))
     config = EngineArgs(REPOSITORY, revision=revision).create_engine_config()
     assert config.model_config.quantization == "modelslim"
     assert config.quant_config.described.source == DESCRIPTION
 
 
-def test_the_cache_is_asked_where_the_hub_is_not_reached(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(*_: Any, **__: Any) -> None:
-        raise ConnectionError("no route to the hub")
-
-    monkeypatch.setattr(repo_utils, "list_repo_files", unreachable)
-    fill(hub_cache)
-    assert registration._detect(REPOSITORY, None, None) == "modelslim"
-    (hub_cache / DESCRIPTION).unlink()
-    assert registration._detect(REPOSITORY, None, None) is None
-    assert registration._detect("org/unknown", None, "fp8") == "fp8"
-
-
-@pytest.fixture
-def hub(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """A hub with these files, of which nothing but config.json is on this host yet; returns the snapshot."""
-
-    def make(*names: str, config: dict[str, Any]) -> Path:
-        monkeypatch.setattr(repo_utils, "list_repo_files", lambda model, *, revision=None: list(names))
-        monkeypatch.setattr(repo_utils, "get_hf_file_to_dict", lambda name, model, revision=None: config)
-
-        def download(model: str, name: str, *, revision: str | None = None) -> str:
-            assert model == REPOSITORY
-            shutil.copyfile(fixture(MODELSLIM) / name, hub_cache / name)
-            return os.fspath(hub_cache / name)
-
-        monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-        (hub_cache / "config.json").write_text(json.dumps(config))
-        return hub_cache
-
-    return make
+@pytest.mark.parametrize(
+    ("name", "method"), [(MODELSLIM, "modelslim"), (FLOAT, None), ("awq-qwen3-autoawq-g128", None)]
+)
+def test_a_model_in_the_cache_is_not_looked_up(
+    name: str, method: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None
+) -> None:
+    """With a hub that could be asked, by us or through vLLM."""
+    use_hub(monkeypatch, "http://127.0.0.1:9", tmp_path)
+    fill(tmp_path / "hub", fixture(name))
+    assert detect() == method
 
 
-def test_a_hub_model_that_is_not_downloaded_yet(hub: Callable[..., Path]) -> None:
-    """The weights come later; the description is needed before."""
-    snapshot = hub("config.json", DESCRIPTION, "quant_model_weights-00001-of-00001.safetensors", config={})
-    assert registration._detect(REPOSITORY, None, None) == "modelslim"
-    assert not (snapshot / DESCRIPTION).exists()
-    config = config_of_format("modelslim")()
-    config.maybe_update_config(REPOSITORY)
+@pytest.mark.parametrize("quantization", [None, "fp8"])
+@pytest.mark.parametrize("reached", [False, True])
+def test_a_hub_that_does_not_answer(
+    reached: bool,
+    quantization: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """vLLM may be able to load the model all the same. It is asked for once, and the log says why nothing was found out."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    with serve({}) as hub:
+        use_hub(monkeypatch, hub.endpoint if reached else "http://127.0.0.1:9", tmp_path)
+        assert detect(quantization) == quantization
+    assert hub.requests == ["GET /api/models/org/tiny-w8a8?blobs=true"] * reached
+    (message,) = {record.getMessage() for record in caplog.records if record.name == "vllm.npu_quant"}
+    assert ("404" if reached else "refused") in message
+
+
+@pytest.mark.parametrize("model", ["/no/such/model.gguf", "s3://bucket/model", "org/model:Q4_K_M"])
+def test_what_is_no_hub_id_is_left_to_vllm(model: str, no_network: None) -> None:
+    assert _detect(model, None, None) is None
+    assert _detect(model, None, "gguf") == "gguf"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        MODELSLIM,
+        "msmodelslim-qwen3moe-w8a8-dynamic",
+        "ct-qwen3-w8a8-dynamic",
+        "awq-qwen3-autoawq-g128",
+        "autoround-qwen3-fp8block",
+        "gptq-qwen3-gptqmodel-dynamic-mixed",
+    ],
+)
+def test_a_hub_model_is_read_as_its_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first start by a hub id, with nothing downloaded, knows of a checkpoint what every other start knows."""
+    local, remote = config_of(fixture(name)), config_of(fixture(name))
+    local.maybe_update_config(str(fixture(name)))
+    with hub_of(fixture(name), tmp_path, monkeypatch) as hub:
+        detected = detect()
+        assert [file for file, _ in hub.ranges if file.endswith(".safetensors")] == []
+        remote.maybe_update_config(REPOSITORY)
+    assert detected == ("modelslim" if name.startswith("msmodelslim") else None)
+    assert entries(remote) == entries(local)
+    assert remote.described.findings == local.described.findings
+
+
+def test_float_layers_by_expression_are_the_same_by_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An FP8 model whose first down_proj is float, named by a regular expression."""
+    folder, name = tmp_path / "fp8", "model.layers.0.mlp.down_proj"
+    write_fp8(folder, floats=(name,), config={"modules_to_not_convert": ["re:.*layers.0.*down_proj", "lm_head"]})
+    for model in (str(folder), REPOSITORY):
+        with hub_of(folder, tmp_path, monkeypatch):
+            config = config_of(folder)
+            config.maybe_update_config(model)
+        assert config.described.find(name).spec.is_float
+        assert not config.described.find("model.layers.1.mlp.down_proj").spec.is_float
+
+
+def write_fp8(folder: Path, *, floats: tuple[str, ...], config: dict[str, Any]) -> None:
+    """The float fixture's linear layers in FP8 with a scale each, but for some."""
+    folder.mkdir()
+    (source,) = fixture(FLOAT).glob("*.safetensors")
+    tensors = load_file(source)
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        if name.removesuffix(".weight") in floats:
+            continue
+        scale = tensors[name].abs().max().float() / 448
+        tensors[name] = (tensors[name].float() / scale).to(torch.float8_e4m3fn)
+        tensors[name.removesuffix(".weight") + ".weight_scale"] = scale
+    save_file(tensors, folder / "model.safetensors")
+    model = json.loads((fixture(FLOAT) / "config.json").read_text())
+    quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", **config}
+    (folder / "config.json").write_text(json.dumps(model | {"quantization_config": quantization}))
+
+
+def test_damage_of_a_hub_model_is_found_before_it_is_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights are of another scheme than the description, which is right by itself."""
+    folder = copy_of("msmodelslim-qwen3-w8a8-dynamic", tmp_path / "m", without=(DESCRIPTION,))
+    shutil.copyfile(fixture(MODELSLIM) / DESCRIPTION, folder / DESCRIPTION)
+    with hub_of(folder, tmp_path, monkeypatch) as hub:
+        with pytest.raises(NpuQuantError) as caught:
+            config_of_format("modelslim")().maybe_update_config(REPOSITORY)
+        assert [asked for file, asked in hub.ranges if file.endswith(".safetensors")] == ["bytes=0-262143"]
+    assert "missing-tensor" in caught.value.codes
+
+
+def test_a_hub_model_with_contradicting_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = copy_of(MODELSLIM, tmp_path / "m", quantization_config=GPTQ)
+    with hub_of(folder, tmp_path, monkeypatch):
+        with pytest.raises(NpuQuantError) as caught:
+            detect()
+        assert caught.value.codes == ("contradictory-evidence",)
+        assert detect("gptq") == "gptq"
+        assert detect("modelslim") == "modelslim"
+
+
+def test_a_hub_model_without_description(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with hub_of(fixture(FLOAT), tmp_path, monkeypatch):
+        assert detect() is None
+        with pytest.raises(NpuQuantError) as caught:
+            config_of_format("modelslim")().maybe_update_config(REPOSITORY)
+    (finding,) = caught.value.findings
+    assert finding.code == "unreadable-file"
+    assert "config.json" in finding.found
+
+
+def test_a_hub_model_whose_description_is_in_a_subfolder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = copy_of(FLOAT, tmp_path / "m")
+    (folder / "w8a8").mkdir()
+    (folder / "w8a8" / DESCRIPTION).write_text("{}")
+    with hub_of(folder, tmp_path, monkeypatch):
+        assert detect() is None
+
+
+def test_a_hub_model_with_the_config_of_autogptq_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from a folder: config.json is silent, and vLLM looks nowhere else."""
+    folder = copy_of("gptq-qwen3-w4g128-asym", tmp_path / "m", quantization_config=None)
+    source = json.loads((fixture("gptq-qwen3-w4g128-asym") / "config.json").read_text())
+    (folder / "quantize_config.json").unlink(missing_ok=True)
+    (folder / "quantize_config.json").write_text(json.dumps(source["quantization_config"]))
+    assert method_of(folder) == "npu_gptq"
+    with hub_of(folder, tmp_path, monkeypatch):
+        assert detect() == "npu_gptq"
+
+
+def test_a_private_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--hf-token is for all that we ask for, too."""
+    with hub_of(fixture(MODELSLIM), tmp_path, monkeypatch, token="hf_secret"):
+        assert detect() is None
+        with pytest.raises(NpuQuantError):
+            config_of_format("modelslim")().maybe_update_config(REPOSITORY)
+        assert detect(hf_token="hf_secret") == "modelslim"
+        config = config_of_format("modelslim")()
+        config.maybe_update_config(REPOSITORY)
     assert config.described.source == DESCRIPTION
-    assert config.resolver.resolve("model.layers.1.mlp.gate_up_proj").spec.scheme == "W8A8"
 
 
-def test_a_hub_model_with_contradicting_files(hub: Callable[..., Path]) -> None:
-    hub("config.json", DESCRIPTION, config={"quantization_config": GPTQ})
-    with pytest.raises(NpuQuantError) as caught:
-        registration._detect(REPOSITORY, None, None)
-    assert caught.value.codes == ("contradictory-evidence",)
-    assert registration._detect(REPOSITORY, None, "gptq") == "gptq"
-    assert registration._detect(REPOSITORY, None, "modelslim") == "modelslim"
+def test_a_private_draft_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draft model comes with no EngineArgs: it is opened with what the engine has."""
+    engine = EngineArgs(str(fixture(FLOAT)), hf_token="hf_secret", download_dir=str(tmp_path / "weights"))
+    engine_config = engine.create_engine_config()
+    monkeypatch.setattr(detection, "_ACCESS", {})  # as in a process of a worker
+    with hub_of(fixture(MODELSLIM), tmp_path, monkeypatch, token="hf_secret"):
+        config = config_of_format("modelslim")()
+        with set_current_vllm_config(engine_config):
+            config.maybe_update_config(REPOSITORY)
+    assert config.described.source == DESCRIPTION
+    assert (tmp_path / "weights").is_dir()
+    assert not (tmp_path / "hub").exists()
 
 
-def test_a_hub_model_without_description(hub: Callable[..., Path]) -> None:
-    hub("config.json", "model.safetensors", config={})
-    assert registration._detect(REPOSITORY, None, None) is None
+def test_weights_in_the_download_folder_are_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None
+) -> None:
+    """With --download-dir: configs are in the usual cache, and the weights of another scheme are where vLLM puts them."""
+    use_hub(monkeypatch, "http://127.0.0.1:9", tmp_path)
+    fill(tmp_path / "hub", fixture(MODELSLIM), without=("*.safetensors*",))
+    fill(tmp_path / "weights", fixture("msmodelslim-qwen3-w8a8-dynamic"), without=("config.json", DESCRIPTION))
+    assert detect(download_dir=str(tmp_path / "weights")) == "modelslim"
     with pytest.raises(NpuQuantError) as caught:
         config_of_format("modelslim")().maybe_update_config(REPOSITORY)
-    assert caught.value.codes == ("unreadable-file",)
+    assert "missing-tensor" in caught.value.codes
 
 
-def test_a_hub_model_whose_description_is_in_a_subfolder(hub: Callable[..., Path]) -> None:
-    hub("config.json", f"w8a8/{DESCRIPTION}", config={})
-    assert registration._detect(REPOSITORY, None, None) is None
+# vLLM calls it once for each engine config that it makes.
+
+
+@pytest.mark.parametrize("name", [MODELSLIM, "ct-qwen3-w8a8-dynamic", "awq-qwen3-autoawq-g128"])
+def test_a_config_may_be_updated_twice(name: str) -> None:
+    config = config_of(fixture(name))
+    config.maybe_update_config(str(fixture(name)))
+    first = entries(config)
+    config.maybe_update_config(str(fixture(name)))
+    assert entries(config) == first
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
+def test_copies_of_a_config(duplicate: Callable[[NpuQuantConfig], NpuQuantConfig]) -> None:
+    name = "ct-qwen3-w8a8-dynamic"
+    config = config_of(fixture(name))
+    early = duplicate(config)
+    config.maybe_update_config(str(fixture(name)))
+    late = duplicate(config)
+    for one in (early, late):
+        one.maybe_update_config(str(fixture(name)))
+        assert entries(one) == entries(config)
+
+
+def test_the_description_is_not_in_pickles(tmp_path: Path) -> None:
+    folder = copy_of(MODELSLIM, tmp_path / "m", quantization_config=description() | {"quant_method": "ascend"})
+    config = config_of_format("modelslim")(json.loads((folder / "config.json").read_text())["quantization_config"])
+    config.maybe_update_config(str(folder))
+    assert b"up_proj.deq_scale" in pickle.dumps(config.raw)
+    assert b"up_proj.deq_scale" not in pickle.dumps(config)
+
+
+# The whole way through vLLM, in a process that knows no other hub.
+
+_ENGINE_CONFIG = """
+import json
+from vllm.engine.arg_utils import EngineArgs
+
+config = EngineArgs("org/tiny-w8a8").create_engine_config()
+resolved = config.quant_config.resolver.resolve("model.layers.0.self_attn.qkv_proj")
+print(json.dumps([config.model_config.quantization, config.quant_config.described.source, resolved.spec.scheme]))
+"""
+
+
+@pytest.mark.parametrize("modelscope", [False, True])
+def test_vllm_with_a_hub(modelscope: bool, tmp_path: Path) -> None:
+    if modelscope:
+        pytest.importorskip("modelscope")
+    with serve({REPOSITORY: fixture(MODELSLIM)}, modelscope=modelscope) as hub:
+        environment = environment_of(hub, tmp_path, VLLM_USE_MODELSCOPE=str(modelscope), HF_HUB_OFFLINE="0")
+        for _ in range(2):  # with an empty cache, and with what the first start has downloaded
+            command = [sys.executable, "-c", _ENGINE_CONFIG]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+            assert done.returncode == 0, done.stderr[-4000:]
+            assert json.loads(done.stdout.splitlines()[-1]) == ["modelslim", DESCRIPTION, "W8A8"]

@@ -20,7 +20,7 @@ from vllm_npu_quant.errors import Finding, NpuQuantError, Severity, nearest_name
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["PICKLES", "Checkpoint"]
+__all__ = ["Checkpoint", "pickled_weights"]
 
 #: The only index that vLLM reads: it loads the files that this one names, and no others.
 VLLM_INDEX = "model.safetensors.index.json"
@@ -31,8 +31,7 @@ CONSOLIDATED_INDEX = "consolidated.safetensors.index.json"
 #: Limit of the tensors of a checkpoint.
 MAX_TENSORS = 2_000_000
 
-#: What vLLM loads where there is no safetensors file.
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 #: Pickles that hold no weights; vLLM leaves them out, too.
 _NO_WEIGHTS = frozenset(("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt"))
@@ -174,7 +173,7 @@ class Checkpoint:
             left_out = [name for name in candidates if name not in listed]
             ignored |= dict.fromkeys(left_out, f"{vllm_index} does not name it")
         if weights:
-            ignored |= dict.fromkeys(_matching(names, PICKLES), "vLLM loads safetensors where they exist")
+            ignored |= dict.fromkeys(pickled_weights(names), "vLLM loads safetensors where they exist")
         else:
             findings.append(_no_weights(self.folder, names))
 
@@ -306,6 +305,11 @@ class Checkpoint:
             yield _mismatch(name, message, found=f"{len(extra)} such files", fix=fix, severity=Severity.WARNING)
 
 
+def pickled_weights(names: Iterable[str]) -> list[str]:
+    """Those of some files that vLLM would load where there is no safetensors file."""
+    return _matching(list(names), _PICKLES)
+
+
 def _is_plain(name: str) -> bool:
     """Whether a name is that of a file beside the index: no path, nothing that leaves the folder."""
     return (
@@ -426,7 +430,7 @@ def _no_weights(folder: Path, names: list[str]) -> Finding:
     """The finding for a folder without safetensors files."""
     for patterns, message, fix in (
         (
-            PICKLES,
+            _PICKLES,
             "the weights are a PyTorch pickle, which is not read: loading one runs code that it holds",
             "Convert them: load with transformers, then save_pretrained(folder, safe_serialization=True).",
         ),

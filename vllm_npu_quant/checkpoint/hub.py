@@ -9,7 +9,6 @@ The hub is Hugging Face's, or ModelScope where ``VLLM_USE_MODELSCOPE`` is set, a
 
 from __future__ import annotations
 
-import fnmatch
 import importlib.util
 import os
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from vllm_npu_quant.checkpoint.folder import PICKLES, Checkpoint
+from vllm_npu_quant.checkpoint.folder import Checkpoint, pickled_weights
 from vllm_npu_quant.checkpoint.json_files import json_limit, parse_json
 from vllm_npu_quant.checkpoint.safetensors_header import Header, header_length, parse_header
 from vllm_npu_quant.errors import Finding, NpuQuantError, Severity
@@ -177,7 +176,7 @@ def _open_cached(model: str, revision: str | None, download_dir: str | Path | No
 def _is_complete(cached: Checkpoint) -> bool:
     """Whether a snapshot lacks no weight file, as far as its own files tell."""
     if not cached.files:
-        return any(fnmatch.filter(cached.names, pattern) for pattern in PICKLES)
+        return bool(pickled_weights(cached.names))
     errors = {finding.code for finding in cached.findings if finding.severity is Severity.ERROR}
     return errors.isdisjoint(("index-mismatch", "unreadable-file")) and not _is_unexplained(cached)
 
