@@ -189,7 +189,7 @@ INTERNALS = (
         Kind.USES,
         "ascend.moe",
         "gives the products between dispatch and combine, if fused_experts asks no quantization method for them",
-        "vllm-ascend 0.23",
+        "vllm-ascend 0.23, 0.30",
     ),
     Internal(
         "vllm_ascend.ascend_forward_context:_EXTRA_CTX",
