@@ -213,7 +213,9 @@ def test_w4a8_with_activations_in_the_models_dtype(
     name: str, ranks: int, floats, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_NPU_QUANT_W4A8", "w4a16")
-    layers = [loaded(name, tp=(ranks, rank)) for rank in range(ranks)]
+    config, tensors, sizes = config_of(folder_of(name)), tensors_of(name), sizes_of(folder_of(name))
+    made = (make_layer(config, experts_prefix(tensors), tp=(ranks, rank), **sizes) for rank in range(ranks))
+    layers = [load(layer, tensors) for layer in made]
     assert layers[0].quant_method.method_classes == "WeightOnlyExperts"
     assert layers[0].quant_method.scheme.endswith(" as W4A16")
     given = inputs(name)

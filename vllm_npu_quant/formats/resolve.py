@@ -79,7 +79,7 @@ class ResolvedLayer:
         """Optional tensors that at least one shard has."""
         return frozenset().union(*(entry.tensors for entry in self.entries))
 
-    def owners(self, count: int, source: str) -> tuple[int, ...]:
+    def owners(self, count: int) -> tuple[int, ...]:
         """The checkpoint layer of each of vLLM's ``count`` shards, as an index into ``shards``.
 
         Raises:
@@ -93,7 +93,6 @@ class ResolvedLayer:
                 "undescribed-layer",
                 "vLLM's fused layer has another number of shards than the checkpoint layers that are known to fill it",
                 layer=self.prefix,
-                file=source,
                 expected=f"{count} shards",
                 found=", ".join(f"{name}: {fill}" for name, fill in zip(self.shards, fills, strict=True)),
                 fix="export these layers as float, or report the model's name",
