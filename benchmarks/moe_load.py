@@ -64,14 +64,16 @@ def load(
     """A layer with the checkpoint's tensors of its experts, filled with something, and its products: w13 and w2, or one."""
     from vllm_npu_quant.engine.moe import _Product
     from vllm_npu_quant.formats.base import LayerEntry
+    from vllm_npu_quant.serving.decide import Host, decide
+    from vllm_npu_quant.spec import LayerKind
 
-    entry = LayerEntry(spec, listed)
+    entry, served = LayerEntry(spec, listed), decide(LayerKind.FUSED_MOE, spec, Host())
     products = [
-        _Product("w13", (entry, entry), ("gate", "up"), torch.bfloat16),
-        _Product("w2", (entry,), ("down",), torch.bfloat16),
+        _Product("w13", served, (entry, entry), ("gate", "up"), torch.bfloat16),
+        _Product("w2", served, (entry,), ("down",), torch.bfloat16),
     ]
-    products[0].size(inner, hidden, 1, 0)
-    products[1].size(hidden, inner, 1, 0)
+    products[0].cut(inner, hidden, 1, 0, "experts", "config.json")
+    products[1].cut(hidden, inner, 1, 0, "experts", "config.json")
     layer = nn.Module()
     for product in products:
         if only not in product.name:
@@ -97,20 +99,15 @@ def prepare(layer: nn.Module, products: list[Any], hidden: int, inner: int, only
     """What the engine does after loading. Returns the seconds, and the bytes at the peak above those before."""
     from vllm_npu_quant.layouts import load_object
     from vllm_npu_quant.methods.moe import FusedExperts
-    from vllm_npu_quant.serving import dispatch
-    from vllm_npu_quant.spec import LayerKind
 
-    methods = [
-        load_object(dispatch.select(LayerKind.FUSED_MOE, product.served).method)(product.name + "_")
-        for product in products
-    ]
+    methods = [load_object(product.served.require_row().method)(product.name + "_") for product in products]
     chain = FusedExperts(methods[0], methods[1], hidden, inner, (products[0].group_size, products[1].group_size))
     before, started = reset_peak(), time.perf_counter()
     for product, method, sizes in zip(products, methods, (chain.w13_sizes, chain.w2_sizes), strict=True):
         if only not in product.name:
             continue
         prepared = method.prepare(product.experts(layer), sizes, torch.bfloat16)
-        product.drop(layer)
+        product.receiver.drop(layer)
         for key, value in method.finish(prepared).items():
             layer.register_parameter(method.prefix + key, nn.Parameter(value, requires_grad=False))
         del prepared

@@ -43,7 +43,7 @@ _layers: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictiona
 
 @torch.library.custom_op("npu_quant::fused_experts", mutates_args=())
 def fused_experts(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, key: str) -> torch.Tensor:
-    """All of a MoE layer as one operator: the emulation counts tokens in Python, which graphs cannot hold.
+    """Compute a MoE layer as one operator: the emulation counts tokens in Python, which a graph cannot capture.
 
     Args:
         x: [T, hidden]. topk_weights: [T, k]. topk_ids: [T, k]. key: which layer.
@@ -381,11 +381,11 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
         return False
 
     def maybe_make_prepare_finalize(self, routing_tables: Any = None) -> None:
-        """vLLM before 0.27 would put a modular kernel in this method's place."""
+        """Keep vLLM before 0.27 from replacing this method by a modular kernel."""
         return None
 
     def get_fused_moe_quant_config(self, layer: nn.Module) -> None:
-        """vLLM's own kernels are not used."""
+        """Return None: vLLM's own kernels are not used."""
         return None
 
     def apply(
@@ -398,9 +398,9 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
         shared_experts_input: torch.Tensor | None = None,
         **ascend: Any,
     ) -> Any:
-        """The routed experts' output on this rank, not reduced. Shared experts are vLLM's to add.
+        """The routed experts' output on this rank, not reduced. vLLM adds shared experts.
 
-        vllm-ascend's layers may give ``ascend``, its own arguments, in the place of a routing; they get its result type.
+        On Ascend, ``ascend`` holds vllm-ascend's arguments instead of a routing, and the result has its type.
         """
         if self.ascend is not None:
             return self.ascend.apply(layer, x, topk_weights, topk_ids, ascend)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the name of a layer in vLLM's model to the layers of the checkpoint that it holds.
 
-vLLM fuses checkpoint layers (q/k/v into qkv_proj) and renames them. The model says how: ``packed_modules_mapping`` and
-``hf_to_vllm_mapper``. One generic table of fused families serves where no model is at hand, and where a model class
-forgets to say. There is no table per model.
+vLLM fuses checkpoint layers (q/k/v into qkv_proj) and renames them. Models declare how: ``packed_modules_mapping`` and
+``hf_to_vllm_mapper``. A generic table of fused families is used without a model, for model classes that declare nothing, and
+for the number of shards that a checkpoint layer fills. There is no table per model.
 """
 
 from __future__ import annotations
