@@ -64,14 +64,16 @@ def load(
     """A layer with the checkpoint's tensors of its experts, filled with something, and its products: w13 and w2, or one."""
     from vllm_npu_quant.engine.moe import _Product
     from vllm_npu_quant.formats.described import LayerEntry
+    from vllm_npu_quant.serving.decide import Host, decide
+    from vllm_npu_quant.spec import LayerKind
 
-    entry = LayerEntry(spec, listed)
+    entry, served = LayerEntry(spec, listed), decide(LayerKind.FUSED_MOE, spec, Host())
     products = [
-        _Product("w13", (entry, entry), ("gate", "up"), torch.bfloat16),
-        _Product("w2", (entry,), ("down",), torch.bfloat16),
+        _Product("w13", served, (entry, entry), ("gate", "up"), torch.bfloat16),
+        _Product("w2", served, (entry,), ("down",), torch.bfloat16),
     ]
-    products[0].size(inner, hidden, 1, 0)
-    products[1].size(hidden, inner, 1, 0)
+    products[0].cut(inner, hidden, 1, 0, "experts", "config.json")
+    products[1].cut(hidden, inner, 1, 0, "experts", "config.json")
     layer = nn.Module()
     for product in products:
         if only not in product.name:
@@ -105,7 +107,7 @@ def prepare(layer: nn.Module, products: list[Any], hidden: int, inner: int, only
         if only not in product.name:
             continue
         prepared = method.prepare(product.experts(layer), sizes, torch.bfloat16)
-        product.drop(layer)
+        product.receiver.drop(layer)
         for key, value in method.finish(prepared).items():
             layer.register_parameter(method.prefix + key, nn.Parameter(value, requires_grad=False))
         del prepared

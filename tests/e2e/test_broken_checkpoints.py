@@ -367,22 +367,27 @@ LOADING: dict[str, tuple[str, Damage, tuple[str, str, str, str]]] = {
     "too few rows": (
         STATIC,
         lambda c: c.change(UP + ".weight", lambda x: x[:100]),
-        ("wrong-shape", "model.layers.0.mlp.gate_up_proj", "[N, K] that fills [1024, 256]", "[100, 256] for shard 1"),
+        (
+            "wrong-shape",
+            "model.layers.0.mlp.gate_up_proj",
+            f"{UP}.weight [N, K] = [512, 256]",
+            "[100, 256] for shard 1",
+        ),
     ),
     "too many rows": (
         DYNAMIC,
         lambda c: c.change(UP + ".weight_scale", lambda x: torch.cat([x, x])),
-        ("wrong-shape", "model.layers.0.mlp.gate_up_proj", "[N, G] that fills [1024, 1]", "[1024, 1] for shard 1"),
+        ("wrong-shape", "model.layers.0.mlp.gate_up_proj", "[N, G] = [512, 1]", "[1024, 1] for shard 1"),
     ),
     "too few inputs": (
         STATIC,
         lambda c: c.change("model.layers.1.self_attn.o_proj.weight", lambda x: x[:, :100]),
-        ("wrong-shape", "model.layers.1.self_attn.o_proj", "[N, K] that fills [256, 256]", "[256, 100]"),
+        ("wrong-shape", "model.layers.1.self_attn.o_proj", "[N, K] = [256, 256]", "[256, 100]"),
     ),
     "too many inputs": (
         DYNAMIC,
         lambda c: c.change("model.layers.1.self_attn.o_proj.weight", lambda x: torch.cat([x, x], dim=1)),
-        ("wrong-shape", "model.layers.1.self_attn.o_proj", "[N, K] that fills [256, 256]", "[256, 512]"),
+        ("wrong-shape", "model.layers.1.self_attn.o_proj", "[N, K] = [256, 256]", "[256, 512]"),
     ),
     "another dtype": (
         STATIC,

@@ -22,7 +22,7 @@ from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapMan
 
 from tests.e2e.twins import read_tensors
 from vllm_npu_quant import emulation
-from vllm_npu_quant.engine.config import CONFIGS, ModelSlimConfig, NpuQuantConfig
+from vllm_npu_quant.engine.config import NpuQuantConfig, config_classes
 
 emulation.register()
 
@@ -32,9 +32,7 @@ Tensors = dict[str, torch.Tensor]
 def config_of(folder: Path) -> NpuQuantConfig:
     """The quantization config of a checkpoint, as vLLM makes it."""
     raw = json.loads((folder / "config.json").read_text()).get("quantization_config")
-    chosen: type[NpuQuantConfig] = ModelSlimConfig
-    if raw is not None:
-        chosen = next(config for config in CONFIGS if config.serves(raw))
+    chosen = next(config for config in config_classes() if raw is None or config.declaration.serves(raw))
     config = chosen.from_config(raw or {})
     config.maybe_update_config(str(folder), SimpleNamespace(tie_word_embeddings=False, num_hidden_layers=2))
     return config

@@ -12,6 +12,7 @@ from torch import nn
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.utils.quant_utils import get_and_maybe_dequant_weights
 
+from tests.configs import config_of_format
 from tests.formats.modelslim_layers import read_with_headers
 from vllm_npu_quant.engine.dequantized import DequantizedLinearMethod
 from vllm_npu_quant.engine.stored import TORCH_DTYPES
@@ -175,9 +176,9 @@ def test_the_config_picks_it_for_latent_attention_only(monkeypatch: pytest.Monke
     from vllm_npu_quant.formats.resolve import LayerResolver
 
     types = {f"{PREFIX}.{name}": "W8A8_DYNAMIC" for name in ("weight", "weight_scale", "weight_offset")}
-    quant_config = engine_config.ModelSlimConfig()
-    quant_config.format = read_with_headers({**types, "version": "1.0.0"})
-    quant_config.resolver = LayerResolver(quant_config.format)
+    quant_config = config_of_format("modelslim")()
+    quant_config.described = read_with_headers({**types, "version": "1.0.0"})
+    quant_config.resolver = LayerResolver(quant_config.described)
     layer = LinearBase.__new__(LinearBase)
     nn.Module.__init__(layer)
     for latent in (True, False):

@@ -19,13 +19,14 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
+from tests.configs import config_of_format
 from tests.engine.world import world
 from tests.layouts.memory import peak_of
 from vllm_npu_quant import emulation
 from vllm_npu_quant.checkpoint import TensorInfo
 from vllm_npu_quant.engine import config as config_module
 from vllm_npu_quant.engine import stored as stored_module
-from vllm_npu_quant.engine.config import ModelSlimConfig
+from vllm_npu_quant.engine.config import NpuQuantConfig
 from vllm_npu_quant.errors import NpuQuantError
 from vllm_npu_quant.formats.modelslim import read
 from vllm_npu_quant.formats.resolve import LayerResolver
@@ -78,19 +79,19 @@ def dequantized(tensors: Tensors) -> torch.Tensor:
     return tensors["weight"].double() * (tensors["deq_scale"] / tensors["input_scale"]).double()[:, None]
 
 
-def config_of(kind: str, layers: dict[str, Tensors]) -> ModelSlimConfig:
+def config_of(kind: str, layers: dict[str, Tensors]) -> NpuQuantConfig:
     description = {
         f"{name}.{tensor}": "FLOAT" if tensor == "bias" else kind for name, parts in layers.items() for tensor in parts
     }
-    config = ModelSlimConfig()
+    config = config_of_format("modelslim")()
     tensors = {f"{name}.{tensor}": value for name, parts in layers.items() for tensor, value in parts.items()}
     headers = {
         name: TensorInfo(name, STORED_DTYPES[value.dtype], tuple(value.shape), "model.safetensors", 0, 0)
         for name, value in tensors.items()
     }
-    config.format = read(description, headers)
-    assert not config.format.findings, config.format.findings[0].render()
-    config.resolver = LayerResolver(config.format)
+    config.described = read(description, headers)
+    assert not config.described.findings, config.described.findings[0].render()
+    config.resolver = LayerResolver(config.described)
     return config
 
 

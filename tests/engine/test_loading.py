@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from vllm.model_executor.models.utils import PPMissingLayer
 
+from tests.configs import config_of_format
 from tests.formats.modelslim_layers import read_with_headers
-from vllm_npu_quant.engine.config import ModelSlimConfig
+from vllm_npu_quant.engine.config import NpuQuantConfig
 from vllm_npu_quant.engine.loading import check_loaded
 from vllm_npu_quant.engine.norm import NormBiasMethod
 from vllm_npu_quant.errors import Finding, NpuQuantError
@@ -46,16 +47,16 @@ def layer(**norms: nn.Module) -> nn.Module:
     return module
 
 
-def config(*norms: str) -> ModelSlimConfig:
-    found = ModelSlimConfig()
+def config(*norms: str) -> NpuQuantConfig:
+    found = config_of_format("modelslim")()
     described = {f"{norm}.{tensor}": "FLOAT" for norm in norms for tensor in ("weight", "bias")}
-    found.format = read_with_headers(described)
-    assert found.format.norm_biases == set(norms)
-    found.resolver = LayerResolver(found.format)
+    found.described = read_with_headers(described)
+    assert found.described.norm_biases == set(norms)
+    found.resolver = LayerResolver(found.described)
     return found
 
 
-def findings(found: ModelSlimConfig, root: nn.Module, loaded: set[str] | None = None) -> list[Finding]:
+def findings(found: NpuQuantConfig, root: nn.Module, loaded: set[str] | None = None) -> list[Finding]:
     try:
         check_loaded(found, root, loaded)
     except NpuQuantError as error:

@@ -213,7 +213,9 @@ def test_w4a8_with_activations_in_the_models_dtype(
     name: str, ranks: int, floats, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_NPU_QUANT_W4A8", "w4a16")
-    layers = [loaded(name, tp=(ranks, rank)) for rank in range(ranks)]
+    config, tensors, sizes = config_of(folder_of(name)), tensors_of(name), sizes_of(folder_of(name))
+    made = (make_layer(config, experts_prefix(tensors), tp=(ranks, rank), **sizes) for rank in range(ranks))
+    layers = [load(layer, tensors) for layer in made]
     assert layers[0].quant_method.method_classes == "WeightOnlyExperts"
     assert layers[0].quant_method.scheme.endswith(" as W4A16")
     given = inputs(name)
@@ -474,9 +476,9 @@ def test_biased_experts_are_refused() -> None:
 def test_schemes_without_a_row_are_refused_from_the_description() -> None:
     folder = folder_of(W8A8)
     config = copy.deepcopy(config_of(folder))
-    entry = config.format.experts[PREFIX]  # type: ignore[union-attr]
+    entry = config.described.experts[PREFIX]  # type: ignore[union-attr]
     bad = replace(entry.down, spec=replace(entry.down.spec, weight=replace(entry.down.spec.weight, symmetric=False)))
-    config.format.experts[PREFIX] = replace(entry, down=bad)  # type: ignore[union-attr]
+    config.described.experts[PREFIX] = replace(entry, down=bad)  # type: ignore[union-attr]
     with pytest.raises(NpuQuantError) as caught:
         make_layer(config, PREFIX, **sizes_of(folder))
     assert caught.value.codes == ("unsupported-scheme",)
@@ -486,7 +488,7 @@ def test_schemes_without_a_row_are_refused_from_the_description() -> None:
 def test_activation_order_is_refused_from_the_description() -> None:
     name = "gptq-qwen3moe-w4g128-sym"
     config = config_of(folder_of(name))
-    index = config.format.index  # type: ignore[union-attr]
+    index = config.described  # type: ignore[union-attr]
     entry = index.experts[PREFIX]
     ordered = replace(entry.gate, spec=replace(entry.gate.spec, layout=Layout.GPTQ_ACT_ORDER))
     index.experts[PREFIX] = replace(entry, gate=ordered, up=ordered)

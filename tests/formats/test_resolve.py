@@ -137,3 +137,33 @@ def test_undescribed_experts() -> None:
         resolver(QKV).resolve_experts("model.layers.0.mlp.experts")
     assert caught.value.codes == ("undescribed-layer",)
     assert "model.layers.0.mlp.experts.0.gate_proj" in caught.value.findings[0].expected
+
+
+LINEAR_ATTENTION = {f"m.{name}": "W8A8_DYNAMIC" for name in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")}
+
+
+@pytest.mark.parametrize("packed", [{}, {"in_proj_qkvz": ["in_proj_qkv", "in_proj_z"]}], ids=["table", "model"])
+def test_a_checkpoint_layer_that_fills_several_shards(packed: dict) -> None:
+    found = resolver(LINEAR_ATTENTION, packed=packed)
+    qkvz = found.resolve("m.in_proj_qkvz")
+    assert qkvz.shards == ("m.in_proj_qkv", "m.in_proj_z")
+    assert qkvz.owners(4) == (0, 0, 0, 1)
+    assert found.resolve("m.in_proj_ba").owners(2) == (0, 1)
+
+
+def test_a_layer_that_is_stored_as_one_fills_every_shard() -> None:
+    resolved = resolver({"m.in_proj_qkvz": "W8A16"}, packed={"in_proj_qkvz": ["in_proj_qkvz"]}).resolve(
+        "m.in_proj_qkvz"
+    )
+    assert resolved.owners(1) == (0,)
+    assert resolved.owners(4) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_another_number_of_shards_than_the_checkpoint_layers_fill(count: int) -> None:
+    with pytest.raises(NpuQuantError) as caught:
+        resolver(LINEAR_ATTENTION).resolve("m.in_proj_qkvz").owners(count)
+    (finding,) = caught.value.findings
+    assert (finding.code, finding.layer) == ("undescribed-layer", "m.in_proj_qkvz")
+    assert finding.expected == f"{count} shards"
+    assert finding.found == "m.in_proj_qkv: 3, m.in_proj_z: 1"

@@ -16,9 +16,10 @@ from tests.layouts.words import bit_stream, dequantized_gptq
 from tests.methods.layers import random_input, relative_error, run
 from vllm_npu_quant.errors import NpuQuantError
 from vllm_npu_quant.layouts import gptq
-from vllm_npu_quant.layouts.g_idx import MAX_GROWTH, arrange, ranks_that_fit, starts_new_groups_in_order
+from vllm_npu_quant.layouts.g_idx import MAX_GROWTH, arrange, starts_new_groups_in_order
 from vllm_npu_quant.layouts.tables import LayerSizes, tensors_of
 from vllm_npu_quant.methods.weight_only import WeightOnlyLinear
+from vllm_npu_quant.serving.shards import act_order_ranks
 from vllm_npu_quant.spec import Granularity, LayerSpec, Layout, WeightSpec
 
 GOLDEN = Path(__file__).parent / "golden" / "gptq.npz"
@@ -305,7 +306,7 @@ def test_a_ranks_part_is_filled_up_to_whole_groups(group, groups, ranks, seed):
     shuffled = np.random.default_rng(seed).permutation(np.arange(group * groups) // group)
     for part in np.split(shuffled, ranks):
         g_idx = torch.from_numpy(part)
-        if ranks > ranks_that_fit(group):
+        if ranks > act_order_ranks(group):
             continue
         found = arrange(g_idx, group, groups)
         order = found.permutation if found.permutation is not None else torch.arange(len(part))

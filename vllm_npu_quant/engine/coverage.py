@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which parts of a parameter have received data.
 
-vLLM's loaders cut checkpoint tensors for tensor and expert parallelism and copy the pieces into parameters. They do not
-say whether every piece arrived, and some copy less than a full piece without an error. So the copies themselves are
-observed: while a loader runs, every in-place write to the parameter's memory is noted as a box of indices, and after
-loading the boxes must cover the parameter. It costs nothing per element, and needs no sentinel value in the weights.
+vLLM's loaders cut checkpoint tensors for tensor and expert parallelism and copy the parts into parameters. They do not
+report whether every part arrived, and some copy less than a full part without an error. So the copies are observed: while a
+loader runs, every in-place write to the parameter's memory is recorded as a box of indices, and after loading the boxes must
+cover the parameter. The cost does not depend on the number of elements, and no sentinel values are needed.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _merge(boxes: Iterable[Box]) -> list[Box]:
 
 
 class WriteWitness(TorchDispatchMode):
-    """While active, notes every in-place write to a parameter's memory in its coverage."""
+    """Record every in-place write to a parameter's memory in its coverage, while active."""
 
     def __init__(self, param: torch.Tensor, coverage: Coverage) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers whose weight must be float in memory, whatever the checkpoint stores.
+"""Quantized layers whose weight must be float in memory.
 
 Multi-head latent attention (DeepSeek-V2, V3, R1, Kimi-K2, ...) absorbs ``kv_b_proj`` into the attention: vLLM and
-vllm-ascend take its weight apart into W_UK and W_UV after loading, for which it has to be a float matrix [N, K], and they
-ask whether its method is vLLM's unquantized one. Most quantized checkpoints of these models quantize it all the same.
+vllm-ascend split its weight into W_UK and W_UV after loading. They need a float matrix [N, K] and check that the layer's
+method is an ``UnquantizedLinearMethod``. Most quantized checkpoints of these models store quantized integers.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ __all__ = ["DequantizedLinearMethod"]
 
 @register_weight_loader_v2_supported_method
 class DequantizedLinearMethod(NpuQuantLinearMethod, UnquantizedLinearMethod):
-    """Loads the checkpoint's tensors, and leaves ``layer.weight`` [N, K] in the model's dtype.
+    """Load the checkpoint's tensors and leave ``layer.weight`` [N, K] in the model's dtype.
 
-    It is an ``UnquantizedLinearMethod`` by what it leaves behind, which is what others ask for; everything that it does is
-    inherited from ``NpuQuantLinearMethod``.
+    Subclasses ``UnquantizedLinearMethod`` so that isinstance checks treat the loaded layer as unquantized; its behaviour is
+    that of ``NpuQuantLinearMethod``.
     """
 
     supports_pre_processed_weights = False

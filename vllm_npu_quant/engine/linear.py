@@ -32,8 +32,8 @@ from vllm.model_executor.parameter import (
 
 from vllm_npu_quant.engine import platforms
 from vllm_npu_quant.engine.coverage import Box, Coverage, WriteWitness
-from vllm_npu_quant.engine.stored import Origin, Receiver
-from vllm_npu_quant.errors import Finding, NpuQuantError, raise_findings
+from vllm_npu_quant.engine.stored import Origin, Receiver, refusal
+from vllm_npu_quant.errors import raise_findings
 from vllm_npu_quant.formats.resolve import ResolvedLayer
 from vllm_npu_quant.layouts import load_object
 from vllm_npu_quant.layouts.canonical import CanonicalLinear
@@ -88,15 +88,20 @@ class NpuQuantLinearMethod(LinearMethodBase):
             NpuQuantError: cannot-shard if a rank would get a part of a packed element or too little of a group;
                 undescribed-layer if it is not known which checkpoint layers fill which shards.
         """
-        prefix, listed = self.resolved.prefix, self.resolved.listed_tensors()
         ranks = input_size // input_size_per_partition
-        cut = Axis.IN if ranks > 1 else None
-        part = rank_part(
-            self.stored, listed, cut, output_partition_sizes, input_size, ranks, layer=prefix, file=self.source
-        )
-        raise_findings(part.findings)
-        self.owners = self.resolved.owners(len(output_partition_sizes), self.source)
-        self.outputs = _stored_outputs(layer, output_partition_sizes, output_size)
+        cut, listed = Axis.IN if ranks > 1 else None, self.resolved.listed_tensors()
+        part = rank_part(self.stored, listed, cut, output_partition_sizes, input_size, ranks)
+        tensors = {
+            CHECKPOINT_BIAS if tensor.name == "bias" else tensor.name: tensor
+            for tensor in tensors_of(self.stored, listed)
+            if tensor.loaded
+        }
+        receiver = self.receiver = Receiver(part, tensors, self.resolved.prefix, self.source)
+        with receiver.naming("its parameters could not be created"):
+            raise_findings(part.findings)
+            self.owners = self.resolved.owners(len(output_partition_sizes))
+        self.partitions = list(output_partition_sizes)
+        self.outputs, self.repeats = _stored_outputs(layer, self.partitions, output_size)
         rank = getattr(layer, "tp_rank", 0) if ranks > 1 else 0
         self.context = PrepareContext(
             act_dtype=params_dtype,
@@ -104,13 +109,6 @@ class NpuQuantLinearMethod(LinearMethodBase):
             inputs_start=rank * input_size_per_partition,
             inputs_whole=input_size,
         )
-        self.partitions = list(output_partition_sizes)
-        tensors = {
-            CHECKPOINT_BIAS if tensor.name == "bias" else tensor.name: tensor
-            for tensor in tensors_of(self.stored, listed)
-            if tensor.loaded
-        }
-        receiver = self.receiver = Receiver(part, tensors, prefix, self.source)
         load = extra_weight_attrs.pop("weight_loader")
         for name, tensor in tensors.items():
             loader = self._vocabulary_loader(layer, tensor, load) if self.kind is LayerKind.LM_HEAD else load
@@ -129,19 +127,25 @@ class NpuQuantLinearMethod(LinearMethodBase):
 
         def weight_loader(param: torch.Tensor, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             with receiver.naming(f"{tensor.name} could not be loaded"):
-                origin = self._origin(layer, args[0] if args else kwargs.get("loaded_shard_id"))
+                origin = self._origin(args[0] if args else kwargs.get("loaded_shard_id"))
                 received = receiver.receive(tensor, loaded_weight, origin)
                 coverage = receiver.coverage[name]
                 before = param.data.clone() if shared and coverage.started else None
                 with WriteWitness(param, coverage):
                     result = load(param, received, *args, **kwargs)
                 if before is not None and not torch.equal(before, param.data):
-                    raise NpuQuantError([self._inputs_disagree(tensor)])
+                    raise refusal(
+                        "fused-shards-disagree",
+                        f"vLLM runs these layers as one, on the same input, and they have different {tensor.name}",
+                        f"one {tensor.name}",
+                        ", ".join(self.resolved.shards),
+                        "re-export the checkpoint without activation order (desc_act)",
+                    )
                 return result
 
         return weight_loader
 
-    def _origin(self, layer: nn.Module, shard: Any) -> Origin:
+    def _origin(self, shard: Any) -> Origin:
         """The checkpoint layer that fills a shard of vLLM's layer; None stands for all shards.
 
         Raises:
@@ -152,32 +156,17 @@ class NpuQuantLinearMethod(LinearMethodBase):
         ids = range(count) if shard is None else shard if isinstance(shard, tuple) else (shard,)
         numbers: list[Any] = [_SHARD_NUMBERS.get(each, each) for each in ids]
         if any(number not in range(count) for number in numbers):
-            raise NpuQuantError([_no_such_shard(shard, count)])
-        owners = list(dict.fromkeys(self.owners[number] for number in numbers))
+            message, fix = "vLLM loads a shard that its layer does not have", "export this layer as float"
+            raise refusal("undescribed-layer", message, f"a shard from 0 to {count - 1}", str(shard), fix)
+        owners = {self.owners[number]: self.resolved.shards[self.owners[number]] for number in numbers}
         specs = {self.resolved.entries[owner].spec for owner in owners}
         if len(specs) > 1:
-            raise NpuQuantError([self._loaded_as_one([self.resolved.shards[owner] for owner in owners])])
-        name = self.resolved.shards[owners[0]] if len(owners) == 1 else self.resolved.prefix
-        outputs = sum(self.outputs[number] for number in numbers)
-        return Origin(name, specs.pop(), _repeated(layer, outputs, count), "" if shard is None else str(shard))
-
-    def _inputs_disagree(self, tensor: TensorSpec) -> Finding:
-        return Finding(
-            "fused-shards-disagree",
-            f"vLLM runs these layers as one, on the same input, and they have different {tensor.name}",
-            expected=f"one {tensor.name}",
-            found=", ".join(self.resolved.shards),
-            fix="re-export the checkpoint without activation order (desc_act)",
-        )
-
-    def _loaded_as_one(self, names: list[str]) -> Finding:
-        return Finding(
-            "fused-shards-disagree",
-            "vLLM loads one tensor for several checkpoint layers, which have different schemes",
-            expected="one scheme",
-            found=", ".join(names),
-            fix="re-export the checkpoint with one scheme for these layers",
-        )
+            message = "vLLM loads one tensor for several checkpoint layers, which have different schemes"
+            raise refusal("fused-shards-disagree", message, "one scheme", ", ".join(owners.values()), "re-export them")
+        name = self.resolved.prefix if len(owners) > 1 else next(iter(owners.values()))
+        whole, repeats = sum(self.outputs[number] for number in numbers), self.repeats
+        outputs = tuple(whole // times for times in range(1, repeats + 1) if repeats % times == whole % times == 0)
+        return Origin(name, specs.pop(), outputs, "" if shard is None else str(shard))
 
     def _vocabulary_loader(self, layer: nn.Module, tensor: TensorSpec, load: Callable[..., Any]) -> Callable[..., Any]:
         """vLLM's loader of a vocabulary's part, which pads along the first dimension, for outputs in any dimension."""
@@ -191,7 +180,13 @@ class NpuQuantLinearMethod(LinearMethodBase):
             indices, whole = layer.shard_indices, layer.org_vocab_size
             start, stop = indices.org_vocab_start_index, indices.org_vocab_end_index
             if start % pack or stop % pack or whole % pack:
-                raise NpuQuantError([_cut_words(tensor, pack, start, stop, whole)])
+                raise refusal(
+                    "cannot-shard",
+                    f"{tensor.name} packs {pack} words of the vocabulary, and a rank would get a part of them",
+                    f"parts that begin and end at a multiple of {pack}",
+                    f"{start} to {stop} of {whole}",
+                    "use another tensor-parallel size, or export lm_head as float",
+                )
             part = loaded_weight.narrow(dim, start // pack, (stop - start) // pack)
             length = part.shape[dim]
             param.data.narrow(dim, 0, length).copy_(part)
@@ -210,7 +205,7 @@ class NpuQuantLinearMethod(LinearMethodBase):
         receiver = self.receiver
         if not receiver.coverage:
             return
-        receiver.finish(layer, self.stored_names)
+        raise_findings(receiver.finish(layer, self.stored_names))
         with receiver.naming("its weights could not be prepared"):
             canonical = self.canonical(layer)
             prepared = self.method.prepare(canonical, self.context)
@@ -258,8 +253,7 @@ class NpuQuantLinearMethod(LinearMethodBase):
                 "the packed weight has room for more inputs than the layer has, and nothing says how many are meant"
             )
             fix = "re-export the layer as float, or with a number of inputs that fills whole words"
-            expected = f"{wanted} inputs on this rank"
-            raise NpuQuantError([Finding("wrong-shape", message, expected=expected, found=str(inputs), fix=fix)])
+            raise refusal("wrong-shape", message, f"{wanted} inputs on this rank", str(inputs), fix)
         return canonical
 
     def stored_names(self, name: str, box: Box) -> list[str]:
@@ -294,78 +288,41 @@ class NpuQuantLinearMethod(LinearMethodBase):
         return self.method.apply(layer, x, bias)
 
 
-def _stored_outputs(layer: Any, partitions: list[int], outputs: int) -> list[int]:
-    """The outputs of each shard of vLLM's layer over all ranks, as the checkpoint stores them.
+def _stored_outputs(layer: Any, partitions: list[int], outputs: int) -> tuple[list[int], int]:
+    """The outputs of each shard of vLLM's layer over all ranks, and how often the checkpoint's may be repeated in them.
 
-    A vocabulary is padded in memory, not on disk; the heads of keys and values are repeated in memory.
+    A vocabulary is padded in memory, not on disk; the heads of keys and values are repeated in memory. Fused layers with a
+    loader of their own may repeat any shard on ranks.
     """
+    loader = getattr(type(layer), "weight_loader_v2", None)
     if len(partitions) == 1:
-        return [getattr(layer, "org_vocab_size", outputs)]
-    if _loader_of(layer) is QKVParallelLinear.weight_loader_v2:
+        return [getattr(layer, "org_vocab_size", outputs)], 1
+    if loader is QKVParallelLinear.weight_loader_v2:
         size, kv_heads = layer.head_size, layer.total_num_kv_heads
-        return [layer.total_num_heads * size, kv_heads * size, kv_heads * getattr(layer, "v_head_size", size)]
-    return list(getattr(layer, "output_sizes", partitions))
-
-
-def _repeated(layer: Any, outputs: int, shards: int) -> tuple[int, ...]:
-    """How many outputs a checkpoint layer may have, where vLLM counts ``outputs`` over all ranks.
-
-    A fused layer with a loader of its own may repeat a shard on ranks, each of which vLLM counts.
-    """
-    known = (MergedColumnParallelLinear.weight_loader_v2, QKVParallelLinear.weight_loader_v2)
-    if shards == 1 or _loader_of(layer) in known:
-        return (outputs,)
-    ranks = getattr(layer, "tp_size", 1)
-    return tuple(outputs // times for times in range(1, ranks + 1) if ranks % times == outputs % times == 0)
-
-
-def _loader_of(layer: Any) -> Any:
-    return getattr(type(layer), "weight_loader_v2", None)
-
-
-def _no_such_shard(shard: Any, count: int) -> Finding:
-    return Finding(
-        "undescribed-layer",
-        "vLLM loads a shard that its layer does not have",
-        expected=f"a shard from 0 to {count - 1}",
-        found=str(shard),
-        fix="export this layer as float, or report the model's name",
-    )
-
-
-def _cut_words(tensor: TensorSpec, pack: int, start: int, stop: int, whole: int) -> Finding:
-    return Finding(
-        "cannot-shard",
-        f"{tensor.name} packs {pack} words of the vocabulary together, and this rank's part ends between them",
-        expected=f"a part whose ends are divisible by {pack}",
-        found=f"{start} to {stop} of {whole}",
-        fix="use another tensor-parallel size, or export lm_head as float",
-    )
+        return [layer.total_num_heads * size, kv_heads * size, kv_heads * getattr(layer, "v_head_size", size)], 1
+    repeats = 1 if loader is MergedColumnParallelLinear.weight_loader_v2 else getattr(layer, "tp_size", 1)
+    return list(getattr(layer, "output_sizes", partitions)), repeats
 
 
 def _parameter(tensor: TensorSpec, sizes: LayerSizes, weight_loader: Callable[..., Any]) -> BasevLLMParameter:
     """vLLM's parameter class that shards this tensor the way its dimensions say."""
     # A bias is 0 where a shard of a fused layer has none; everything else is overwritten in full.
     make = torch.zeros if tensor.name == "bias" else torch.empty
-    data = make(tensor.shape(sizes), dtype=getattr(torch, tensor.load_dtype))
     out, inputs, groups = (tensor.axis_of(axis) for axis in (Axis.OUT, Axis.IN, Axis.GROUP))
-    common: dict[str, Any] = {"data": data, "weight_loader": weight_loader}
+    along = inputs if inputs is not None else groups if sizes.group_size else None
     packed = next((i for i, dim in enumerate(tensor.dims) if dim.pack > 1), None)
+    dims: dict[str, Any] = {name: dim for name, dim in (("output_dim", out), ("input_dim", along)) if dim is not None}
+    kind: type[BasevLLMParameter]
     if tensor.axis_of(Axis.SHARD) is not None:
-        return PerTensorScaleParameter(**common)
-    along_inputs = inputs if inputs is not None else (groups if sizes.group_size else None)
-    if packed is not None:
-        common |= {"packed_dim": packed, "packed_factor": tensor.dims[packed].pack, "output_dim": out}
-        if along_inputs is None:
-            return PackedColumnParameter(**common)
-        return PackedvLLMParameter(input_dim=along_inputs, **common)
-    if out is None:
-        return (
-            RowvLLMParameter(input_dim=along_inputs, **common)
-            if along_inputs is not None
-            else BasevLLMParameter(**common)
-        )
-    if along_inputs is None:
-        return ChannelQuantScaleParameter(output_dim=out, **common)
-    kind = ModelWeightParameter if inputs is not None else GroupQuantScaleParameter
-    return kind(input_dim=along_inputs, output_dim=out, **common)
+        kind, dims = PerTensorScaleParameter, {}
+    elif packed is not None:
+        kind = PackedColumnParameter if along is None else PackedvLLMParameter
+        dims |= {"packed_dim": packed, "packed_factor": tensor.dims[packed].pack}
+    elif out is None:
+        kind = BasevLLMParameter if along is None else RowvLLMParameter
+    elif along is None:
+        kind = ChannelQuantScaleParameter
+    else:
+        kind = GroupQuantScaleParameter if inputs is None else ModelWeightParameter
+    data = make(tensor.shape(sizes), dtype=getattr(torch, tensor.load_dtype))
+    return kind(data=data, weight_loader=weight_loader, **dims)

@@ -9,7 +9,7 @@ of the two grouped methods. w13 and w2 are independent.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -43,7 +43,7 @@ _layers: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictiona
 
 @torch.library.custom_op("npu_quant::fused_experts", mutates_args=())
 def fused_experts(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, key: str) -> torch.Tensor:
-    """All of a MoE layer as one operator: the emulation counts tokens in Python, which graphs cannot hold.
+    """Compute a MoE layer as one operator: the emulation counts tokens in Python, which a graph cannot capture.
 
     Args:
         x: [T, hidden]. topk_weights: [T, k]. topk_ids: [T, k]. key: which layer.
@@ -97,15 +97,7 @@ class _Product:
             dtype = str(act_dtype).removeprefix("torch.")
             self.tensors = (TensorSpec("weight", ("F32", "BF16", "F16", "F64"), (OUT, IN), dtype),)
 
-    def findings(self, prefix: str, source: str) -> list[Finding]:
-        """Why this product cannot be served."""
-        found = []
-        if self.served.row is None:
-            found.append(dispatch.unsupported(LayerKind.FUSED_MOE, self.served.spec, layer=prefix, file=source))
-        found += expert_findings(self.stored, self.listed, prefix, source)
-        return found
-
-    def cut(self, outputs: int, inputs: int, ranks: int, rank: int, prefix: str, source: str) -> None:
+    def cut(self, outputs: int, inputs: int, ranks: int, rank: int, prefix: str, source: str) -> tuple[Finding, ...]:
         """Cut the product for the ranks of tensor parallelism: w13 along its outputs, w2 along its inputs.
 
         Args:
@@ -113,17 +105,17 @@ class _Product:
             ranks, rank: of tensor parallelism.
             prefix, source: vLLM's name of the layer, and the file that describes it.
 
-        Raises:
-            NpuQuantError: cannot-shard.
+        Returns:
+            Why it cannot be cut.
         """
         self.rank, self.outputs = rank, (outputs,)
         axis = None if ranks == 1 else Axis.OUT if self.name == "w13" else Axis.IN
         fix = f"{SMALLER_TP}, or --enable-expert-parallel"
-        part = rank_part(self.stored, self.listed, axis, [outputs], inputs, ranks, layer=prefix, file=source, fix=fix)
-        raise_findings(part.findings)
+        part = rank_part(self.stored, self.listed, axis, [outputs], inputs, ranks, fix)
         self.receiver = Receiver(
             part, {f"{self.name}_{tensor.name}": tensor for tensor in self.tensors}, prefix, source
         )
+        return part.findings
 
     @property
     def group_size(self) -> int:
@@ -237,12 +229,17 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
         self.ascend: Any = None
 
     def _findings(self, layer: nn.Module) -> list[Finding]:
-        found = list(dict.fromkeys(f for p in self.products for f in p.findings(self.prefix, self.source)))
+        found = platforms.host_findings(experts=True)
 
         def refuse(code: str, message: str, expected: str, what: str, fix: str) -> None:
-            found.append(Finding(code, message, self.prefix, self.source, expected=expected, found=what, fix=fix))
+            found.append(Finding(code, message, expected=expected, found=what, fix=fix))
 
-        found += [replace(finding, layer=self.prefix) for finding in platforms.host_findings(experts=True)]
+        for product in self.products:
+            if product.served.row is None:
+                found.append(dispatch.unsupported(LayerKind.FUSED_MOE, product.served.spec))
+            found += expert_findings(product.stored, product.listed, self.prefix, self.source)
+        if getattr(self.moe, "has_bias", False):
+            found.append(expert_bias())
         activation = getattr(layer.activation, "value", layer.activation)
         limits = {name: getattr(layer, name, None) for name in ("swiglu_limit", "swiglu_alpha", "swiglu_beta")}
         if activation != "silu" or any(limits.values()):
@@ -254,8 +251,6 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
                 f"{activation} {set_limits}".strip(),
                 "export the experts of this model as float",
             )
-        if getattr(self.moe, "has_bias", False):
-            found.append(replace(expert_bias(), layer=self.prefix, file=self.source))
         experts = getattr(self.moe, "num_logical_experts", self.moe.num_experts)
         described = self.resolved.entry.count
         if described and described != experts:
@@ -276,7 +271,10 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
                 f"{self.moe.num_experts} experts on {ranks} ranks",
                 "choose another number of ranks, or run without --enable-expert-parallel",
             )
-        return found
+        return self._located(dict.fromkeys(found))
+
+    def _located(self, findings: Iterable[Finding]) -> list[Finding]:
+        return [replace(finding, layer=self.prefix, file=finding.file or self.source) for finding in findings]
 
     @property
     def scheme(self) -> str:
@@ -310,8 +308,9 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
         ranks, rank = parallel.tp_size, parallel.tp_rank
         inner = intermediate_size_per_partition * ranks
         w13, w2 = self.products
-        w13.cut(inner, hidden_size, ranks, rank, self.prefix, self.source)
-        w2.cut(hidden_size, inner, ranks, rank, self.prefix, self.source)
+        uncut = w13.cut(inner, hidden_size, ranks, rank, self.prefix, self.source)
+        uncut += w2.cut(hidden_size, inner, ranks, rank, self.prefix, self.source)
+        raise_findings(self._located(uncut))
         self.hidden_size = hidden_size
         self.inner_size = intermediate_size_per_partition
         for product in self.products:
@@ -349,9 +348,12 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
         expert_map = getattr(layer, "_expert_map", None)
         if expert_map is None:
             expert_map = getattr(layer, "expert_map", None)
-        numbers = _numbers(expert_map)
-        for product in self.products:
-            product.receiver.finish(layer, lambda *part, product=product: product.stored_names(*part, numbers))
+        number = int if expert_map is None else expert_map.tolist().index
+        raise_findings(
+            finding
+            for product in self.products
+            for finding in product.receiver.finish(layer, lambda *part, of=product: of.stored_names(*part, number))
+        )
         placement = Placement.of(self.moe.num_experts, expert_map)
         w13, w2 = self.products
         self.chain = FusedExperts(
@@ -372,11 +374,11 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
         return False
 
     def maybe_make_prepare_finalize(self, routing_tables: Any = None) -> None:
-        """vLLM before 0.27 would put a modular kernel in this method's place."""
+        """Keep vLLM before 0.27 from replacing this method by a modular kernel."""
         return None
 
     def get_fused_moe_quant_config(self, layer: nn.Module) -> None:
-        """vLLM's own kernels are not used."""
+        """Return None: vLLM's own kernels are not used."""
         return None
 
     def apply(
@@ -389,9 +391,9 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
         shared_experts_input: torch.Tensor | None = None,
         **ascend: Any,
     ) -> Any:
-        """The routed experts' output on this rank, not reduced. Shared experts are vLLM's to add.
+        """The routed experts' output on this rank, not reduced. vLLM adds shared experts.
 
-        vllm-ascend's layers may give ``ascend``, its own arguments, in the place of a routing; they get its result type.
+        On Ascend, ``ascend`` holds vllm-ascend's arguments instead of a routing, and the result has its type.
         """
         if self.ascend is not None:
             return self.ascend.apply(layer, x, topk_weights, topk_ids, ascend)
@@ -405,11 +407,3 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
         if layer.apply_router_weight_on_input:
             x, weights = x * topk_weights.to(x.dtype), None
         return self.chain.apply(layer, self.placement, x, weights, topk_ids)
-
-
-def _numbers(expert_map: torch.Tensor | None) -> Callable[[int], int]:
-    """From the number of an expert on this rank to its number in the checkpoint."""
-    if expert_map is None:
-        return lambda expert: expert
-    mapped = expert_map.tolist()
-    return lambda expert: mapped.index(expert)

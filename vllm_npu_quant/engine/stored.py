@@ -18,7 +18,7 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 
 from vllm_npu_quant.engine.coverage import Box, Coverage
-from vllm_npu_quant.errors import Finding, NpuQuantError, raise_findings
+from vllm_npu_quant.errors import Finding, NpuQuantError
 from vllm_npu_quant.layouts import load_object
 from vllm_npu_quant.layouts.canonical import CanonicalLinear
 from vllm_npu_quant.layouts.modelslim import decode_int64_scale
@@ -34,7 +34,7 @@ from vllm_npu_quant.layouts.tables import (
 from vllm_npu_quant.serving.shards import RankPart
 from vllm_npu_quant.spec import LayerSpec, TransformSpec
 
-__all__ = ["TORCH_DTYPES", "UNWITNESSED_LOADS", "Origin", "Receiver", "load_is_checked"]
+__all__ = ["TORCH_DTYPES", "UNWITNESSED_LOADS", "Origin", "Receiver", "load_is_checked", "refusal"]
 
 logger = init_logger("vllm.npu_quant.stored")
 
@@ -66,6 +66,11 @@ def load_is_checked() -> bool:
     config = get_current_vllm_config_or_none()
     load_format = getattr(config.load_config, "load_format", "auto") if config is not None else "auto"
     return str(load_format) not in UNWITNESSED_LOADS
+
+
+def refusal(code: str, message: str, expected: str = "", found: str = "", fix: str = "") -> NpuQuantError:
+    """An error with one finding, whose layer ``Receiver.naming`` fills in."""
+    return NpuQuantError([Finding(code, message, expected=expected, found=found, fix=fix)])
 
 
 @dataclass(frozen=True)
@@ -141,19 +146,16 @@ class Receiver:
         """
         if not self.coverage:
             message = "this layer's weights are prepared already, and loading them again is not supported"
-            raise NpuQuantError(
-                [Finding("unsupported-scheme", message, fix="start the engine anew with these weights")]
-            )
+            raise refusal("unsupported-scheme", message, fix="start the engine anew with these weights")
         dtype = _NAMES.get(stored.dtype, str(stored.dtype))
         if dtype not in tensor.dtypes:
             message = f"{tensor.name} has a dtype that {self.part.spec.scheme} does not allow"
-            expected = " or ".join(tensor.dtypes)
-            raise NpuQuantError([Finding("wrong-dtype", message, expected=expected, found=dtype, fix=_REEXPORT)])
+            raise refusal("wrong-dtype", message, " or ".join(tensor.dtypes), dtype, "re-export the checkpoint")
         found = tuple(stored.shape)
         candidates = [self._sizes(origin.spec, outputs) for outputs in origin.outputs]
         sizes = next((sizes for sizes in candidates if _fits(found, tensor.shape(sizes))), None)
         if sizes is None:
-            raise NpuQuantError([_wrong_shape(tensor, candidates, found, origin)])
+            raise _wrong_shape(tensor, candidates, found, origin)
         adapted = stored.reshape(tensor.shape(sizes)) if len(found) < len(tensor.dims) else stored
         if adapted.dtype == torch.int64 and tensor.load_dtype == "float32":
             adapted = decode_int64_scale(adapted)
@@ -169,7 +171,7 @@ class Receiver:
                 adapted = adapted.repeat_interleave(repeats, dim=groups).narrow(groups, 0, fitted.groups)
             sizes = fitted
         if not _fits(tuple(adapted.shape), kept.shape(sizes)):
-            raise NpuQuantError([_wrong_shape(kept, [sizes], tuple(adapted.shape), origin)])
+            raise _wrong_shape(kept, [sizes], tuple(adapted.shape), origin)
         # A tensor may carry the id of its fused shard, which a conversion loses.
         if adapted is not stored and hasattr(stored, "shard_id"):
             adapted.shard_id = stored.shard_id  # type: ignore[attr-defined]
@@ -184,50 +186,37 @@ class Receiver:
 
     def _sizes(self, spec: LayerSpec, outputs: int) -> LayerSizes:
         """The sizes of a whole checkpoint layer."""
+        inputs, transform = self.part.sizes.all_inputs, spec.transform or TransformSpec()
         return LayerSizes(
-            outputs,
-            self.part.sizes.all_inputs,
-            group_size_of(spec),
-            rows_per_scale=rows_per_scale_of(spec, outputs),
-            transform=spec.transform or TransformSpec(),
+            outputs, inputs, group_size_of(spec), 1, rows_per_scale_of(spec, outputs), transform=transform
         )
 
-    def finish(self, layer: nn.Module, names_of: Callable[[str, Box], list[str]]) -> None:
-        """Check that every parameter is filled; where the load format brings no tensors, fill in placeholders.
+    def finish(self, layer: nn.Module, names_of: Callable[[str, Box], list[str]]) -> list[Finding]:
+        """Report parameters that are not filled; where the load format brings no tensors, fill in placeholders.
 
         Args:
             layer: has the parameters.
-            names_of: the stored tensors, by their whole names, that should have filled a box of a parameter.
-
-        Raises:
-            NpuQuantError: not-filled.
+            names_of: the stored tensors that should have filled a box of a parameter.
         """
         if load_is_checked():
-            raise_findings(self.not_filled(names_of))
-            return
+            return self.not_filled(names_of)
         for name in self.coverage:
             self._fill_placeholder(self.tensors[name].name, getattr(layer, name).data)
+        return []
 
     def not_filled(self, names_of: Callable[[str, Box], list[str]]) -> list[Finding]:
         """One finding for each parameter that lacks data. ``names_of`` as for ``finish``."""
         findings = []
+        message, fix = "a parameter received no data for a part of it", "check that the weight files are complete"
         for name, coverage in self.coverage.items():
             lacking = {box: names for box in coverage.missing() if (names := names_of(name, box))}
-            if not lacking:
-                continue
             boxes = [f"{name}[{', '.join(f'{start}:{stop}' for start, stop in box)}]" for box in lacking]
-            names = list(dict.fromkeys(name for names in lacking.values() for name in names))
-            findings.append(
-                Finding(
-                    "not-filled",
-                    "a parameter received no data for a part of it",
-                    layer=self.layer,
-                    file=self.file,
-                    expected=_first(names),
-                    found=f"nothing for {_first(boxes)}",
-                    fix="check that the weight files are complete",
+            expected = _first(list(dict.fromkeys(name for names in lacking.values() for name in names)))
+            if boxes:
+                found = f"nothing for {_first(boxes)}"
+                findings.append(
+                    Finding("not-filled", message, self.layer, self.file, expected=expected, found=found, fix=fix)
                 )
-            )
         return findings
 
     def _fill_placeholder(self, name: str, param: torch.Tensor) -> None:
@@ -257,9 +246,6 @@ class Receiver:
         self.coverage.clear()
 
 
-_REEXPORT = "re-export the checkpoint"
-
-
 def _fits(stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     """Whether a stored shape is the wanted one. Producers leave out dimensions of length 1 at the end of a scale."""
     missing = (1,) * (len(wanted) - len(stored))
@@ -268,14 +254,14 @@ def _fits(stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     )
 
 
-def _wrong_shape(tensor: TensorSpec, sizes: list[LayerSizes], found: tuple[int, ...], origin: Origin) -> Finding:
+def _wrong_shape(tensor: TensorSpec, sizes: list[LayerSizes], found: tuple[int, ...], origin: Origin) -> NpuQuantError:
     shapes = dict.fromkeys(str(list(tensor.shape(each))) for each in sizes)
-    return Finding(
+    return refusal(
         "wrong-shape",
         f"{tensor.name} does not fit the layer",
-        expected=f"{origin.name}.{tensor.name} {tensor.shape_text()} = {' or '.join(shapes)}",
-        found=str(list(found)) + (f" for shard {origin.shard}" if origin.shard else ""),
-        fix="check that config.json and the weights are of the same model",
+        f"{origin.name}.{tensor.name} {tensor.shape_text()} = {' or '.join(shapes)}",
+        str(list(found)) + (f" for shard {origin.shard}" if origin.shard else ""),
+        "check that config.json and the weights are of the same model",
     )
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the name of a layer in vLLM's model to the layers of the checkpoint that it holds.
 
-vLLM fuses checkpoint layers (q/k/v into qkv_proj) and renames them. The model says how: ``packed_modules_mapping`` and
-``hf_to_vllm_mapper``. One generic table of fused families serves where no model is at hand, and where a model class
-forgets to say. There is no table per model.
+vLLM fuses checkpoint layers (q/k/v into qkv_proj) and renames them. Models declare how: ``packed_modules_mapping`` and
+``hf_to_vllm_mapper``. A generic table of fused families is used without a model, for model classes that declare nothing, and
+for the number of shards that a checkpoint layer fills. There is no table per model.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class ResolvedLayer:
         """Optional tensors that at least one shard has."""
         return frozenset().union(*(entry.tensors for entry in self.entries))
 
-    def owners(self, count: int, source: str) -> tuple[int, ...]:
+    def owners(self, count: int) -> tuple[int, ...]:
         """The checkpoint layer of each of vLLM's ``count`` shards, as an index into ``shards``.
 
         Raises:
@@ -93,7 +93,6 @@ class ResolvedLayer:
                 "undescribed-layer",
                 "vLLM's fused layer has another number of shards than the checkpoint layers that are known to fill it",
                 layer=self.prefix,
-                file=source,
                 expected=f"{count} shards",
                 found=", ".join(f"{name}: {fill}" for name, fill in zip(self.shards, fills, strict=True)),
                 fix="export these layers as float, or report the model's name",

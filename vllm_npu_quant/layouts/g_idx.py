@@ -19,7 +19,7 @@ import torch
 
 from vllm_npu_quant.errors import Finding, NpuQuantError
 
-__all__ = ["MAX_GROWTH", "Arrangement", "arrange", "ranks_that_fit", "starts_new_groups_in_order"]
+__all__ = ["MAX_GROWTH", "Arrangement", "arrange", "starts_new_groups_in_order"]
 
 #: Operators take groups of a multiple of this many inputs.
 GROUP_MULTIPLE = 32
@@ -52,12 +52,6 @@ def starts_new_groups_in_order(g_idx: torch.Tensor) -> int:
     size = int((g_idx == g_idx[0]).sum())
     wanted = torch.arange(g_idx.numel(), dtype=g_idx.dtype, device=g_idx.device) // size
     return size if torch.equal(g_idx, wanted) else 0
-
-
-def ranks_that_fit(group_size: int) -> int:
-    """The largest tensor-parallel size for which a part holds 16 or more members of a group on average, so that filling
-    up to 32 does not more than double it."""
-    return max(group_size // 16, 1)
 
 
 def arrange(g_idx: torch.Tensor, group_size: int, groups: int) -> Arrangement:

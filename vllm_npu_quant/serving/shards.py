@@ -60,9 +60,6 @@ def rank_part(
     outputs: Sequence[int],
     inputs: int,
     ranks: int,
-    *,
-    layer: str = "",
-    file: str = "",
     fix: str = SMALLER_TP,
 ) -> RankPart:
     """Cut a stored layer for ``ranks`` ranks.
@@ -74,12 +71,12 @@ def rank_part(
         outputs: outputs of each fused shard, over all ranks if ``cut`` is OUT.
         inputs: inputs of the whole layer.
         ranks: how many ranks cut it.
-        layer, file, fix: for findings.
+        fix: for findings, which name no layer.
     """
     found: list[Finding] = []
 
     def refuse(message: str, expected: str, what: str, instead: str = fix) -> None:
-        found.append(Finding("cannot-shard", message, layer, file, expected, what, fix=instead))
+        found.append(Finding("cannot-shard", message, expected=expected, found=what, fix=instead))
 
     for name, axis, lengths in (("outputs", Axis.OUT, outputs), ("inputs", Axis.IN, (inputs,))):
         for length in dict.fromkeys(lengths) if cut is axis else ():
