@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from vllm_npu_quant.errors import Finding, NpuQuantError
-from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight, StaticActivation
-from vllm_npu_quant.layouts.compressed_tensors import row_sums
+from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight, StaticActivation, row_sums
 from vllm_npu_quant.layouts.int4 import transposed_int8
 from vllm_npu_quant.methods import operators  # noqa: F401  # defines torch.ops.npu_quant.*
 from vllm_npu_quant.methods.base import (
