@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensor and expert parallelism: which sizes cut a checkpoint's layers into whole parts."""
+"""Tensor and expert parallelism: the part of each layer on a rank, and the sizes that divide all layers evenly."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from vllm_npu_quant.layouts.tables import Axis, group_size_of, tensors_of
 from vllm_npu_quant.serving.cost import round_up
 from vllm_npu_quant.spec import LayerKind
 
-__all__ = ["NUMBER", "SIZES", "RankPart", "cut_of", "fitting_sizes", "kv_heads", "parallel_findings", "part_of"]
+__all__ = ["NUMBER", "SIZES", "RankPart", "fitting_sizes", "kv_heads", "parallel_findings", "part_of", "sharded_axis"]
 
-#: Parallel sizes that are tried for "sizes that work".
+#: Tensor-parallel sizes that are tried to suggest sizes that work.
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 40, 48, 64)
 
-#: Last components of layers whose inputs are cut; every rank then has all outputs, and the results are summed.
+#: Last name components of row-parallel layers, whose inputs are split.
 ROW_PARALLEL = frozenset({"o_proj", "out_proj", "down_proj", "w2", "wo", "c_proj", "fc2", "dense_4h_to_h", "dense"})
-#: Last components of layers that every rank has whole.
+#: Last name components of replicated layers.
 REPLICATED = frozenset(
     {
         "gate",
@@ -39,14 +39,14 @@ REPLICATED = frozenset(
         "eh_proj",
     }
 )
-#: A layer's number in its name.
+#: The number of a layer in its name.
 NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
-#: With activation order, a rank fills its part of every group up to 32 inputs, and the weight may double at most.
+#: With activation order, a rank pads its part of every group to this many inputs; the weight may at most double.
 _ACT_ORDER_FILL = 32
 
 
-def cut_of(layer: Layer) -> Axis | None:
-    """The dimension that tensor parallelism cuts, by the layer's name; None where every rank has the whole layer."""
+def sharded_axis(layer: Layer) -> Axis | None:
+    """The dimension that tensor parallelism splits, by the layer's name; None if the layer is replicated."""
     last = layer.name.rpartition(".")[2]
     if layer.kind == OTHER:
         return Axis.OUT if "embed_tokens" in layer.name else None
@@ -55,13 +55,13 @@ def cut_of(layer: Layer) -> Axis | None:
     return Axis.IN if last in ROW_PARALLEL else Axis.OUT
 
 
-#: vLLM fills the vocabulary up to a multiple of this, in embeddings and lm_head.
+#: vLLM pads the vocabulary of embeddings and lm_head to a multiple of this.
 VOCABULARY = 64
 
 
 @dataclass(frozen=True)
 class RankPart:
-    """What one rank has of a layer: ``count`` matrices of N outputs and K inputs."""
+    """One rank's part of a layer: ``count`` matrices of ``outputs`` x ``inputs``."""
 
     outputs: int
     inputs: int
@@ -69,13 +69,15 @@ class RankPart:
 
 
 def part_of(layer: Layer, tp: int, ep: int, kv_heads: int = 0) -> RankPart:
-    """A rank's part of a layer with ``tp`` tensor-parallel ranks, of which ``ep`` share the experts.
+    """The largest part of a layer that a rank has, with ``tp`` tensor-parallel ranks, of which ``ep`` share the experts.
 
     Args:
-        kv_heads: key-value heads of the model, which more ranks than heads repeat; 0 where they are not known.
+        layer: the layer.
+        tp, ep: tensor- and expert-parallel sizes.
+        kv_heads: key-value heads of the model, which are replicated if there are more ranks than heads; 0 if not known.
     """
     outputs, inputs, count = layer.outputs, layer.inputs, layer.count
-    axis = cut_of(layer)
+    axis = sharded_axis(layer)
     if layer.kind == LayerKind.FUSED_MOE.value and ep > 1:
         return RankPart(outputs, inputs, -(-count // ep))
     if axis is Axis.OUT:
@@ -94,7 +96,7 @@ def part_of(layer: Layer, tp: int, ep: int, kv_heads: int = 0) -> RankPart:
 
 
 def kv_heads(model: Model) -> int:
-    """Key-value heads of the config; 0 where they are not known or the model has latent attention."""
+    """Number of key-value heads in the config; 0 if not known, and for latent attention."""
     if model.size("kv_lora_rank"):
         return 0
     return model.size("num_key_value_heads", "multi_query_group_num", "num_kv_heads") or model.size(
@@ -103,17 +105,20 @@ def kv_heads(model: Model) -> int:
 
 
 def fitting_sizes(model: Model, layers: Sequence[Layer]) -> tuple[int, ...]:
-    """The tensor-parallel sizes of SIZES that cut every layer into whole parts."""
+    """The tensor-parallel sizes of SIZES that divide every layer evenly."""
     return tuple(size for size in SIZES if not parallel_findings(model, layers, tp=size, ep=1, fitting=False))
 
 
 def parallel_findings(
     model: Model, layers: Sequence[Layer], *, tp: int, ep: int, fitting: bool = True
 ) -> list[Finding]:
-    """What stands in the way of ``tp`` tensor-parallel ranks, of which ``ep`` share the experts.
+    """Findings for layers that cannot be split among ``tp`` tensor-parallel ranks, of which ``ep`` share the experts.
 
     Args:
-        fitting: whether to look for the sizes that work; else the first obstacle is enough.
+        model: an opened model.
+        layers: its layers.
+        tp, ep: tensor- and expert-parallel sizes.
+        fitting: whether to suggest sizes that work.
     """
     found = FindingLimit(8)
     if tp > 1:
@@ -122,7 +127,7 @@ def parallel_findings(
         if problems and fitting:
             sizes = [str(size) for size in fitting_sizes(model, layers) if size <= max(2 * tp, 16)]
             works = "use a tensor-parallel size that works: " + ", ".join(sizes)
-        # One finding for the layers of all depths that have the same name and the same problem.
+        # One finding for the layers of all depths with the same name and problem.
         alike: dict[tuple[str, ...], list[str]] = {}
         for layer, *problem in problems:
             alike.setdefault((NUMBER.sub("*", layer), *problem), []).append(layer)
@@ -151,14 +156,14 @@ def _heads(model: Model, tp: int) -> Iterable[tuple[str, str, str, str]]:
 
 def _layers(layers: Iterable[Layer], tp: int, ep: int) -> Iterable[tuple[str, str, str, str]]:
     for layer in layers:
-        axis = cut_of(layer)
+        axis = sharded_axis(layer)
         if axis is None or not layer.outputs or layer.kind in (OTHER, LayerKind.LM_HEAD.value):
             continue  # vLLM pads the vocabulary
         if ep > 1 and layer.kind == LayerKind.FUSED_MOE.value:
-            continue  # experts are divided among the ranks, not cut
+            continue  # expert parallelism does not split an expert
         length = layer.outputs if axis is Axis.OUT else layer.inputs
         last = layer.name.rpartition(".")[2]
-        if length % tp and last not in ("k_proj", "v_proj", "qkv_proj"):  # their heads may be repeated
+        if length % tp and last not in ("k_proj", "v_proj", "qkv_proj"):  # their heads may be replicated
             what = "outputs" if axis is Axis.OUT else "inputs"
             yield layer.name, f"its {what} cannot be divided among the ranks", f"a divisor of {length}", f"tp {tp}"
             continue
@@ -167,7 +172,7 @@ def _layers(layers: Iterable[Layer], tp: int, ep: int) -> Iterable[tuple[str, st
 
 
 def _packed(layer: Layer, axis: Axis, part: int, tp: int) -> Iterable[tuple[str, str, str, str]]:
-    """Whether a rank's part holds whole packed elements, and enough of each group with activation order."""
+    """Problems of ``part`` elements per rank along ``axis`` with packed elements, groups, or activation order."""
     group = group_size_of(layer.stored)
     tensors = tensors_of(layer.stored, layer.tensors)
     for tensor in tensors:
