@@ -39,8 +39,8 @@ def errors_page() -> str:
         "  fix      download the checkpoint again, or re-export it",
         "```",
         "",
-        "All problems of a checkpoint come in one error, before any weight is read. Of one kind, the first 20 are shown in",
-        "full and the rest is counted.",
+        "All problems of a checkpoint are in one error, which is raised before any weight is read. At most 20 findings of",
+        "one kind are printed; the rest are counted.",
         "",
     ]
     for code, text in CODES.items():

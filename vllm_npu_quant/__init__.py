@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantized checkpoints on Huawei Ascend NPUs with vLLM, and the same arithmetic on a CPU.
 
-Importing this package imports neither torch nor vllm, nor does any of the functions that answer from config files and
-headers: ``inspect``, ``check``, ``plan``, ``matrix``.
+Neither this package nor the functions ``inspect``, ``check``, ``plan``, ``matrix`` and ``doctor`` import torch or vllm.
 """
 
 from __future__ import annotations

@@ -20,24 +20,24 @@ _BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 class NpuEmulationPlatform(CpuPlatform):
-    """The CPU platform of a host without an NPU: the same layers run, on reference implementations of torch_npu's operators.
+    """vLLM's CPU platform for hosts without an NPU; quantized layers call emulated torch_npu operators.
 
-    It stays a CPU platform in every respect that vLLM asks for. ``supported_quantization`` stays empty, which admits every
-    method: a list would refuse all names that are not in it.
+    It does not change vLLM's CPU platform. ``supported_quantization`` stays empty, which allows every method; a list would
+    exclude all methods that are not in it.
     """
 
-    #: Asked by tools that say whether a number came from an NPU.
+    #: Read by tools that report whether a result came from an NPU.
     npu_operators_emulated = True
 
     @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
-        # Idempotent: vLLM calls it again in the engine process.
+        # Called again in the engine process, so it must be idempotent.
         cls._bind_threads(vllm_config.parallel_config.tensor_parallel_size)
         super().check_and_update_config(vllm_config)
 
     @classmethod
     def _bind_threads(cls, workers: int) -> None:
-        """Leave threads unbound where vLLM's automatic binding would find fewer NUMA nodes than workers, and die."""
+        """Disable thread binding if there are fewer NUMA nodes than workers: vLLM's automatic binding would fail."""
         if workers <= 1 or os.environ.get(_BIND):
             return
         nodes = _numa_nodes()

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 import vllm_npu_quant
 from tests.fixtures_index import fixture
-from vllm_npu_quant.cli.app import app
+from vllm_npu_quant.cli.app import _engine_output, app
+from vllm_npu_quant.errors import NpuQuantError
 
 RUNNER = CliRunner()
 W8A8 = str(fixture("msmodelslim-qwen3-w8a8-dynamic"))
@@ -213,3 +214,12 @@ def test_closed_pipe() -> None:
     result = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert result.stdout.startswith("# What is served where")
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(("level", "shown"), [("INFO", True), ("ERROR", False)])
+def test_traceback_of_an_engine_failure(level: str, shown: bool, monkeypatch, capsys) -> None:
+    """Any exception of an engine is one finding; its traceback is printed at the log level that the fix recommends."""
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", level)
+    with pytest.raises(NpuQuantError, match="KeyError: 'missing'"), _engine_output():
+        raise KeyError("missing")
+    assert ("Traceback (most recent call last)" in capsys.readouterr().err) is shown

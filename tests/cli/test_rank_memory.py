@@ -13,7 +13,7 @@ import pytest
 
 from tests.fixtures_index import fixture, fixtures, shared, shared_checkpoints
 from vllm_npu_quant.inspection import inspect, plan
-from vllm_npu_quant.inspection.parallel import cut_of
+from vllm_npu_quant.inspection.parallel import sharded_axis
 from vllm_npu_quant.layouts.tables import Axis
 
 pytest.importorskip("vllm")
@@ -113,6 +113,6 @@ def test_two_ranks(kind: str, tmp_path: Path) -> None:
         once = {
             layer.name: 4 * layer.outputs
             for layer in inspect(folder).layers
-            if layer.method == "W8A8StaticLinear" and cut_of(layer) is Axis.IN
+            if layer.method == "W8A8StaticLinear" and sharded_axis(layer) is Axis.IN
         }
         assert {name: size - others.get(name, 0) for name, size in mine.items() if size != others.get(name)} == once

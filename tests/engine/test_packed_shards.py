@@ -22,7 +22,7 @@ from vllm_npu_quant.errors import NpuQuantError
 from vllm_npu_quant.formats.described import LayerEntry
 from vllm_npu_quant.formats.packed import integer_spec
 from vllm_npu_quant.formats.resolve import ResolvedLayer, joint_spec
-from vllm_npu_quant.layouts import gptq
+from vllm_npu_quant.layouts.bits import pack
 from vllm_npu_quant.serving.decide import Host, decide
 from vllm_npu_quant.spec import LayerKind, LayerSpec, Layout
 
@@ -33,9 +33,9 @@ def gptq_case(bits: int, group: int, layout: Layout = Layout.GPTQ, *, g_idx: boo
         size = group if group > 0 else inputs
         groups = -(-inputs // size)
         values = torch.from_numpy(rng.integers(0, 2**bits, (-(-inputs // 32) * 32, outputs)))
-        qweight = gptq.pack(values, bits)[: -(-inputs * bits // 32)].contiguous()
+        qweight = pack(values, bits)[: -(-inputs * bits // 32)].contiguous()
         zeros = torch.from_numpy(rng.integers(1, 2**bits, (-(-outputs // 32) * 32, groups)))
-        qzeros = gptq.pack(zeros, bits)[: -(-outputs * bits // 32)].t().contiguous()
+        qzeros = pack(zeros, bits)[: -(-outputs * bits // 32)].t().contiguous()
         scales = torch.from_numpy(rng.uniform(0.5, 2, (groups, outputs)).astype(np.float16))
         order = np.arange(inputs) // size
         if "ACT_ORDER" in layout.name:

@@ -17,14 +17,13 @@ from tests.fixtures_index import fixture, shared
 from vllm_npu_quant.checkpoint import Checkpoint
 from vllm_npu_quant.errors import NpuQuantError
 from vllm_npu_quant.formats.compressed_tensors import read
-from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight
+from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight, row_sums
 from vllm_npu_quant.layouts.compressed_tensors import (
     act_order_to_canonical,
     group_of_inputs,
     int_to_canonical,
     one_scale_per_row,
     packed_to_canonical,
-    row_sums,
     static_to_canonical,
     unpack_inputs,
     unpack_outputs,

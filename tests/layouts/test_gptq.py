@@ -16,6 +16,7 @@ from tests.layouts.words import bit_stream, dequantized_gptq
 from tests.methods.layers import random_input, relative_error, run
 from vllm_npu_quant.errors import NpuQuantError
 from vllm_npu_quant.layouts import gptq
+from vllm_npu_quant.layouts.bits import pack, unpack
 from vllm_npu_quant.layouts.g_idx import MAX_GROWTH, arrange, starts_new_groups_in_order
 from vllm_npu_quant.layouts.tables import LayerSizes, tensors_of
 from vllm_npu_quant.methods.weight_only import WeightOnlyLinear
@@ -52,9 +53,9 @@ def random_layer(rng, inputs: int, outputs: int, bits: int, group: int):
     zero = torch.from_numpy(rng.integers(0, 2**bits, (groups, -(-outputs // 32) * 32)))
     words = -(-inputs * bits // 32)
     zero_words = -(-outputs * bits // 32)
-    qzeros = gptq.pack(zero.t(), bits)[:zero_words].t().contiguous().numpy()
+    qzeros = pack(zero.t(), bits)[:zero_words].t().contiguous().numpy()
     scales = rng.uniform(0.01, 0.1, (groups, outputs)).astype(np.float16)
-    return gptq.pack(q, bits)[:words].contiguous().numpy(), scales, qzeros
+    return pack(q, bits)[:words].contiguous().numpy(), scales, qzeros
 
 
 def undone(linear, inputs: int) -> np.ndarray:
@@ -75,17 +76,17 @@ def undone(linear, inputs: int) -> np.ndarray:
 def test_unpack_and_pack_are_inverse(bits, runs, columns, seed):
     rng = np.random.default_rng(seed)
     words = rng.integers(-(2**31), 2**31, (runs * (3 if bits == 3 else 1), columns)).astype(np.int32)
-    values = gptq.unpack(torch.from_numpy(words), bits)
+    values = unpack(torch.from_numpy(words), bits)
     assert values.dtype == torch.uint8
     assert np.array_equal(values.numpy(), bit_stream(words, bits))
-    assert np.array_equal(gptq.pack(values, bits).numpy(), words)
+    assert np.array_equal(pack(values, bits).numpy(), words)
 
 
 def test_a_stream_of_3_bits_may_end_inside_of_its_words():
     values = torch.arange(32).reshape(32, 1) % 8
-    words = gptq.pack(values, 3)
+    words = pack(values, 3)
     for length in (1, 2):
-        found = gptq.unpack(words[:length], 3)[: length * 32 // 3]
+        found = unpack(words[:length], 3)[: length * 32 // 3]
         assert torch.equal(found.long(), values[: length * 32 // 3])
 
 
@@ -93,7 +94,7 @@ def test_columns_of_any_stride_are_read():
     words = torch.randint(-(2**31), 2**31 - 1, (6, 5), dtype=torch.int64).to(torch.int32)
     for part in (words[:, 2:3], words[:, 1:4], words.t()[:, :1], words[:1].t()):
         for bits in (2, 4, 8):
-            assert np.array_equal(gptq.unpack(part, bits).numpy(), bit_stream(part.numpy(), bits))
+            assert np.array_equal(unpack(part, bits).numpy(), bit_stream(part.numpy(), bits))
 
 
 @pytest.mark.parametrize("order", ["plain", "shuffled"])
@@ -137,9 +138,9 @@ def test_a_zero_point_of_0_borrows_from_its_neighbour_in_the_first_format():
 def test_zero_points_without_a_0_are_stored_minus_one_each():
     for bits in BITS:
         zero = torch.arange(32).reshape(1, 32) % (2**bits - 1) + 1
-        stored = gptq.pack((zero - 1).t(), bits).t()
+        stored = pack((zero - 1).t(), bits).t()
         assert torch.equal(gptq.zeros_v1(stored, spec_of(bits, 32), 32).long(), zero)
-        same = gptq.pack(zero.t(), bits).t()
+        same = pack(zero.t(), bits).t()
         assert torch.equal(gptq.zeros_v2(same, spec_of(bits, 32), 32).long(), zero)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints on disk or on a hub: JSON files, safetensors headers and indexes, and single tensors as NumPy arrays.
 
-Nothing here knows about quantization, and nothing imports torch or vllm.
+This package does not depend on quantization formats and imports neither torch nor vllm.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opening files that strangers made: only regular files, and every failure is one NpuQuantError."""
+"""Opening of untrusted files: only regular files, every failure an NpuQuantError."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = ["opened"]
 def opened(path: Path, *, file: str) -> Iterator[tuple[BinaryIO, int]]:
     """Open a regular file for reading, unbuffered, as ``(stream, size in bytes)``; ``file`` is its name in messages.
 
-    Links are followed: the cache of huggingface_hub is made of them.
+    Symbolic links are followed, as huggingface_hub's cache requires.
 
     Raises:
-        NpuQuantError: unreadable-file, for a file that is missing, not readable, or no regular file, also where
-            reading it fails within the context.
+        NpuQuantError: unreadable-file for a file that is missing, unreadable or not regular, and for read errors within the
+            context.
     """
     try:
         os.fsencode(path)
@@ -39,7 +39,7 @@ def opened(path: Path, *, file: str) -> Iterator[tuple[BinaryIO, int]]:
             info = os.fstat(stream.fileno())
             if not stat.S_ISREG(info.st_mode):
                 raise _unreadable(file, "this is not a file", "a pipe or device", fix="Check the path.")
-            yield stream, info.st_size  # type: ignore[misc]  # FileIO is a BinaryIO to everybody but typeshed
+            yield stream, info.st_size  # type: ignore[misc]  # typeshed does not declare FileIO as a BinaryIO
     except FileNotFoundError:
         raise _missing(path, file) from None
     except IsADirectoryError:
@@ -50,13 +50,13 @@ def opened(path: Path, *, file: str) -> Iterator[tuple[BinaryIO, int]]:
 
 
 def _open(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # else opening a pipe waits forever
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # opening a pipe would block otherwise
 
 
 def _missing(path: Path, file: str) -> NpuQuantError:
-    """The error for a file that is not there, with the names beside it that come near."""
+    """Error for a missing file, with similar names in its folder."""
     try:
-        if path.is_symlink():  # what an interrupted download leaves in the cache of huggingface_hub
+        if path.is_symlink():  # left in huggingface_hub's cache by an interrupted download
             target = f"a link to {shown_name(os.readlink(path))}"
             return _unreadable(
                 file, "the file is a link to a file that does not exist", target, fix="Download it again."

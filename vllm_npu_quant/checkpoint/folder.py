@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint on disk: the weight files that vLLM would load, their tensors, and what is wrong with them."""
+"""A checkpoint on disk: the weight files that vLLM would load, their tensors, and findings about them."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoint", "pickled_weights"]
 
-#: The only index that vLLM reads: it loads the files that this one names, and no others.
+#: The index that vLLM reads; it loads only the files that this index names.
 VLLM_INDEX = "model.safetensors.index.json"
 
-#: The same where the folder holds Mistral's consolidated*.safetensors, which vLLM prefers.
+#: The index if the folder holds Mistral's consolidated*.safetensors, which vLLM prefers.
 CONSOLIDATED_INDEX = "consolidated.safetensors.index.json"
 
-#: Limit of the tensors of a checkpoint.
+#: Limit on the number of tensors of a checkpoint.
 MAX_TENSORS = 2_000_000
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
-#: Pickles that hold no weights; vLLM leaves them out, too.
+#: Pickles without weights, which vLLM ignores.
 _NO_WEIGHTS = frozenset(("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt"))
 
 
 class Checkpoint:
-    """A local folder with safetensors weights. Opening it reads headers and indexes, never a weight.
+    """A local folder with safetensors weights. Opening it reads headers and indexes, never weights.
 
     Attributes:
         folder: the folder.
         names: names of all its files, sorted.
         files: names of the weight files that vLLM would load, sorted.
-        ignored: names of the other files with weights, and why vLLM would not load them.
+        ignored: names of the other weight files, and the reason why vLLM would not load them.
         indexes: names of the index files.
-        leaving: names of links that lead out of the folder, with their targets; none of them is opened.
+        leaving: names of links to targets outside the folder, with their targets; they are not opened.
         tensors: every tensor of ``files``, by name.
         sizes: bytes of each of ``files``.
-        findings: everything that is wrong with the files and the indexes, and nothing about quantization.
+        findings: findings about files and indexes, not about quantization.
     """
 
-    #: Whether ``read`` can give values: False where only the headers of a hub's files are here.
+    #: Whether ``read`` can return values: False if only the headers of a hub's files are available.
     has_values: ClassVar[bool] = True
 
     def __init__(self, folder: Path) -> None:
@@ -68,16 +68,16 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: str | Path, *, follow_links: bool = True, headers: bool = True) -> Checkpoint:
-        """List the tensors of a local folder (for a hub id see ``open_checkpoint``).
+        """Open a local folder and list its tensors (for a hub id see ``open_checkpoint``).
 
         Args:
             folder: the folder.
-            follow_links: whether links that lead out of the folder are followed, as vLLM does. Those of a snapshot in
-                huggingface_hub's cache, which lead to the blobs beside it, always are.
-            headers: False lists the files only; ``read_headers`` may do the rest.
+            follow_links: whether to follow links out of the folder, as vLLM does. Links of a snapshot in huggingface_hub's
+                cache to its blobs are always followed.
+            headers: whether to read headers; if False, only files are listed, and ``read_headers`` can be called later.
 
         Raises:
-            NpuQuantError: unreadable-file, where there is no such folder. Everything else goes to ``findings``.
+            NpuQuantError: unreadable-file if the folder cannot be read. All other problems are in ``findings``.
         """
         folder = Path(folder)
         try:
@@ -117,40 +117,40 @@ class Checkpoint:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def path(self, name: str) -> Path:
-        """Where one of ``names`` lies on this host."""
+        """Local path of one of ``names``."""
         return self.folder / name
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """The object of one of the folder's JSON files, with the size limit of its kind; errors as in ``read_json``."""
+        """Read one of the folder's JSON files, with the size limit of its kind; errors as in ``read_json``."""
         if name in self.leaving:
             raise NpuQuantError([_leaves(name, self.leaving[name])])
         return read_json(self.path(name), max_bytes=json_limit(name), file=name)
 
     def read(self, name: str, *, float32: bool = False) -> np.ndarray:
-        """The values of one tensor.
+        """Read the values of one tensor.
 
         Args:
             name: a key of ``tensors``.
-            float32: convert to float32. Else the values come as they are stored, read-only and memory-mapped, in the
-                NumPy dtype of the same name. NumPy has no BF16, which comes as uint16, nor 8-bit floats, which come as
-                uint8; F4 and F6 come as packed bytes (see ``values.map_tensor`` for the shape).
+            float32: whether to convert to float32. Otherwise the values are those stored, read-only and memory-mapped, in
+                the NumPy dtype of the same name: BF16 is returned as uint16, 8-bit floats as uint8, F4 and F6 as packed
+                bytes (see ``values.map_tensor`` for the shape).
 
         Raises:
-            KeyError: there is no such tensor; the message has the nearest names.
+            KeyError: the tensor does not exist; the message has the nearest names.
             NpuQuantError: the file has changed since the checkpoint was opened, or it has an error in ``findings``.
-            ValueError: with ``float32``, where the dtype is an integer, complex, or a 6-bit float.
+            ValueError: with ``float32``, for integer, complex and 6-bit float dtypes.
         """
         tensor = self.tensors.get(name)
         if tensor is None:
             near = nearest_names(name, self.tensors)
             raise KeyError(f"no tensor {name!r} in {self.folder}" + (f"; nearest: {', '.join(near)}" if near else ""))
-        from vllm_npu_quant.checkpoint.values import map_tensor, to_float32  # NumPy, which headers do not need
+        from vllm_npu_quant.checkpoint.values import map_tensor, to_float32  # imports NumPy, not needed for headers
 
         values = map_tensor(self.path(tensor.file), tensor, self.sizes[tensor.file])
         return to_float32(values, tensor) if float32 else values
 
     def read_headers(self) -> None:
-        """Fill in ``files``, ``tensors``, ``findings`` and the rest from the files in ``names``; ``open`` does."""
+        """Set ``files``, ``tensors``, ``findings`` and the other attributes from the files in ``names``."""
         findings: list[Finding] = []
         names = list(self.names)
         weights = fnmatch.filter(names, "*.safetensors")
@@ -202,7 +202,7 @@ class Checkpoint:
         return read_header(self.path(name))
 
     def _read_index(self, name: str, findings: list[Finding]) -> dict[str, str] | None:
-        """The weight_map of an index: tensor name to file name. None where it cannot be used."""
+        """The weight_map of an index, tensor name to file name; None, with findings, if it cannot be used."""
         try:
             index = self.read_json(name)
         except NpuQuantError as error:
@@ -246,14 +246,14 @@ class Checkpoint:
         indexes: Mapping[str, dict[str, str]],
         vllm_index: str,
     ) -> Iterable[Finding]:
-        """Where an index and the files beside it disagree."""
+        """Findings about differences between an index and the files in its folder."""
         by_file: dict[str, list[str]] = defaultdict(list)
         for tensor, file in index.items():
             by_file[file].append(tensor)
         present = set(weights)
         missing = [file for file in by_file if file not in present]
         if name != vllm_index and name == CONSOLIDATED_INDEX and len(missing) == len(by_file):
-            return  # it belongs to files that are not downloaded, since nobody needs them
+            return  # none of its files is downloaded, and vLLM does not use them
         complete = [other for other in indexes if other != name and set(indexes[other].values()) <= present]
         for file in missing[:20]:
             fix = "Finish the download, or copy the file from where the checkpoint was made."
@@ -311,7 +311,7 @@ def pickled_weights(names: Iterable[str]) -> list[str]:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a name is that of a file beside the index: no path, nothing that leaves the folder."""
+    """Whether a name is the plain name of a safetensors file, without path components."""
     return (
         len(name) < 256
         and name.endswith(".safetensors")
@@ -321,7 +321,7 @@ def _is_plain(name: str) -> bool:
 
 
 def _merge(headers: Iterable[Header], findings: list[Finding]) -> dict[str, TensorInfo]:
-    """All tensors; those that stand in two files are reported once for every pair of files."""
+    """All tensors by name; tensors in two files are reported once per pair of files."""
     tensors: dict[str, TensorInfo] = {}
     twice: dict[tuple[str, str], list[str]] = defaultdict(list)
     for header in headers:
@@ -378,10 +378,10 @@ def _adapter(name: str) -> Finding:
 
 
 def _leaving(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Links that lead out of the folder, with their targets."""
+    """Links to targets outside the folder, with their targets."""
     root = os.path.realpath(folder)
     parent = os.path.dirname(root)
-    if os.path.basename(parent) == "snapshots":  # huggingface_hub's cache: snapshots/<revision> and blobs
+    if os.path.basename(parent) == "snapshots":  # huggingface_hub's cache has snapshots/<revision> and blobs
         root = os.path.dirname(parent)
     found = {}
     for name in names:
@@ -406,7 +406,7 @@ _SHARD = re.compile(r"(.*-)([0-9]{5})-of-([0-9]{5})\.safetensors")
 
 
 def _missing_shards(files: Iterable[str]) -> Iterable[Finding]:
-    """Parts of a series "...-00001-of-00004.safetensors" that are not there; an index, where there is one, knows better."""
+    """Findings for missing files of a series "...-00001-of-00004.safetensors"; used only if no index names the files."""
     series: dict[tuple[str, int], set[int]] = defaultdict(set)
     for name in files:
         match = _SHARD.fullmatch(name)
@@ -427,7 +427,7 @@ def _missing_shards(files: Iterable[str]) -> Iterable[Finding]:
 
 
 def _no_weights(folder: Path, names: list[str]) -> Finding:
-    """The finding for a folder without safetensors files."""
+    """Finding for a folder without safetensors files."""
     for patterns, message, fix in (
         (
             _PICKLES,
@@ -466,7 +466,7 @@ def _no_weights(folder: Path, names: list[str]) -> Finding:
 
 
 def _weights_below(folder: Path, names: Iterable[str]) -> str:
-    """A folder inside with safetensors files: one below, or a snapshot of huggingface_hub's cache."""
+    """A subfolder with safetensors files, or a snapshot of huggingface_hub's cache; "" if there is none."""
     inside = [name for name in names if os.path.isdir(folder / name) and not os.path.islink(folder / name)][:50]
     if "snapshots" in inside:
         inside += [f"snapshots/{name}" for name in sorted(os.listdir(folder / "snapshots"))[:50]]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON files of strangers: bounded in size, depth and number of values, with no duplicate keys and no NaN.
+"""Strict reading of untrusted JSON files: bounded size, depth and number of values; no duplicate keys, no NaN.
 
-A checkpoint's JSON decides how gigabytes of weights are read, so a file that two readers could understand differently
-is refused. Every refusal is an NpuQuantError that names the file and what to do.
+The JSON files of a checkpoint decide how its weights are read, so files that parsers read differently are rejected. Every
+error is an NpuQuantError that names the file and a fix.
 """
 
 from __future__ import annotations
@@ -34,36 +34,36 @@ __all__ = [
     "read_json",
 ]
 
-#: Limit of config.json and the like, in bytes.
+#: Size limit of config.json and similar files, in bytes.
 CONFIG_MAX_BYTES = 16 * 2**20
 
-#: Limit of quant_model_description.json, in bytes. DeepSeek-R1's has about 10 MB.
+#: Size limit of quant_model_description.json, in bytes. DeepSeek-R1's has about 10 MB.
 DESCRIPTION_MAX_BYTES = 256 * 2**20
 
-#: Limit of *.safetensors.index.json, in bytes.
+#: Size limit of *.safetensors.index.json, in bytes.
 INDEX_MAX_BYTES = 256 * 2**20
 
-#: Objects and arrays inside each other, the outermost counted as 1.
+#: Limit on nested objects and arrays; the outermost has depth 1.
 MAX_DEPTH = 100
 
-#: Upper bound on the values of one file. A Python object takes up to 100 bytes where the file takes two, so it is this
-#: limit, more than the size, that bounds the memory. The largest files in the wild hold fewer than a million values.
+#: Limit on the number of values of one file. It bounds the memory: a Python object takes up to 100 bytes for two bytes of
+#: the file. The largest known files hold fewer than a million values.
 MAX_ITEMS = 2_000_000
 
 _AGAIN = "Copy or download the file again."
 
 
-#: Where in a file a value stands: (where its parent stands, its key or index). Text is made of it for messages only.
+#: Path of a value as a linked list: (path of its parent, its key or index). Converted to text for messages only.
 _Keys: TypeAlias = "tuple[_Keys, str | int] | None"
 
 
 class _NotJsonError(ValueError):
-    """Python's parser accepts it, JSON does not have it."""
+    """A value that Python's parser accepts but JSON does not allow."""
 
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Pause Python's garbage collector: while many objects are made and none is dropped, it takes most of the time."""
+    """Pause Python's garbage collector, which dominates the time while many objects are created and none is freed."""
     if not gc.isenabled():
         yield
         return
@@ -75,7 +75,7 @@ def collector_paused() -> Iterator[None]:
 
 
 def json_limit(name: str) -> int:
-    """Limit of one of a checkpoint's JSON files by its name, in bytes."""
+    """Size limit in bytes of a checkpoint's JSON file with this name."""
     if name.endswith(".index.json"):
         return INDEX_MAX_BYTES
     if name.startswith("quant_model_description"):
@@ -86,17 +86,17 @@ def json_limit(name: str) -> int:
 def read_json(
     path: str | Path, *, max_bytes: int = CONFIG_MAX_BYTES, max_depth: int = MAX_DEPTH, file: str = ""
 ) -> dict:
-    """The object that a JSON file holds.
+    """Read a JSON file that holds one object.
 
     Args:
         path: the file.
-        max_bytes: limit of its size; CONFIG_MAX_BYTES, DESCRIPTION_MAX_BYTES or INDEX_MAX_BYTES.
-        max_depth: limit of objects and arrays inside each other, the outermost counted as 1.
-        file: the name of the file in messages, where it is not ``path``.
+        max_bytes: size limit; CONFIG_MAX_BYTES, DESCRIPTION_MAX_BYTES or INDEX_MAX_BYTES.
+        max_depth: limit on nested objects and arrays; the outermost has depth 1.
+        file: name of the file in messages; ``path`` if empty.
 
     Raises:
-        NpuQuantError: ``unreadable-file`` where the file is missing, too large, nested too deeply, not UTF-8, not JSON
-            (NaN and Infinity are not) or not an object; ``bad-config`` where an object has a key twice.
+        NpuQuantError: unreadable-file if the file is missing, too large, nested too deeply, not UTF-8, not JSON (NaN and
+            Infinity are not) or not an object; bad-config if an object has a duplicate key.
     """
     file = shown_name(file or str(path), 1000)
     with opened(Path(path), file=file) as (stream, size):
@@ -108,7 +108,7 @@ def read_json(
 
 @collector_paused()
 def parse_json(content: bytes, *, file: str, max_bytes: int = CONFIG_MAX_BYTES, max_depth: int = MAX_DEPTH) -> dict:
-    """The object that ``content`` holds: read_json for a file that is already in memory, ``file`` being its name."""
+    """Parse ``content``, which holds one object; arguments and errors as for ``read_json``."""
     if len(content) > max_bytes:
         raise _too_large(file, max_bytes, len(content))
     duplicates: list[tuple[_Keys, bool]] = []
@@ -145,13 +145,13 @@ def parse_json(content: bytes, *, file: str, max_bytes: int = CONFIG_MAX_BYTES, 
 
 
 def load_pairs(content: bytes, *, file: str) -> Any:
-    """Parse strict JSON; objects come as tuples of (key, value) pairs, so that duplicate keys are still to be seen.
+    """Parse strict JSON; objects are returned as tuples of (key, value) pairs, which keep duplicate keys.
 
-    A tuple is made by C code for every object, which costs a quarter of what a hook written in Python would.
+    The tuples are created by C code, which takes a quarter of the time of a hook written in Python.
 
     Raises:
         NpuQuantError: unreadable-file.
-        RecursionError: nested deeper than Python's parser goes.
+        RecursionError: the nesting exceeds the limit of Python's parser.
     """
     try:
         text = content.decode("utf-8")
@@ -177,12 +177,12 @@ def load_pairs(content: bytes, *, file: str) -> Any:
             found=f"about {items:,}",
             fix="Check that this is the right file.",
         )
-    # Newer Pythons refuse integers of more than 4300 digits themselves; converting them takes quadratic time.
+    # Converting long integers takes quadratic time. Newer Python versions reject more than 4300 digits themselves.
     if not getattr(sys, "get_int_max_str_digits", int)() and re.search(rb"[0-9]{4301}", content):
         raise _long_number(file)
     try:
         pairs = (_DECODER_MINUS_ZERO if "-0" in text else _DECODER).decode(text)
-        if "\\ud" in text or "\\uD" in text:  # half a surrogate pair can be neither printed nor written again
+        if "\\ud" in text or "\\uD" in text:  # a lone surrogate cannot be encoded again
             json.dumps(pairs, ensure_ascii=False).encode("utf-8")
     except json.JSONDecodeError as error:
         what, fix = looks_like(content[:4096])
@@ -196,15 +196,22 @@ def load_pairs(content: bytes, *, file: str) -> Any:
         raise _unreadable(file, "a string of the file is not valid Unicode", found="half of a surrogate pair") from None
     except _NotJsonError as error:
         raise _unreadable(file, f"the file is not JSON: {error}", expected="finite numbers") from None
-    except ValueError:  # Python's limit of digits
+    except ValueError:  # more digits than Python's limit
         raise _long_number(file) from None
     return pairs
 
 
 def _object(pairs: tuple, keys: _Keys, depth: int, duplicates: list[tuple[_Keys, bool]]) -> dict[str, Any]:
-    """The dict of an object's pairs, the objects inside converted too; keys that stand twice go to ``duplicates``.
+    """Convert an object's pairs to a dict, recursively.
 
-    ``keys`` leads to the object. Raises RecursionError where it holds more than ``depth`` levels.
+    Args:
+        pairs: (key, value) pairs.
+        keys: path of the object.
+        depth: allowed levels.
+        duplicates: receives (path, whether the values are equal) of duplicate keys.
+
+    Raises:
+        RecursionError: the object has more than ``depth`` levels.
     """
     if depth < 1:
         raise RecursionError
@@ -224,7 +231,7 @@ def _object(pairs: tuple, keys: _Keys, depth: int, duplicates: list[tuple[_Keys,
 
 
 def _array(values: list, keys: _Keys, depth: int, duplicates: list[tuple[_Keys, bool]]) -> list[Any]:
-    """The same for the objects inside an array."""
+    """Convert the objects of an array to dicts, in place; arguments and errors as for ``_object``."""
     if depth < 1:
         raise RecursionError
     for index, value in enumerate(values):
@@ -260,7 +267,7 @@ def _integer(text: str) -> int | float:
 
 _DECODER = json.JSONDecoder(object_pairs_hook=tuple, parse_constant=_no_constant, parse_float=_finite)
 
-#: For files with "-0", which only Python takes for an integer. Slower: it calls Python code for every integer.
+#: For files with "-0", which Python alone parses as an integer. Slower, since it calls a Python function per integer.
 _DECODER_MINUS_ZERO = json.JSONDecoder(
     object_pairs_hook=tuple, parse_constant=_no_constant, parse_float=_finite, parse_int=_integer
 )

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The header of a safetensors file, from untrusted bytes: every rule of the format, every violation reported.
+"""Parser of safetensors headers from untrusted bytes: checks every rule of the format and reports every violation.
 
-A file is 8 bytes with the header's length (little-endian), the header (a JSON object), and the data. The header maps
-every tensor name to ``{"dtype": ..., "shape": [...], "data_offsets": [begin, end]}``, with offsets in bytes from the
-start of the data, and may hold ``"__metadata__"``, an object of strings. The data is covered exactly: no holes, no
-overlaps, no bytes left (https://github.com/huggingface/safetensors#format).
+A file consists of 8 bytes with the header's length (little-endian), the header (a JSON object), and the data. The header
+maps every tensor name to ``{"dtype": ..., "shape": [...], "data_offsets": [begin, end]}``, with offsets in bytes from the
+start of the data, and may have ``"__metadata__"``, an object of strings. The tensors cover the data exactly, without holes,
+overlaps or remaining bytes (https://github.com/huggingface/safetensors#format).
 
-What the safetensors library refuses is refused here. Beyond that: names that stand twice (the library takes the last),
-fields that the format does not know, and more tensors or dimensions than a checkpoint can have.
+Everything that the safetensors library rejects is rejected. In addition: duplicate names (the library takes the last),
+unknown fields, and implausible numbers of tensors or dimensions.
 """
 
 from __future__ import annotations
@@ -63,22 +63,22 @@ DTYPE_BITS: Mapping[str, int] = MappingProxyType(
     }
 )
 
-#: Limit of the header's JSON, in bytes: the one of the safetensors library.
+#: Size limit of the header's JSON in bytes, that of the safetensors library.
 HEADER_MAX_BYTES = 100_000_000
 
-#: Limit of the tensors in one file. All 163 files of a quantized DeepSeek-R1 together hold 136,000.
+#: Limit on the tensors of one file. All 163 files of a quantized DeepSeek-R1 together hold 136,000.
 MAX_TENSORS = 250_000
 
-#: Limit of a tensor's dimensions, the one of NumPy 1.
+#: Limit on a tensor's dimensions, that of NumPy 1.
 MAX_DIMS = 32
 
-#: The format counts elements and bits in unsigned 64-bit integers.
+#: Elements and bits are counted in unsigned 64-bit integers.
 _MAX_COUNT = 2**64 - 1
 
-#: Findings listed per file; more of them are counted.
+#: Limit on the findings per file; the rest are counted.
 MAX_FINDINGS = 100
 
-#: Bytes of the first read of a file, enough for the headers of most.
+#: Bytes of the first read of a file, enough for most headers.
 _FIRST_READ = 256 * 1024
 
 _AGAIN = "Download the file again."
@@ -87,15 +87,15 @@ _FIELDS = ("dtype", "shape", "data_offsets")
 
 
 class TensorInfo(NamedTuple):
-    """Where one tensor lies. A tuple: a large checkpoint has 136,000, and tuples are made in a quarter of the time.
+    """Metadata of one tensor. A NamedTuple, because large checkpoints have 136,000 and dataclasses take four times as long.
 
     Attributes:
-        name: its name.
-        dtype: its dtype as safetensors writes it ("BF16", "I8", ...): a key of DTYPE_BITS.
-        shape: its shape, in elements (for "F4" two elements share a byte).
-        file: the name of the file that holds it.
-        begin: its first byte, counted from the start of the file.
-        end: the byte after its last one, counted from the start of the file.
+        name: name of the tensor.
+        dtype: safetensors dtype ("BF16", "I8", ...), a key of DTYPE_BITS.
+        shape: shape in elements (two "F4" elements share a byte).
+        file: name of the file.
+        begin: offset of the first byte from the start of the file.
+        end: offset after the last byte from the start of the file.
     """
 
     name: str
@@ -112,20 +112,20 @@ class TensorInfo(NamedTuple):
 
     @property
     def numel(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return self.nbytes * 8 // DTYPE_BITS[self.dtype]
 
 
 @dataclass(frozen=True)
 class Header:
-    """What the header of one file says.
+    """The parsed header of one file.
 
     Attributes:
-        file: the name of the file.
-        tensors: every tensor that is described without fault, in the order of the header. Where ``findings`` has an
-            error, use none of them for reading.
-        metadata: the free-form strings of ``__metadata__``.
-        findings: what is wrong, at most MAX_FINDINGS.
+        file: name of the file.
+        tensors: the tensors with valid entries, in the order of the header. If ``findings`` has an error, do not read their
+            values.
+        metadata: the strings of ``__metadata__``.
+        findings: all violations, at most MAX_FINDINGS.
         size: bytes of the file.
     """
 
@@ -137,7 +137,7 @@ class Header:
 
 
 class _Report(list[Finding]):
-    """Findings about one file; those beyond MAX_FINDINGS are only counted."""
+    """Findings about one file; those beyond MAX_FINDINGS are counted."""
 
     def __init__(self, file: str) -> None:
         self.file = file
@@ -171,12 +171,12 @@ class _Report(list[Finding]):
 
 
 def header_length(prefix: bytes, *, file: str, file_size: int) -> int:
-    """The length in bytes of the header's JSON, from the file's first 8 bytes or more.
+    """Length in bytes of the header's JSON, from a prefix of at least 8 bytes.
 
-    The JSON fills the bytes from 8 to 8 + length: to read a header over HTTP, fetch a prefix, ask here, fetch the rest.
+    The JSON occupies bytes 8 to 8 + length, so that a header can be fetched over HTTP by range.
 
     Raises:
-        NpuQuantError: bad-header, for a file that is too short or a length that cannot be true.
+        NpuQuantError: bad-header for a file that is too short, or a length that exceeds the file or HEADER_MAX_BYTES.
     """
     report = _Report(shown_name(file, 1000))
     if file_size < 8 or len(prefix) < 8:
@@ -204,14 +204,14 @@ def parse_header(content: bytes, *, file: str, file_size: int) -> Header:
 
     Args:
         content: the start of the file, at least up to the end of the header.
-        file: the name of the file, for TensorInfo.file and messages.
-        file_size: bytes of the whole file, which the tensors have to cover exactly.
+        file: name of the file, for TensorInfo.file and messages.
+        file_size: bytes of the whole file, which the tensors must cover exactly.
 
     Returns:
-        The tensors and everything that is wrong. Nothing about the file's content is raised.
+        The tensors and all findings; faults of the file are not raised.
 
     Raises:
-        ValueError: ``content`` is shorter than the header although the file is not.
+        ValueError: ``content`` ends before the header although the file does not.
     """
     try:
         length = header_length(content, file=file, file_size=file_size)
@@ -235,10 +235,14 @@ def parse_header(content: bytes, *, file: str, file_size: int) -> Header:
 
 
 def read_header(path: str | Path, *, file: str = "") -> Header:
-    """Check the header of a local file and list its tensors, named after ``file`` or else the file's name.
+    """Check the header of a local file and list its tensors.
+
+    Args:
+        path: the file.
+        file: name of the file in TensorInfo.file and messages; the last component of ``path`` if empty.
 
     Returns:
-        The tensors and everything that is wrong; a file that cannot be read is a finding, too (unreadable-file).
+        The tensors and all findings; a file that cannot be read is a finding (unreadable-file).
     """
     path = Path(path)
     file = file or path.name
@@ -249,7 +253,7 @@ def read_header(path: str | Path, *, file: str = "") -> Header:
             length = header_length(content, file=file, file_size=size)
             while len(content) < length + 8:
                 more = stream.read(length + 8 - len(content))
-                if not more:  # the file has become shorter since
+                if not more:  # the file was truncated in the meantime
                     size = len(content)
                     break
                 content += more
@@ -301,7 +305,7 @@ def _metadata(value: Any, report: _Report) -> dict[str, str]:
 def _tensors(
     entries: dict[str, Any], file: str, data_begin: int, report: _Report
 ) -> tuple[dict[str, TensorInfo], list[tuple[int, int, str]], bool]:
-    """The faultless tensors; the byte ranges (begin, end, name) of the data; whether these are the ranges of all."""
+    """The tensors with valid entries; the byte ranges (begin, end, name) of the data; whether every tensor has a range."""
     tensors: dict[str, TensorInfo] = {}
     ranges: list[tuple[int, int, str]] = []
     all_ranges = True
@@ -328,7 +332,7 @@ def _tensors(
 
 
 def _range(offsets: Any) -> tuple[int, int] | None:
-    """The two numbers of data_offsets; None where they are not a range."""
+    """The two numbers of data_offsets; None if they are not a range."""
     if type(offsets) is not list or len(offsets) != 2:
         return None
     begin, end = offsets
@@ -338,7 +342,7 @@ def _range(offsets: Any) -> tuple[int, int] | None:
 
 
 def _count(shape: Any) -> int | None:
-    """The elements of a shape; None where it is not a shape or has more than the library can count."""
+    """Number of elements of a shape; None if it is not a shape or exceeds _MAX_COUNT."""
     if type(shape) is not list or len(shape) > MAX_DIMS:
         return None
     count = 1
@@ -346,14 +350,14 @@ def _count(shape: Any) -> int | None:
         if type(size) is not int or not 0 <= size <= _MAX_COUNT:
             return None
         count *= size
-        if count > _MAX_COUNT:  # the library stops here, too, even before a size of 0
+        if count > _MAX_COUNT:  # like the library, even if a later size is 0
             return None
     return count
 
 
 def _explain(name: str, pairs: Any, fields: dict[str, Any], claimed: tuple[int, int] | None, report: _Report) -> None:
     """Report everything that is wrong with the entry of one tensor."""
-    if report.full:  # before anything is looked up for a message
+    if report.full:  # do not spend time on messages that are not listed
         report.left_out += 1
         return
     if type(pairs) is not tuple:
@@ -395,7 +399,7 @@ def _explain(name: str, pairs: Any, fields: dict[str, Any], claimed: tuple[int, 
 def _check_coverage(
     ranges: list[tuple[int, int, str]], all_ranges: bool, data_begin: int, file_size: int, report: _Report
 ) -> None:
-    """Report overlaps, holes and a file of the wrong size; ``all_ranges`` says whether every tensor has a range."""
+    """Report overlaps, holes and a wrong file size; ``all_ranges`` is whether every tensor has a range."""
     ranges.sort()
     at = 0
     before = ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Strangers' values in messages, short and without control characters; guesses at what a file really is."""
+"""Untrusted values in messages, shortened and without control characters; recognition of file types."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["looks_like", "near", "shown", "shown_name"]
 
 
 def shown(value: object, limit: int = 80) -> str:
-    """A value for a message, as JSON would write it where that is short; never longer than ``limit`` characters."""
+    """Format a value for a message, as JSON if that is short, in at most ``limit`` characters."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, int) and value.bit_length() > 128:
@@ -32,12 +32,12 @@ def shown(value: object, limit: int = 80) -> str:
 
 
 def shown_name(name: str, limit: int = 200) -> str:
-    """The name of a tensor, key or file for a message: as it is where printable and short, else like ``shown``."""
+    """Format the name of a tensor, key or file for a message: unchanged if printable and short, else as by ``shown``."""
     return name if name and name.isprintable() and len(name) <= limit else shown(name, limit)
 
 
 def looks_like(prefix: bytes) -> tuple[str, str]:
-    """From a file's first bytes: what it is in truth, and what to do about it. Two empty strings where unknown."""
+    """Recognize a file type by its first bytes: (description, fix), or two empty strings."""
     head = prefix[:256].lstrip().lower()
     if prefix.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer instead of the file", "Run `git lfs pull` in the folder, or download the file again."
@@ -55,6 +55,6 @@ def looks_like(prefix: bytes) -> tuple[str, str]:
 
 
 def near(name: str, names: Iterable[str]) -> tuple[str, ...]:
-    """The names most like ``name``, best first, made fit for a message."""
+    """The names most similar to ``name``, best first, formatted for a message."""
     close = difflib.get_close_matches(name[:255], list(islice(names, 2000)), n=3, cutoff=0.6)
     return tuple(shown_name(other) for other in close)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The values of one tensor as a NumPy array, and the float formats that NumPy does not have."""
+"""Tensor values as NumPy arrays, and conversion of the float formats that NumPy lacks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vllm_npu_quant.errors import Finding, NpuQuantError
 
 __all__ = ["NUMPY_DTYPES", "map_tensor", "to_float32"]
 
-#: The dtype in which values come, by the dtype of the file. Little-endian, as the format is.
+#: NumPy dtype of the returned values, by safetensors dtype; little-endian like the format.
 NUMPY_DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype("<u1"),
@@ -33,7 +33,7 @@ NUMPY_DTYPES: dict[str, np.dtype] = {
     "U64": np.dtype("<u8"),
 } | {name: np.dtype("<u1") for name in DTYPE_BITS if name == "F4" or name.startswith(("F6_", "F8_"))}
 
-#: 8-bit and 4-bit floats: exponent bits, mantissa bits, exponent bias, and which bit patterns are no finite numbers.
+#: 8-bit and 4-bit floats: exponent bits, mantissa bits, exponent bias.
 #: E4M3 and E5M2: Micikevicius et al. 2022 (arXiv:2209.05433); FNUZ: Noune et al. 2022 (arXiv:2206.02915);
 #: E8M0 and E2M1: OCP Microscaling Formats 1.0.
 _SMALL_FLOATS: dict[str, tuple[int, int, int]] = {
@@ -46,19 +46,19 @@ _SMALL_FLOATS: dict[str, tuple[int, int, int]] = {
 
 
 def map_tensor(path: Path, tensor: TensorInfo, file_size: int) -> np.ndarray:
-    """A tensor's values, read-only and memory-mapped: only the pages that are used are read.
+    """Map a tensor's values read-only into memory; only pages that are accessed are read.
 
     Args:
         path: the file.
-        tensor: what to read.
+        tensor: the tensor.
         file_size: bytes of the file when its header was read.
 
     Returns:
-        The dtype is NUMPY_DTYPES[tensor.dtype] and the shape is tensor.shape. F4 and F6 come as packed bytes, the last
-        dimension being shorter accordingly; where it does not fill whole bytes, as a vector of all bytes.
+        An array of dtype NUMPY_DTYPES[tensor.dtype] and shape tensor.shape. F4 and F6 are returned as packed bytes with a
+        correspondingly shorter last dimension, or as a vector of all bytes if that dimension does not fill whole bytes.
 
     Raises:
-        NpuQuantError: unreadable-file, where the file is gone, has changed its size, or ends too early.
+        NpuQuantError: unreadable-file if the file is missing, its size has changed, or it ends too early.
     """
     dtype = NUMPY_DTYPES[tensor.dtype]
     shape = tensor.shape
@@ -74,7 +74,7 @@ def map_tensor(path: Path, tensor: TensorInfo, file_size: int) -> np.ndarray:
         if tensor.end > size:
             message, fix = "the weight file ends before the end of this tensor", "Download the file again."
             raise _error(tensor, message, f"at least {tensor.end:,} bytes", f"{size:,} bytes", fix)
-        if tensor.nbytes == 0:  # nothing cannot be mapped
+        if tensor.nbytes == 0:  # an empty range cannot be mapped
             values = np.empty(shape, dtype)
             values.flags.writeable = False
             return values
@@ -83,10 +83,10 @@ def map_tensor(path: Path, tensor: TensorInfo, file_size: int) -> np.ndarray:
 
 
 def to_float32(values: np.ndarray, tensor: TensorInfo) -> np.ndarray:
-    """The values of a tensor of any float dtype, as ``map_tensor`` returns them, in float32; exact but for F64.
+    """Convert values of a float tensor, as returned by ``map_tensor``, to float32; exact except for F64.
 
     Raises:
-        ValueError: the dtype is an integer, complex, or a 6-bit float.
+        ValueError: for integer, complex and 6-bit float dtypes.
     """
     dtype = tensor.dtype
     if dtype in ("F16", "F32", "F64"):
@@ -104,8 +104,8 @@ def to_float32(values: np.ndarray, tensor: TensorInfo) -> np.ndarray:
 
 @cache
 def _table(dtype: str) -> np.ndarray:
-    """The float32 value of every bit pattern of a small float."""
-    if dtype == "F8_E8M0":  # an exponent alone: 2^(code - 127), 255 is NaN
+    """The float32 values of all bit patterns of a small float."""
+    if dtype == "F8_E8M0":  # exponent only: 2^(code - 127), 255 is NaN
         values = np.ldexp(np.ones(256), np.arange(256) - 127)
         values[255] = np.nan
         return values.astype(np.float32)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands. Exit codes: 0 fine, 1 findings, 2 wrong use or unreadable."""
+"""The commands. Exit codes: 0 success, 1 findings, 2 wrong usage or unreadable checkpoint."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -41,20 +42,20 @@ EpOption = Annotated[int, typer.Option("--ep", min=1, max=4096, help="Expert-par
 def _console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
-    # A pipe has no width: lines are as long as they are.
+    # Output to a pipe is not wrapped at the terminal's width.
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else 240
     return Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=width)
 
 
 def _print_json(data: dict[str, Any]) -> None:
-    # ASCII, so that no terminal and no pipe stumbles over a stranger's text.
+    # ASCII only: checkpoints contain untrusted text, which not every terminal or pipe can encode.
     sys.stdout.write(json.dumps(data, indent=2) + "\n")
 
 
 @contextmanager
 def _refusals(command: str, as_json: bool) -> Iterator[None]:
-    """Turn what a user can cause into words and an exit code."""
+    """Print errors that a user can cause and set the exit code."""
     try:
         yield
     except NpuQuantError as error:
@@ -63,7 +64,7 @@ def _refusals(command: str, as_json: bool) -> Iterator[None]:
         raise typer.Exit(2 if unreadable else 1) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
-    except BrokenPipeError:  # the reader, head for example, has seen enough
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe
         sys.stdout = None  # type: ignore[assignment]
         raise typer.Exit(0) from None
 
@@ -109,10 +110,10 @@ def inspect(
     follow_links: LinksOption = False,
 ) -> None:
     """What a checkpoint is: format, schemes, and the NPU method class and operators of its layers."""
-    from vllm_npu_quant.inspection.overview import inspect as look
+    from vllm_npu_quant.inspection.overview import inspect as inspect_model
 
     with _refusals("inspect", as_json):
-        overview = look(model, revision=revision, follow_links=follow_links)
+        overview = inspect_model(model, revision=revision, follow_links=follow_links)
         if as_json:
             from vllm_npu_quant.cli.data import inspect_data
 
@@ -234,19 +235,19 @@ def matrix(as_json: JsonOption = False) -> None:
 @app.command()
 def doctor(as_json: JsonOption = False) -> None:
     """What is installed on this host, which platform vLLM will choose, and what is in the way. For bug reports, too."""
-    from vllm_npu_quant.inspection.host import doctor as look
+    from vllm_npu_quant.inspection.host import doctor as examine_host
 
     with _refusals("doctor", as_json):
-        found = look()
+        host = examine_host()
         if as_json:
             from vllm_npu_quant.cli.data import doctor_data
 
-            _print_json(doctor_data(found))
+            _print_json(doctor_data(host))
         else:
             from vllm_npu_quant.cli.render import doctor_text
 
-            doctor_text(_console(), found)
-    if not found.passed:
+            doctor_text(_console(), host)
+    if not host.passed:
         raise typer.Exit(1)
 
 
@@ -264,9 +265,9 @@ def compare(
     """Perplexity and divergence of a quantized model against its float original, through vLLM's engine."""
     _needs_engine("compare")
     if plot is not None:
-        from vllm_npu_quant.cli.plot import why_not
+        from vllm_npu_quant.cli.plot import plot_problem
 
-        problem = why_not(plot)
+        problem = plot_problem(plot)
         if problem:
             raise _usage(problem)
     content = None if text is None else _read_text(text)
@@ -341,7 +342,7 @@ def run(
 
 
 def _openable(*models: str) -> None:
-    """Refuse folders that hold no weights before an engine is started, which takes its time to find out.
+    """Reject folders without weights before starting an engine, which would fail much later.
 
     Raises:
         NpuQuantError: unreadable-file.
@@ -378,22 +379,23 @@ def _say(line: str) -> None:
 
 @contextmanager
 def _engine_output() -> Iterator[None]:
-    """The engine's own lines go to stderr, so that stdout holds the result alone; its failures become findings."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    """Redirect the engine's output to stderr, so that stdout has only the result, and turn its failures into findings."""
+    level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
-        # Warnings of libraries about each other are nothing that a user of this command could mend.
+        # Users of these commands cannot act on the libraries' warnings.
         with redirect_stdout(sys.stderr), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except (NpuQuantError, KeyboardInterrupt, typer.Exit):
+    except (NpuQuantError, typer.Exit):
         raise
-    except Exception as error:
+    except Exception as error:  # the last resort: vLLM documents no exception types, and any library below may raise
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, NpuQuantError):
             cause = cause.__cause__ or cause.__context__
-        if isinstance(cause, NpuQuantError):
+        if isinstance(cause, NpuQuantError):  # pydantic and vLLM raise their own errors from it
             raise cause from None
-        # pydantic, which checks vLLM's arguments, hides the error in its own.
+        if level.upper() in ("INFO", "DEBUG"):  # the fix below recommends INFO
+            traceback.print_exception(error)
         first = (str(error).strip() or type(error).__name__).splitlines()
         text = " ".join(line.strip() for line in first[:4])[:600]
         raise NpuQuantError(
@@ -421,7 +423,7 @@ def _known_device(device: str | None) -> None:
 
 @contextmanager
 def _progress(wanted: bool) -> Iterator[Callable[[str, int, int], None] | None]:
-    """A progress bar on stderr, where that is a terminal."""
+    """A progress bar on stderr if that is a terminal."""
     if not wanted or not sys.stderr.isatty():
         yield None
         return

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The JSON that ``--json`` prints: one object per command, with its name and a version.
+"""The JSON objects of ``--json``: one per command, with its name and a version.
 
-Fields are only added while the version stays the same; a field that changes its meaning or goes away raises it.
+Within a version, fields are only added; a field that is removed or changes its meaning increments the version.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from vllm_npu_quant._version import __version__
-from vllm_npu_quant.errors import Finding
 from vllm_npu_quant.serving import dispatch
 
 if TYPE_CHECKING:
@@ -30,12 +29,12 @@ VERSION = 1
 
 
 def wrapped(command: str, data: dict[str, Any]) -> dict[str, Any]:
-    """A command's data with what every object has."""
+    """Add the fields that all objects have."""
     return {"schema": f"vllm-npu-quant/{command}", "version": VERSION, "tool_version": __version__, **data}
 
 
 def plain(value: Any) -> Any:
-    """A value of the API as JSON has it: dataclasses as objects, enums as their values, tuples as arrays."""
+    """Convert a value to JSON types: dataclasses to objects, enums to their values, tuples to arrays."""
     if isinstance(value, Enum):
         return value.value
     if is_dataclass(value) and not isinstance(value, type):
@@ -50,6 +49,7 @@ def plain(value: Any) -> Any:
 
 
 def inspect_data(overview: Overview, *, layers: bool) -> dict[str, Any]:
+    """The object of ``inspect``; ``layers`` includes every layer."""
     data = {
         "model": overview.model,
         "architecture": overview.architecture,
@@ -74,6 +74,7 @@ def inspect_data(overview: Overview, *, layers: bool) -> dict[str, Any]:
 
 
 def layer_data(layer: Layer) -> dict[str, Any]:
+    """The object of one layer of ``inspect``."""
     return {
         "name": layer.name,
         "kind": layer.kind,
@@ -89,11 +90,8 @@ def layer_data(layer: Layer) -> dict[str, Any]:
     }
 
 
-def finding_data(finding: Finding) -> dict[str, Any]:
-    return plain(finding)
-
-
 def check_data(report: CheckReport, *, strict: bool) -> dict[str, Any]:
+    """The object of ``check``."""
     return wrapped(
         "check",
         {
@@ -103,19 +101,21 @@ def check_data(report: CheckReport, *, strict: bool) -> dict[str, Any]:
             "values": report.values,
             "strict": strict,
             "passed": report.passed(strict=strict),
-            "findings": [finding_data(finding) for finding in report.findings],
+            "findings": plain(report.findings),
         },
     )
 
 
-def doctor_data(found: Doctor) -> dict[str, Any]:
-    data = plain(found)
-    data["environment"] = dict(found.environment)
-    data["device"]["pci"] = dict(found.device.pci)
-    return wrapped("doctor", {**data, "passed": found.passed})
+def doctor_data(host: Doctor) -> dict[str, Any]:
+    """The object of ``doctor``."""
+    data = plain(host)
+    data["environment"] = dict(host.environment)
+    data["device"]["pci"] = dict(host.device.pci)
+    return wrapped("doctor", {**data, "passed": host.passed})
 
 
 def plan_data(plan: Plan, *, layers: bool) -> dict[str, Any]:
+    """The object of ``plan``; ``layers`` includes the roofline of every layer."""
     data = plain(plan)
     for line in (*data["roofline"], *data["layers"]):
         line["bytes"] = line.pop("nbytes")
@@ -125,4 +125,5 @@ def plan_data(plan: Plan, *, layers: bool) -> dict[str, Any]:
 
 
 def matrix_data(rows: Sequence[MatrixRow]) -> dict[str, Any]:
+    """The object of ``matrix``."""
     return wrapped("matrix", {"rows": plain(rows)})

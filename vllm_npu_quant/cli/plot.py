@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The per-layer errors of ``compare`` as a picture. SVG is written here; PNG needs matplotlib."""
+"""Bar chart of the per-layer errors of ``compare``. SVG needs no dependency, PNG needs matplotlib."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-__all__ = ["bars_svg", "why_not", "write_plot"]
+__all__ = ["bars_svg", "plot_problem", "write_plot"]
 
 _ROW, _LEFT, _WIDTH = 18, 320, 480
 
 
 def bars_svg(title: str, rows: Sequence[tuple[str, float]]) -> str:
-    """Horizontal bars, one per row, with their names and numbers."""
+    """An SVG of horizontal bars, one per (name, value)."""
     largest = max((value for _, value in rows), default=0.0) or 1.0
     height = _ROW * (len(rows) + 3)
     lines = [
@@ -34,8 +34,8 @@ def bars_svg(title: str, rows: Sequence[tuple[str, float]]) -> str:
     return "\n".join([*lines, "</svg>", ""])
 
 
-def why_not(path: Path) -> str:
-    """Why a picture of this name could not be written, before anything is measured; empty where nothing is in the way."""
+def plot_problem(path: Path) -> str:
+    """The reason why a plot cannot be written to this path; empty if it can. Checked before the measurement."""
     if path.suffix not in (".svg", ".png"):
         return "a plot is .svg or .png"
     if path.suffix == ".png" and find_spec("matplotlib") is None:
@@ -48,15 +48,15 @@ def why_not(path: Path) -> str:
 
 
 def write_plot(path: Path, title: str, rows: Sequence[tuple[str, float]]) -> None:
-    """Write the picture as its name's ending says.
+    """Write a plot in the format given by the suffix of ``path``.
 
     Raises:
-        ValueError: for another ending than .svg and .png, and for .png without matplotlib.
+        ValueError: for a suffix other than .svg and .png, and for .png without matplotlib.
     """
     if path.suffix == ".svg":
         path.write_text(bars_svg(title, rows))
         return
-    problem = why_not(path)
+    problem = plot_problem(path)
     if problem:
         raise ValueError(problem)
     from matplotlib.figure import Figure

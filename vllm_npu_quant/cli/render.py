@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands' data for people. The texts of checkpoints are a stranger's: nothing of them is taken for markup."""
+"""Text output of the commands. Text from checkpoints is untrusted and is never interpreted as markup."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from vllm_npu_quant.engine.compare import Comparison, RunReport
     from vllm_npu_quant.inspection.checks import CheckReport
     from vllm_npu_quant.inspection.host import Doctor
+    from vllm_npu_quant.inspection.layers import Layer, Scheme
     from vllm_npu_quant.inspection.overview import Overview
-    from vllm_npu_quant.inspection.planning import Plan
+    from vllm_npu_quant.inspection.planning import Plan, Roofline
     from vllm_npu_quant.inspection.support_matrix import MatrixRow
 
 __all__ = [
@@ -34,13 +35,13 @@ __all__ = [
 ]
 
 _KINDS = {"linear": "linear layer", "fused_moe": "experts' projection", "lm_head": "output head (lm_head)"}
-#: Of a chip's numbers, in units of 10^12.
+#: Units of a chip's numbers, in 10^12.
 _UNITS = {"bandwidth": "TB/s", "fp16": "TFLOPS", "int8": "TOPS"}
 _COLOURS = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.INFO: "cyan"}
 
 
 def size_text(nbytes: float) -> str:
-    """Bytes for people, in binary units."""
+    """Format bytes in binary units."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(nbytes) < 1024:
             return f"{nbytes:,.0f} B" if unit == "B" else f"{nbytes:,.1f} {unit}"
@@ -49,12 +50,12 @@ def size_text(nbytes: float) -> str:
 
 
 def safe(value: object) -> str:
-    """A stranger's text without control characters."""
+    """Replace control characters in untrusted text."""
     return "".join(char if char.isprintable() else "�" for char in str(value))
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Iterable[int] = ()) -> Table:
-    """A plain table; the columns in ``right`` are numbers."""
+    """A table without borders; the columns in ``right`` are right-aligned."""
     made = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
     numbers = set(right)
     for number, name in enumerate(columns):
@@ -65,7 +66,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: It
 
 
 def counted(number: int, what: str) -> str:
-    """A number with its noun, in the plural where it is not 1."""
+    """Format a number with its noun, in the plural unless the number is 1."""
     return f"{number:,} {what}" + ("s" if number != 1 else "")
 
 
@@ -76,6 +77,24 @@ def _facts(console: Console, facts: Iterable[tuple[str, str]]) -> None:
 
 
 def inspect_text(console: Console, overview: Overview, *, layers: bool) -> None:
+    """Print the result of ``inspect``; ``layers`` adds a table of every layer."""
+    _overview_facts(console, overview)
+    for scheme in overview.schemes:
+        console.print()
+        _scheme_lines(console, scheme)
+    problems = [
+        counted(count, what) for count, what in ((overview.errors, "error"), (overview.warnings, "warning")) if count
+    ]
+    if problems:
+        console.print()
+        text = f"{' and '.join(problems)} in config and files: `vllm-npu-quant check` tells which"
+        console.print(Text(text, style="bold red" if overview.errors else "yellow"), soft_wrap=True)
+    if layers:
+        console.print()
+        console.print(_layer_table(overview.layers))
+
+
+def _overview_facts(console: Console, overview: Overview) -> None:
     decided = f" (decided by {overview.decided_by})" if overview.decided_by else ""
     _facts(
         console,
@@ -91,55 +110,46 @@ def inspect_text(console: Console, overview: Overview, *, layers: bool) -> None:
             *(("not loaded", f"{name}: {why}") for name, why in list(overview.ignored.items())[:5]),
         ],
     )
-    for scheme in overview.schemes:
-        console.print()
-        head = Text(safe(f"{scheme.scheme}"), style="bold" if scheme.scheme != "FLOAT" else "")
-        what = counted(scheme.layers, _KINDS.get(scheme.kind, "layer"))
-        if scheme.kind == "other" and scheme.served:
-            what = f"{scheme.layers:,} embeddings, norms and the like"
-        head += Text(safe(f"  {what}, {size_text(scheme.nbytes)}"))
-        console.print(head, soft_wrap=True)
-        if not scheme.served:
-            console.print(Text("  not served", style="bold red"))
-        elif scheme.method:
-            operators = ", ".join(scheme.operators) or "no quantized operator"
-            console.print(Text(safe(f"  {scheme.method}: {operators}"), style="green"), soft_wrap=True)
-        if scheme.scheme != "FLOAT" and scheme.spec:
-            console.print(Text(safe(f"  {scheme.spec}"), style="dim"), soft_wrap=True)
-        elif scheme.reason:
-            console.print(Text(safe(f"  {scheme.reason}"), style="dim"), soft_wrap=True)
-        if scheme.remark:
-            console.print(Text(safe(f"  {scheme.remark}"), style="cyan"), soft_wrap=True)
-    problems = [
-        counted(count, what) for count, what in ((overview.errors, "error"), (overview.warnings, "warning")) if count
-    ]
-    if problems:
-        console.print()
-        text = f"{' and '.join(problems)} in config and files: `vllm-npu-quant check` tells which"
-        console.print(Text(text, style="bold red" if overview.errors else "yellow"), soft_wrap=True)
-    if layers:
-        console.print()
-        console.print(
-            table(
-                ("layer", "kind", "scheme", "N", "K", "bytes", "method"),
-                [
-                    (
-                        layer.name + (f" x {layer.count}" if layer.count > 1 else ""),
-                        layer.kind,
-                        layer.scheme,
-                        layer.outputs or "",
-                        layer.inputs or "",
-                        size_text(layer.nbytes),
-                        layer.method or layer.reason,
-                    )
-                    for layer in overview.layers
-                ],
-                right=(3, 4, 5),
-            )
+
+
+def _scheme_lines(console: Console, scheme: Scheme) -> None:
+    head = Text(safe(f"{scheme.scheme}"), style="bold" if scheme.scheme != "FLOAT" else "")
+    what = counted(scheme.layers, _KINDS.get(scheme.kind, "layer"))
+    if scheme.kind == "other" and scheme.served:
+        what = f"{scheme.layers:,} embeddings, norms and the like"
+    head += Text(safe(f"  {what}, {size_text(scheme.nbytes)}"))
+    console.print(head, soft_wrap=True)
+    if not scheme.served:
+        console.print(Text("  not served", style="bold red"))
+    elif scheme.method:
+        operators = ", ".join(scheme.operators) or "no quantized operator"
+        console.print(Text(safe(f"  {scheme.method}: {operators}"), style="green"), soft_wrap=True)
+    if scheme.scheme != "FLOAT" and scheme.spec:
+        console.print(Text(safe(f"  {scheme.spec}"), style="dim"), soft_wrap=True)
+    elif scheme.reason:
+        console.print(Text(safe(f"  {scheme.reason}"), style="dim"), soft_wrap=True)
+    if scheme.remark:
+        console.print(Text(safe(f"  {scheme.remark}"), style="cyan"), soft_wrap=True)
+
+
+def _layer_table(layers: Iterable[Layer]) -> Table:
+    rows = [
+        (
+            layer.name + (f" x {layer.count}" if layer.count > 1 else ""),
+            layer.kind,
+            layer.scheme,
+            layer.outputs or "",
+            layer.inputs or "",
+            size_text(layer.nbytes),
+            layer.method or layer.reason,
         )
+        for layer in layers
+    ]
+    return table(("layer", "kind", "scheme", "N", "K", "bytes", "method"), rows, right=(3, 4, 5))
 
 
 def findings_text(console: Console, findings: Iterable[Finding]) -> None:
+    """Print findings, each as one headline and its fields."""
     for finding in findings:
         head, _, rest = finding.render().partition("\n")
         mark = f"{finding.severity.value}[{finding.code}]"
@@ -151,6 +161,7 @@ def findings_text(console: Console, findings: Iterable[Finding]) -> None:
 
 
 def check_text(console: Console, report: CheckReport, *, strict: bool) -> None:
+    """Print the result of ``check``."""
     findings_text(console, report.findings)
     counts = [(severity, report.count(severity)) for severity in Severity]
     words = ", ".join(f"{count} {severity.value}{'s' if count > 1 else ''}" for severity, count in counts if count)
@@ -166,28 +177,29 @@ def check_text(console: Console, report: CheckReport, *, strict: bool) -> None:
         console.print(Text("failed", style="bold red") + Text(safe(f" {report.model}: {words or 'not readable'}")))
 
 
-def doctor_text(console: Console, found: Doctor) -> None:
+def doctor_text(console: Console, host: Doctor) -> None:
+    """Print the result of ``doctor``."""
     from vllm_npu_quant.inspection.host import as_facts
 
-    _facts(console, as_facts(found).items())
+    _facts(console, as_facts(host).items())
     console.print()
-    rows = [(entry.name, entry.version, entry.location) for entry in found.distributions]
+    rows = [(entry.name, entry.version, entry.location) for entry in host.distributions]
     console.print(table(("package", "version", "where"), rows))
-    if found.plugins:
+    if host.plugins:
         console.print()
         points = [
             (point.group.removeprefix("vllm."), point.name, point.distribution, "yes" if point.loaded else "no")
-            for point in found.plugins
+            for point in host.plugins
         ]
         console.print(table(("plugins", "name", "package", "loaded"), points))
-    if found.environment:
+    if host.environment:
         console.print()
         console.print(Text("environment", style="bold"))
-        for name, value in found.environment:
+        for name, value in host.environment:
             console.print(Text(safe(f"  {name}={value}")), soft_wrap=True)
     console.print()
-    findings_text(console, found.findings)
-    if not found.findings:
+    findings_text(console, host.findings)
+    if not host.findings:
         console.print(Text("ok", style="bold green") + Text(" no conflict was found"))
 
 
@@ -196,6 +208,24 @@ def _microseconds(seconds: float | None) -> str:
 
 
 def plan_text(console: Console, plan: Plan, *, layers: bool = False) -> None:
+    """Print the result of ``plan``; ``layers`` prints the roofline of every layer instead of every scheme."""
+    _plan_facts(console, plan)
+    for phase, what in (("decode", f"{plan.batch} sequences"), ("prefill", f"{plan.prompt:,} tokens")):
+        console.print()
+        console.print(Text(f"{phase}, {what}: upper bounds from published peaks", style="bold"), soft_wrap=True)
+        lines = [line for line in (plan.layers if layers else plan.roofline) if line.phase == phase]
+        console.print(_roofline_table(lines, by_layer=layers))
+    console.print()
+    for source in plan.sources:
+        number = (
+            size_text(source.value) if source.what == "memory" else f"{source.value / 1e12:.4g} {_UNITS[source.what]}"
+        )
+        console.print(Text(safe(f"{source.what}: {number}, {source.source}"), style="dim"), soft_wrap=True)
+    for remark in plan.remarks:
+        console.print(Text(safe(f"note: {remark}"), style="dim"), soft_wrap=True)
+
+
+def _plan_facts(console: Console, plan: Plan) -> None:
     room = "not known"
     if plan.tokens is not None:
         room = f"{plan.tokens:,} tokens beside the weights"
@@ -223,41 +253,33 @@ def plan_text(console: Console, plan: Plan, *, layers: bool = False) -> None:
             ("smallest TP", str(plan.smallest_tp or ("none" if plan.tokens is not None else "not known"))),
         ],
     )
-    for phase, what in (("decode", f"{plan.batch} sequences"), ("prefill", f"{plan.prompt:,} tokens")):
-        console.print()
-        console.print(Text(f"{phase}, {what}: upper bounds from published peaks", style="bold"), soft_wrap=True)
-        lines = [line for line in (plan.layers if layers else plan.roofline) if line.phase == phase]
-        others = list(lines[0].others) if lines else []
-        rows = [
-            (
-                *((line.name,) if layers else ()),
-                line.scheme,
-                line.kind,
-                f"{line.layers:,}",
-                size_text(line.nbytes),
-                f"{line.operations / 1e9:,.2f}",
-                _microseconds(line.seconds),
-                line.bound,
-                "" if line.gain is None else f"{line.gain:.2f}",
-                *(_microseconds(line.others[other]) for other in others),
-            )
-            for line in lines
-        ]
-        first = ("layer",) if layers else ()
-        columns = (*first, "scheme", "kind", "layers", "moved", "Gop", "us", "bound", "x float")
-        right = [len(first) + number for number in (2, 3, 4, 5, 7, *range(8, 8 + len(others)))]
-        console.print(table((*columns, *(f"us {other}" for other in others)), rows, right=right))
-    console.print()
-    for source in plan.sources:
-        number = (
-            size_text(source.value) if source.what == "memory" else f"{source.value / 1e12:.4g} {_UNITS[source.what]}"
+
+
+def _roofline_table(lines: Sequence[Roofline], *, by_layer: bool) -> Table:
+    others = list(lines[0].others) if lines else []
+    rows = [
+        (
+            *((line.name,) if by_layer else ()),
+            line.scheme,
+            line.kind,
+            f"{line.layers:,}",
+            size_text(line.nbytes),
+            f"{line.operations / 1e9:,.2f}",
+            _microseconds(line.seconds),
+            line.bound,
+            "" if line.gain is None else f"{line.gain:.2f}",
+            *(_microseconds(line.others[other]) for other in others),
         )
-        console.print(Text(safe(f"{source.what}: {number}, {source.source}"), style="dim"), soft_wrap=True)
-    for remark in plan.remarks:
-        console.print(Text(safe(f"note: {remark}"), style="dim"), soft_wrap=True)
+        for line in lines
+    ]
+    first = ("layer",) if by_layer else ()
+    columns = (*first, "scheme", "kind", "layers", "moved", "Gop", "us", "bound", "x float")
+    right = [len(first) + number for number in (2, 3, 4, 5, 7, *range(8, 8 + len(others)))]
+    return table((*columns, *(f"us {other}" for other in others)), rows, right=right)
 
 
 def compare_text(console: Console, result: Comparison) -> None:
+    """Print the result of ``compare``."""
     change = result.perplexity / result.reference_perplexity - 1
     _facts(
         console,
@@ -284,6 +306,7 @@ def compare_text(console: Console, result: Comparison) -> None:
 
 
 def run_text(console: Console, report: RunReport) -> None:
+    """Print the result of ``run``."""
     _facts(console, [("model", report.model), ("operators", report.operators)])
     for group in report.groups:
         operators = f": {', '.join(group.operators)}" if group.operators else ""
@@ -295,12 +318,12 @@ def run_text(console: Console, report: RunReport) -> None:
 
 
 def safe_lines(value: str) -> str:
-    """A text of several lines without other control characters."""
+    """Replace control characters except line breaks in untrusted text."""
     return "\n".join(safe(line) for line in value.split("\n"))
 
 
 def matrix_markdown(rows: Sequence[MatrixRow]) -> str:
-    """The matrix as a page of Markdown: docs/support_matrix.md."""
+    """Format the matrix as a Markdown page, docs/support_matrix.md."""
     from vllm_npu_quant.inspection.chips import CHIPS
 
     chips = list(CHIPS.values())

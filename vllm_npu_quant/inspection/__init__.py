@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be known about a checkpoint before it is loaded, as typed objects. Imports neither torch nor vllm.
+"""Inspection of checkpoints and hosts without loading weights, as typed objects. Imports neither torch nor vllm.
 
-The command line renders these objects; ``vllm_npu_quant.inspect`` and the others return them.
+``vllm_npu_quant.inspect`` and the other public functions return these objects; the command line renders them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = [
     "plan",
 ]
 
-#: Where each name lives: a command imports what it needs, and no more.
+#: Module of each name; imported on first use, so that a command imports only what it needs.
 _HOMES = {
     "CheckReport": "checks",
     "Doctor": "host",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``check``: everything that could go wrong with a checkpoint, before it is loaded."""
+"""``check``: all findings about a checkpoint, before it is loaded."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ __all__ = ["CheckReport", "check"]
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What is wrong, or worth knowing.
+    """The result of ``check``.
 
     Attributes:
-        model: as the user named it.
-        format: the quantization format; empty for a float checkpoint, and where it could not be found out.
-        findings: the errors first.
-        readable: whether the checkpoint could be read so far that its layers were looked at.
-        values: whether values were read, and not only headers.
+        model: the name given by the user.
+        format: the quantization format; empty for a float checkpoint, and if it could not be detected.
+        findings: all findings, errors first.
+        readable: whether the format was detected and weight files were found, so that layers could be checked.
+        values: whether values were read in addition to headers.
     """
 
     model: str
@@ -46,7 +46,7 @@ class CheckReport:
         return sum(finding.severity is severity for finding in self.findings)
 
     def passed(self, *, strict: bool = False) -> bool:
-        """Whether there is no error, and with ``strict`` no warning."""
+        """Whether there are no errors and, with ``strict``, no warnings."""
         worst = [Severity.ERROR, Severity.WARNING] if strict else [Severity.ERROR]
         return self.readable and not any(finding.severity in worst for finding in self.findings)
 
@@ -62,19 +62,20 @@ def check(
     follow_links: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> CheckReport:
-    """Everything that could go wrong with a checkpoint. Never raises for what is wrong with it.
+    """Check a checkpoint. Its faults are findings, never raised.
 
     Args:
         model: a folder, a hub id, or an opened model.
-        tp: tensor-parallel size. ep: expert-parallel size; 1 for none.
-        device: "a2", "a3", "a5" or "310p"; None for no chip's rules.
-        values: read the weights, too: scales, zero points and ranges of integers.
+        tp: tensor-parallel size.
+        ep: expert-parallel size; 1 for none.
+        device: "a2", "a3", "a5" or "310p"; None to skip the checks of a chip.
+        values: whether to read the weights: scales, zero points and ranges of integers.
         revision: branch, tag or commit of a hub id.
-        follow_links: whether links that lead out of the folder are followed; else they are findings.
-        progress: called with (layer, layers done, layers in all) while values are read.
+        follow_links: whether to follow links out of the folder; otherwise they are findings.
+        progress: called with (layer, layers done, total layers) while values are read.
 
     Raises:
-        ValueError: for sizes below 1.
+        ValueError: for sizes below 1, or an unknown device.
     """
     if tp < 1 or ep < 1:
         raise ValueError("tp and ep are at least 1")
@@ -88,17 +89,17 @@ def check(
     findings = [*opened.findings, *described.findings, *check_checkpoint(described, opened.checkpoint)]
     layers = layers_of(opened)
     findings += served_findings(layers, described)
-    findings += otherwise_findings(layers, described.source)
+    findings += difference_findings(layers, described.source)
     findings += requantized_findings(((layer.stored, layer.count) for layer in layers), Host.read(), described.source)
     findings += fused_findings(described)
     findings += parallel_findings(opened, layers, tp=tp, ep=ep)
-    said = {finding.layer for finding in described.findings if finding.code == "operator-limit"}
-    findings += limit_findings(layers, described.source, tp=tp, ep=ep, said=said)
+    reported = {finding.layer for finding in described.findings if finding.code == "operator-limit"}
+    findings += limit_findings(layers, described.source, tp=tp, ep=ep, reported=reported)
     if device is not None:
         from vllm_npu_quant.inspection.chips import chip_findings
 
         findings += chip_findings(device, layers, dtype_of(opened), described.source)
-    # Values of files whose headers are wrong would be read from the wrong place.
+    # With a damaged header, values would be read from wrong offsets.
     damaged = any(finding.severity is Severity.ERROR for finding in opened.checkpoint.findings)
     if values and not damaged:
         from vllm_npu_quant.inspection.values import value_findings
@@ -108,7 +109,7 @@ def check(
 
 
 def _report(opened: Model, findings: Iterable[Finding], *, readable: bool, values: bool = False) -> CheckReport:
-    """The report with every finding once, the errors first."""
+    """The report without duplicate findings, errors first."""
     order = list(Severity)
     unique = sorted(dict.fromkeys(findings), key=lambda finding: order.index(finding.severity))
     name = opened.described.format if opened.described is not None and opened.described.format != "float" else ""
@@ -116,7 +117,7 @@ def _report(opened: Model, findings: Iterable[Finding], *, readable: bool, value
 
 
 def served_findings(layers: Iterable[Layer], described: Described) -> list[Finding]:
-    """Layers that no method class serves: one finding for all of a kind with one spec."""
+    """Findings for layers that no method class serves: one per layer kind and spec."""
     found = FindingLimit(8)
     refused: dict[tuple[str, str], list[Layer]] = {}
     for layer in layers:
@@ -147,23 +148,23 @@ def served_findings(layers: Iterable[Layer], described: Described) -> list[Findi
     return found.close()
 
 
-def otherwise_findings(layers: Iterable[Layer], source: str) -> list[Finding]:
-    """Layers that are served, and not as the checkpoint says: one finding for all of a dispatch row and reason.
+def difference_findings(layers: Iterable[Layer], source: str) -> list[Finding]:
+    """Findings for layers that are served differently from what is stored: one per dispatch row and difference.
 
-    FP8 is told once per checkpoint: ``serving.decide.requantized_findings``.
+    Requantized FP8 is reported once per checkpoint, by ``serving.decide.requantized_findings``.
     """
     groups: dict[tuple[str, str, dispatch.Row], list[Layer]] = {}
     for layer in layers:
-        if layer.otherwise and layer.row is not None:
-            groups.setdefault((layer.otherwise, layer.instead, layer.row), []).append(layer)
+        if layer.difference and layer.row is not None:
+            groups.setdefault((layer.difference, layer.instead, layer.row), []).append(layer)
     found = []
-    for (otherwise, instead, row), members in groups.items():
+    for (difference, instead, row), members in groups.items():
         specs = list(dict.fromkeys(dispatch.describe(layer.stored) for layer in members))
         count = sum(layer.count for layer in members)
         found.append(
             Finding(
                 "served-otherwise",
-                otherwise + (f" ({count:,} layers)" if count > 1 else ""),
+                difference + (f" ({count:,} layers)" if count > 1 else ""),
                 layer=members[0].name,
                 file=source,
                 expected="; ".join(specs[:3]) + ("; ..." if len(specs) > 3 else ""),
@@ -176,9 +177,9 @@ def otherwise_findings(layers: Iterable[Layer], source: str) -> list[Finding]:
 
 
 def fused_findings(described: Described) -> list[Finding]:
-    """Shards that vLLM fuses and the checkpoint quantizes differently, by the generic families.
+    """Findings for shards of fused layers that the checkpoint quantizes differently, by vLLM's usual fused layers.
 
-    A model class can override the families; only layers whose shards are all there are looked at.
+    A model class may fuse other layers, so only layers whose shards are all present are checked.
     """
     found = FindingLimit(8)
     resolver = LayerResolver(described)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the Ascend chips have: which operator takes what, and the published numbers. One table each, with sources.
+"""Tables of the Ascend chips: supported operators and published performance numbers, with sources.
 
-Operators: "产品支持情况" (supported products) and the argument tables of torch_npu's own pages,
-github.com/Ascend/op-plugin, docs/zh/custom_APIs/torch_npu/torch_npu-<operator>.md, read in the versions of 2026. Read, not
-run: nothing here was measured on a chip.
+Operators: "产品支持情况" (supported products) and the argument tables of torch_npu's documentation,
+github.com/Ascend/op-plugin, docs/zh/custom_APIs/torch_npu/torch_npu-<operator>.md, in the versions of 2026. Nothing here was
+measured on a chip.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Number:
 
     Attributes:
         value: in bytes, bytes per second or operations per second.
-        source: where it is published.
+        source: the publication.
     """
 
     value: float
@@ -34,14 +34,17 @@ class Number:
 
 @dataclass(frozen=True)
 class Chip:
-    """An Ascend product line, as far as its numbers are published.
+    """An Ascend product line with its published numbers; None for numbers without a citable source.
 
     Attributes:
-        key: the name on the command line. name: the products.
-        dtypes: the model dtypes that its quantized operators take.
-        memory: device memory of what vLLM calls one device, in bytes. bandwidth: bytes per second of that memory.
-        fp16: operations per second in float16 or bfloat16. int8: the same in int8.
-        remark: what a reader has to know about these numbers.
+        key: name on the command line.
+        name: name of the products.
+        dtypes: model dtypes of its quantized operators.
+        memory: memory in bytes of one device in vLLM's sense.
+        bandwidth: bytes per second of that memory.
+        fp16: operations per second in float16 or bfloat16.
+        int8: operations per second in int8.
+        remark: a note on these numbers, for users.
     """
 
     key: str
@@ -59,7 +62,7 @@ _GIB, _TIB, _T = 2**30, 2**40, 1e12
 
 
 def _profile(name: str, memory: float, bandwidth: float, fp16: float, int8: float) -> dict[str, Number]:
-    """The numbers of a device profile of Huawei's own performance simulator."""
+    """Numbers from a device profile of Huawei's performance simulator."""
     source = f"github.com/Ascend/msmodeling, tensor_cast/device.py, {name}"
     return {
         "memory": Number(memory, source),
@@ -71,7 +74,7 @@ def _profile(name: str, memory: float, bandwidth: float, fp16: float, int8: floa
 
 _DUO = "infogioco.it, 2025-10 (Atlas 300I Duo: 96 GB, 408 GB/s, 280 TOPS INT8), halved for one of its two chips"
 
-#: None stands for a number for which no document worth citing was found. bfloat16's peak is a few percent below float16's.
+#: bfloat16's peak is a few percent below float16's.
 CHIPS: dict[str, Chip] = {
     "a2": Chip(
         "a2",
@@ -107,10 +110,10 @@ CHIPS: dict[str, Chip] = {
 
 
 def chip_of(device: str) -> Chip:
-    """The chip of this name.
+    """The chip with this key.
 
     Raises:
-        ValueError: for any other name; the message lists them.
+        ValueError: for an unknown key; the message lists the known ones.
     """
     chip = CHIPS.get(device.strip().lower())
     if chip is None:
@@ -118,7 +121,7 @@ def chip_of(device: str) -> Chip:
     return chip
 
 
-#: Operator -> chip -> whether its page lists the product. A chip that is left out: the pages that were read do not say.
+#: Operator -> chip -> whether the operator's documentation lists the product; chips it does not mention are omitted.
 OPERATORS: dict[str, dict[str, bool]] = {
     "npu_dynamic_quant": {"a2": True, "a3": True, "a5": True, "310p": False},
     "npu_dynamic_quant_asymmetric": {"a2": True, "a3": True, "310p": False},
@@ -126,7 +129,7 @@ OPERATORS: dict[str, dict[str, bool]] = {
     "npu_quant_matmul": {"a2": True, "a3": True, "a5": True, "310p": True},
     "npu_weight_quant_batchmatmul": {"a2": True, "a3": True, "310p": True},
     "npu_grouped_matmul": {"a2": True, "a3": True, "a5": True, "310p": True},
-    # The newest page lists the 950 only; vllm-ascend calls it on A2 and A3 (W4A4_FLATQUANT_DYNAMIC).
+    # The documentation lists the 950 only; vllm-ascend calls it on A2 and A3 (W4A4_FLATQUANT_DYNAMIC).
     "npu_kronecker_quant": {"a2": True, "a3": True, "a5": True, "310p": False},
     "npu_swiglu": {"a2": True, "a3": True, "a5": True},
 }
@@ -134,11 +137,11 @@ OPERATORS: dict[str, dict[str, bool]] = {
 
 @dataclass(frozen=True)
 class Support:
-    """Whether a chip's operators take what a dispatch row gives them.
+    """Whether a chip supports the operators of a dispatch row.
 
     Attributes:
-        served: None where the pages that were read do not say.
-        why: the reason, where it is not simply yes.
+        served: None if the operators' documentation does not say.
+        why: the reason if it is not True.
     """
 
     served: bool | None
@@ -146,7 +149,7 @@ class Support:
 
 
 def support(chip: Chip, row: Row) -> Support:
-    """Whether a chip takes the layers of a dispatch row, by the operators' pages."""
+    """Whether a chip supports a dispatch row, by the operators' documentation."""
     unknown = []
     for operator in row.operators:
         listed = OPERATORS.get(operator, {}).get(chip.key)
@@ -167,10 +170,10 @@ def support(chip: Chip, row: Row) -> Support:
 
 
 def chip_findings(device: str, layers: Sequence[Layer], dtype: str, source: str) -> list[Finding]:
-    """What of a checkpoint a chip does not take.
+    """Findings for the parts of a checkpoint that a chip does not support.
 
     Raises:
-        ValueError: there is no such device.
+        ValueError: for an unknown device.
     """
     chip = chip_of(device)
     found = FindingLimit(8)
@@ -193,7 +196,7 @@ def chip_findings(device: str, layers: Sequence[Layer], dtype: str, source: str)
 
 
 def _by_row(chip: Chip, layers: Iterable[Layer], source: str) -> Iterable[Finding]:
-    """One finding for all layers of a row that the chip does not take."""
+    """One finding per dispatch row that the chip does not support, or supports with a remark."""
     by_row: dict[Row, list[Layer]] = {}
     for layer in layers:
         if layer.row is not None:

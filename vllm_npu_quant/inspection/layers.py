@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint's layers with what each becomes: kind, scheme, method class, operators, sizes, bytes."""
+"""The layers of a checkpoint as they are served: kind, scheme, method class, operators, sizes, bytes."""
 
 from __future__ import annotations
 
@@ -19,30 +19,31 @@ from vllm_npu_quant.spec import FLOAT, LayerKind, LayerSpec, Layout
 
 __all__ = ["OTHER", "UNKNOWN", "Layer", "Scheme", "layers_of", "schemes_of"]
 
-#: The kind of everything that no quantization method is asked for: norms, embeddings, lone parameters.
+#: Kind of layers without a quantization method: norms, embeddings, single parameters.
 OTHER = "other"
 
-#: A layer that holds tensors in a quantized dtype, and that nothing describes in a way that is understood.
+#: Spec of a layer with tensors in a quantized dtype and no readable description.
 UNKNOWN = LayerSpec("UNKNOWN", Layout.FLOAT)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of the checkpoint; of routed experts, one projection of all of them.
+    """One layer of the checkpoint, or one projection of all experts of a MoE layer.
 
     Attributes:
-        name: its name, with * for the number of an expert.
+        name: name of the layer, with * for the number of an expert.
         kind: "linear", "fused_moe", "lm_head", or "other".
-        count: how many checkpoint layers it stands for: the experts, else 1.
-        spec: what the method class computes with.
-        row: the dispatch row that serves it; None for float layers, and where none does.
-        outputs, inputs: N and K of one of them; 0 where they are not known.
-        nbytes: bytes of all its stored tensors. loaded: the same, with floats of 32 bits and more in the model's 16.
-        reason: why it is float; empty where it is quantized.
-        tensors: the optional tensors that the checkpoint stores.
-        otherwise: what is different from what the checkpoint says, in a layer that is served otherwise; empty for all others.
-        instead: what a user can do about that.
-        stored: the quantization that the checkpoint describes.
+        count: number of checkpoint layers it represents: the number of experts, else 1.
+        spec: the served spec.
+        row: the dispatch row; None for float layers and for layers that are not served.
+        outputs, inputs: N and K of one checkpoint layer; 0 if not known.
+        nbytes: bytes of all stored tensors.
+        reason: why the layer is float; empty if it is quantized.
+        tensors: names of the optional tensors that are stored.
+        loaded: ``nbytes`` with floats of 32 bits and more counted in 16 bits, as loaded by vLLM.
+        difference: how the served layer differs from the stored one; empty if it does not.
+        instead: what a user can do to have the layer served as stored.
+        stored: the stored spec.
     """
 
     name: str
@@ -56,18 +57,18 @@ class Layer:
     reason: str = ""
     tensors: frozenset[str] = frozenset()
     loaded: int = 0
-    otherwise: str = ""
+    difference: str = ""
     instead: str = ""
     stored: LayerSpec = FLOAT
 
     @property
     def remark(self) -> str:
-        """What to know of how it is served."""
-        return self.otherwise or (self.row.remark if self.row is not None else "")
+        """A note for users on how the layer is served; empty if there is none."""
+        return self.difference or (self.row.remark if self.row is not None else "")
 
     @property
     def method(self) -> str:
-        """The NPU method class's name; empty where there is none."""
+        """Name of the NPU method class; empty if there is none."""
         return self.row.method_name if self.row is not None else ""
 
     @property
@@ -81,16 +82,20 @@ class Layer:
 
 @dataclass(frozen=True)
 class Scheme:
-    """Layers of one kind with one scheme.
+    """All layers of one kind with one scheme.
 
     Attributes:
-        scheme: the producer's name, "FLOAT" for float. kind: as in Layer. spec: in words.
-        method: the NPU method class; empty for float layers and where none serves it.
+        scheme: the producer's name of the scheme, "FLOAT" for float.
+        kind: as in Layer.
+        spec: the spec as text.
+        method: the NPU method class; empty for float layers and for schemes that are not served.
         operators: the operators that it calls.
-        served: whether there is a method class, or none is needed.
-        layers: how many checkpoint layers. nbytes: their stored bytes. parameters: their weights' elements.
-        reason: why they are float.
-        remark: what to know of how they are served.
+        served: whether a method class serves the layers, or they are float.
+        layers: number of checkpoint layers.
+        nbytes: stored bytes.
+        parameters: elements of the weights.
+        reason: why the layers are float.
+        remark: as in Layer.
     """
 
     scheme: str
@@ -107,10 +112,10 @@ class Scheme:
 
 
 def layers_of(model: Model) -> list[Layer]:
-    """Every layer of an opened model, as it is served, in the order of the files. Linear in the number of tensors.
+    """Every layer of an opened model as it is served, in the order of the files. Linear in the number of tensors.
 
     Raises:
-        NpuQuantError: what kept the format from being found out.
+        NpuQuantError: the format could not be detected.
     """
     host = Host.read(latent_attention=bool(model.size("kv_lora_rank")))
     return _layers(model.require_described(), model.checkpoint, host)
@@ -140,10 +145,10 @@ def _layers(described: Described, checkpoint: Checkpoint, host: Host) -> list[La
         outputs, inputs = (table.shape[0], table.shape[1]) if table is not None and len(table.shape) == 2 else (0, 0)
         spec = UNKNOWN if name in unknown else FLOAT
         found.append(Layer(name or "(no layer)", OTHER, 1, spec, None, outputs, inputs, nbytes))
-    # In the model's dtype, which vLLM makes of float32 unless it is told otherwise.
+    # vLLM loads float32 into the model's 16-bit dtype by default.
     wide: dict[str, int] = {}
     for name, tensor in tensors.items():
-        if name.endswith("e_score_correction_bias"):  # which is float32 in vLLM
+        if name.endswith("e_score_correction_bias"):  # always float32 in vLLM
             wide[name.rpartition(".")[0]] = tensor.nbytes - 4 * tensor.numel
         elif tensor.dtype in ("F32", "F64"):
             layer = name.rpartition(".")[0] or "(no layer)"
@@ -152,7 +157,7 @@ def _layers(described: Described, checkpoint: Checkpoint, host: Host) -> list[La
 
 
 def _not_float(layers: Mapping[str, int], tensors: Mapping[str, TensorInfo]) -> set[str]:
-    """Those of the layers that hold a tensor in a quantized dtype, although no entry describes them."""
+    """Names of the given layers, which have no description, that hold a tensor in a quantized dtype."""
     return {
         layer
         for name, tensor in tensors.items()
@@ -196,7 +201,7 @@ def _as_layer(
         nbytes,
         reason,
         tensors,
-        otherwise=served.difference,
+        difference=served.difference,
         instead=served.instead,
         stored=served.stored,
     )
@@ -220,7 +225,7 @@ def _experts(
 
 
 def _sizes(layer: str, entry: LayerEntry, tensors: Mapping[str, TensorInfo]) -> tuple[int, int]:
-    """N and K from the stored weight; zeros where it has not two dimensions."""
+    """N and K of the stored weight; zeros if it is missing or does not have the dimensions of its layout."""
     if entry.spec.is_float:
         weight = tensors.get(layer + ".weight")
         return (weight.shape[0], weight.shape[1]) if weight is not None and len(weight.shape) == 2 else (0, 0)
@@ -233,7 +238,7 @@ def _sizes(layer: str, entry: LayerEntry, tensors: Mapping[str, TensorInfo]) -> 
 
 
 def _why_float(name: str, described: Described) -> str:
-    """Why a layer with a weight matrix is float."""
+    """The reason why a layer with a weight matrix is float."""
     declaration = find_format(described.format)
     if declaration is None:
         return "the checkpoint is not quantized"
@@ -243,7 +248,7 @@ def _why_float(name: str, described: Described) -> str:
 
 
 def schemes_of(layers: Iterable[Layer]) -> list[Scheme]:
-    """The layers by kind and scheme; quantized first, then by bytes."""
+    """Group layers by kind and scheme; quantized schemes first, then by decreasing size."""
     groups: dict[tuple[object, ...], Scheme] = {}
     for layer in layers:
         spec = "" if layer.kind == OTHER else dispatch.describe(layer.spec, layer.stored).partition(": ")[2]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the operators' documentation does not allow, by sizes alone: what the methods' ``prepare`` would refuse."""
+"""Limits of the operators on layer sizes, checked before the methods' ``prepare`` would raise them."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ __all__ = ["limit_findings"]
 
 
 def limit_findings(
-    layers: Sequence[Layer], source: str, *, tp: int, ep: int, said: Collection[str] = ()
+    layers: Sequence[Layer], source: str, *, tp: int, ep: int, reported: Collection[str] = ()
 ) -> list[Finding]:
-    """Layers whose part on a rank lies outside of what their method's operators take.
+    """Findings for layers whose part on a rank exceeds a limit of their method's operators.
 
     Args:
-        said: names of layers of which their format has said so.
+        layers: the layers as they are served.
+        source: the config file, for messages.
+        tp, ep: tensor- and expert-parallel sizes.
+        reported: names of layers for which the format has reported a limit.
     """
     found = FindingLimit(8)
-    # One finding for the layers of all depths that have the same name and the same problem.
+    # One finding for the layers of all depths with the same name and problem.
     alike: dict[tuple[str, Finding], list[Finding]] = {}
     for layer in layers:
-        if layer.name not in said:
+        if layer.name not in reported:
             for finding in _layer_findings(layer, source, tp, ep):
                 alike.setdefault((NUMBER.sub("*", layer.name), replace(finding, layer="")), []).append(finding)
     for findings in alike.values():
@@ -41,7 +44,7 @@ def _layer_findings(layer: Layer, source: str, tp: int, ep: int) -> Iterable[Fin
         return
     part, cost = part_of(layer, tp, ep), layer.row.cost
     if part.inputs != layer.inputs and part.inputs * tp != layer.inputs:
-        return  # it cannot be cut at all, which has been said
+        return  # reported by parallel_findings: it cannot be sharded at all
     if part.inputs > MAX_INPUTS and layer.operators:
         yield Finding(
             "operator-limit",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes per rank: weights as the NPU methods prepare them, and the KV cache. The rows' costs have the formulas."""
+"""Memory per rank: prepared weights, by the costs of the dispatch rows, and the KV cache."""
 
 from __future__ import annotations
 
@@ -14,60 +14,64 @@ from vllm_npu_quant.inspection.parallel import LayerPart, kv_heads, part_of
 from vllm_npu_quant.layouts.tables import LAYOUTS
 from vllm_npu_quant.serving.cost import ACT, FLOAT_EXPERTS, ExpertsCost, group_of, round_up, weight_only
 from vllm_npu_quant.serving.shards import fit_group
-from vllm_npu_quant.spec import LayerKind, WeightSpec
+from vllm_npu_quant.spec import LayerKind, LayerSpec, WeightSpec
 
 __all__ = ["KvCache", "kv_cache", "layer_bytes", "rank_bytes"]
 
 
 def layer_bytes(layer: Layer, tp: int, ep: int, kv_heads: int = 0) -> int:
-    """Bytes that one rank holds of a layer after preparation."""
+    """Bytes of one rank's prepared tensors of a layer."""
     return _bytes(layer, part_of(layer, tp, ep, kv_heads))
 
 
 def rank_bytes(layers: Iterable[Layer], tp: int, ep: int, kv_heads: int = 0, *, float16: bool = False) -> int:
-    """Bytes of one rank's parameters: each layer's, with q/k/v and gate/up as the one layer that vLLM makes of them.
+    """Bytes of one rank's parameters, with q/k/v and gate/up as vLLM's fused layers.
 
-    What a fused layer shares (the scales of a static input, the matrices of an input transform) is counted once; of what
-    ranks have different amounts, the most. Left out: tables of rotary embeddings; the copies of kv_b_proj that an attention
-    backend may make; zero points that are only seen in the values of ModelSlim's weight-only layers.
+    Tensors that the shards of a fused layer share (static input scales, matrices of an input transform) are counted once. If
+    ranks have different amounts, the largest is counted. Not included: tables of rotary embeddings; copies of kv_b_proj made
+    by an attention backend; zero points of ModelSlim's weight-only layers, which are known only from their values.
     """
-    shards = {shard: (fused, family) for fused, family in FUSED_FAMILIES.items() for shard in family}
-    found: dict[tuple[object, ...], list[Layer]] = {}
+    fused_names = {shard: fused for fused, family in FUSED_FAMILIES.items() for shard in family}
+    fused: dict[tuple[str, str, LayerSpec, WeightSpec], list[Layer]] = {}
     experts: dict[str, list[Layer]] = {}
     total = 0
     for layer in layers:
         parent, _, last = layer.name.rpartition(".")
+        weight = layer.spec.weight
         if layer.kind == LayerKind.FUSED_MOE.value and layer.outputs:
             experts.setdefault(parent, []).append(layer)
-        elif layer.row is not None and layer.kind == LayerKind.LINEAR.value and last in shards:
-            # Shards of different groups become one layer whose groups divide them all.
-            weight = None if layer.spec.weight is None else replace(layer.spec.weight, group_size=0)
-            found.setdefault((parent, shards[last][0], replace(layer.spec, weight=weight)), []).append(layer)
+        elif (
+            layer.row is not None
+            and weight is not None
+            and layer.kind == LayerKind.LINEAR.value
+            and last in fused_names
+        ):
+            # Shards with different group sizes are fused; the fused group size divides all of them.
+            any_group = replace(weight, group_size=0)
+            key = (parent, fused_names[last], replace(layer.spec, weight=any_group), any_group)
+            fused.setdefault(key, []).append(layer)
         else:
             total += _bytes(layer, part_of(layer, tp, ep, kv_heads), float16)
     for members in experts.values():
         total += _experts_bytes(members, [part_of(layer, tp, ep, kv_heads) for layer in members], float16)
-    for members in found.values():
+    for (_, _, spec, weight), members in fused.items():
         parts = [part_of(layer, tp, ep, kv_heads) for layer in members]
-        if len({part.inputs for part in parts}) != 1:  # not what the family is: the check speaks of it
+        if len({part.inputs for part in parts}) != 1:  # not a fused layer; fused_findings reports it
             total += sum(_bytes(layer, part, float16) for layer, part in zip(members, parts, strict=True))
             continue
-        whole = replace(parts[0], outputs=sum(part.outputs for part in parts))
-        weight = members[0].spec.weight
-        assert weight is not None
         group = gcd(*(layer.spec.weight.group_size for layer in members if layer.spec.weight is not None))
-        fused = replace(members[0], spec=replace(members[0].spec, weight=replace(weight, group_size=group)))
-        total += _bytes(fused, whole, float16)
+        layer = replace(members[0], spec=replace(spec, weight=replace(weight, group_size=group)))
+        total += _bytes(layer, replace(parts[0], outputs=sum(part.outputs for part in parts)), float16)
     return total
 
 
 def _bytes(layer: Layer, part: LayerPart, float16: bool = False) -> int:
     if layer.kind == OTHER or layer.row is None or layer.spec.weight is None:
         if not layer.outputs:
-            return layer.loaded  # norms and the like: everybody has them
-        one = ACT * part.outputs * part.inputs * part.count
-        beside = layer.loaded - ACT * layer.outputs * layer.inputs * layer.count  # biases
-        return one + max(beside, 0) * part.outputs // layer.outputs
+            return layer.loaded  # norms and similar layers are replicated
+        weight_bytes = ACT * part.outputs * part.inputs * part.count
+        bias_bytes = layer.loaded - ACT * layer.outputs * layer.inputs * layer.count
+        return weight_bytes + max(bias_bytes, 0) * part.outputs // layer.outputs
     weight, outputs, cost = layer.spec.weight, part.outputs, layer.row.cost
     if isinstance(cost, ExpertsCost):
         group = _own_group(layer, part)
@@ -81,7 +85,8 @@ def _bytes(layer: Layer, part: LayerPart, float16: bool = False) -> int:
 
 
 def _matrices(layer: Layer) -> int:
-    """Of an input transform: [L, L] and [M, M] in the model's dtype. npu_kronecker_quant takes both, or an identity."""
+    """Bytes of an input transform: [L, L] and [M, M] in the model's dtype. npu_kronecker_quant requires both, so a missing
+    one is an identity."""
     transform = layer.spec.transform
     if transform is None:
         return 0
@@ -92,9 +97,10 @@ def _matrices(layer: Layer) -> int:
 
 
 def _act_order(weight: WeightSpec, outputs: int, inputs: int, whole: int) -> int:
-    """As ``cost.weight_only`` with the inputs sorted by groups, each filled up to a multiple of 32; an int64 index.
+    """Bytes of a weight-only layer with activation order: inputs sorted by group, each group padded to a multiple of 32; and
+    an int64 index.
 
-    A part of the inputs has some of every group: how many, the values of g_idx say, and this assumes just above the average.
+    The number of a rank's inputs in each group depends on the values of g_idx; one more than the average is assumed.
     """
     size = min(round_up(weight.group_size * inputs // whole + (inputs != whole), 32), round_up(weight.group_size, 32))
     depth = -(-whole // weight.group_size) * size
@@ -104,7 +110,7 @@ def _act_order(weight: WeightSpec, outputs: int, inputs: int, whole: int) -> int
 def _experts_bytes(members: list[Layer], parts: list[LayerPart], float16: bool) -> int:
     """Of the experts of one MoE layer: gate, up and down, whose inner dimension is filled up for both products.
 
-    Float experts beside a quantized product are prepared as ``FloatExperts``, which is also what all three are without.
+    A float product beside a quantized one is prepared by ``FloatExperts``; if all are float, nothing is padded.
     """
     costs = [
         cost for layer in members if isinstance(cost := layer.row.cost if layer.row else FLOAT_EXPERTS, ExpertsCost)
@@ -135,9 +141,9 @@ class KvCache:
     """The KV cache of one rank, in the model's dtype.
 
     Attributes:
-        bytes_per_token: of all layers; 0 where config.json does not tell.
-        layers: layers that keep keys and values of every token.
-        how: what it was computed from.
+        bytes_per_token: bytes of all layers; 0 if config.json does not determine them.
+        layers: number of layers with keys and values.
+        how: the computation, as text.
     """
 
     bytes_per_token: int

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``inspect``: what a checkpoint is, and what each of its layers becomes."""
+"""``inspect``: summary of a checkpoint and of its layers as they are served."""
 
 from __future__ import annotations
 
@@ -18,19 +18,22 @@ __all__ = ["Overview", "inspect"]
 
 @dataclass(frozen=True)
 class Overview:
-    """What a checkpoint is.
+    """The result of ``inspect``.
 
     Attributes:
-        model: as the user named it.
-        architecture: the model class that config.json names.
-        dtype: the dtype that config.json names.
-        format: the quantization format, "" for a float checkpoint. decided_by: the file that says so.
-        producer: the tool that made the checkpoint and its version, where a file says it.
-        files: number of weight files. nbytes: bytes of all tensors. tensors: number of tensors.
-        schemes: layers by kind and scheme.
+        model: the name given by the user.
+        architecture: the model class in config.json.
+        dtype: the dtype in config.json.
+        format: the quantization format; "" for a float checkpoint.
+        decided_by: the file that determines the format.
+        producer: the producer and its version, if a file names them.
+        files: number of weight files.
+        nbytes: bytes of all tensors.
+        tensors: number of tensors.
+        schemes: layers grouped by kind and scheme.
         layers: every layer.
-        ignored: names of files with weights that vLLM would not load, and why.
-        errors, warnings: findings about config and files; ``check`` tells them.
+        ignored: names of weight files that vLLM would not load, and the reason.
+        errors, warnings: number of findings about config and files; ``check`` returns them.
     """
 
     model: str
@@ -52,15 +55,15 @@ class Overview:
 def inspect(
     model: str | os.PathLike[str] | Model, *, revision: str | None = None, follow_links: bool = False
 ) -> Overview:
-    """What a checkpoint is, from its config files and the headers of its weight files.
+    """Summarize a checkpoint from its config files and the headers of its weight files.
 
     Args:
         model: a folder, a hub id, or an opened model.
         revision: branch, tag or commit of a hub id.
-        follow_links: whether links that lead out of the folder are followed; else they are findings.
+        follow_links: whether to follow links out of the folder; otherwise they are findings.
 
     Raises:
-        NpuQuantError: where the checkpoint cannot be read, or its format is not known.
+        NpuQuantError: the checkpoint cannot be read, or its format is not known.
     """
     opened = model if isinstance(model, Model) else open_model(model, revision=revision, follow_links=follow_links)
     described = opened.require_described()
@@ -70,14 +73,12 @@ def inspect(
     layers = layers_of(opened)
     architectures = opened.config.get("architectures")
     first = architectures[0] if isinstance(architectures, list) and architectures else ""
-    detection = opened.detection
-    assert detection is not None
     return Overview(
         model=opened.name,
         architecture=first[:80] if isinstance(first, str) else "",
         dtype=dtype_of(opened),
         format="" if described.format == "float" else described.format,
-        decided_by=detection.file,
+        decided_by="" if opened.detection is None else opened.detection.file,
         producer=producer_of(opened),
         files=len(opened.checkpoint.files),
         nbytes=opened.checkpoint.total_bytes,
@@ -91,7 +92,7 @@ def inspect(
 
 
 def dtype_of(model: Model) -> str:
-    """The dtype that config.json names ("bfloat16"); empty where it names none."""
+    """The dtype in config.json ("bfloat16"); empty if there is none."""
     for config in (model.text_config, model.config):
         for key in ("dtype", "torch_dtype"):
             value = config.get(key)
@@ -101,7 +102,7 @@ def dtype_of(model: Model) -> str:
 
 
 def producer_of(model: Model) -> str:
-    """The tool that made the checkpoint, and its version, where a file says it."""
+    """The producer and its version, if a file names them; else empty."""
     detection = model.detection
     declaration = find_format(model.described.format) if model.described is not None else None
     return declaration.producer(detection.config) if declaration is not None and detection is not None else ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensor and expert parallelism: which sizes cut a checkpoint's layers into whole parts."""
+"""Tensor and expert parallelism: the part of each layer on a rank, and the sizes that divide all layers evenly."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from vllm_npu_quant.serving.cost import round_up
 from vllm_npu_quant.serving.shards import rank_part
 from vllm_npu_quant.spec import LayerKind
 
-__all__ = ["NUMBER", "SIZES", "LayerPart", "cut_of", "fitting_sizes", "kv_heads", "parallel_findings", "part_of"]
+__all__ = ["NUMBER", "SIZES", "LayerPart", "fitting_sizes", "kv_heads", "parallel_findings", "part_of", "sharded_axis"]
 
-#: Parallel sizes that are tried for "sizes that work".
+#: Tensor-parallel sizes that are tried to suggest sizes that work.
 SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 40, 48, 64)
 
-#: Last components of layers whose inputs are cut; every rank then has all outputs, and the results are summed.
+#: Last name components of row-parallel layers, whose inputs are split.
 ROW_PARALLEL = frozenset({"o_proj", "out_proj", "down_proj", "w2", "wo", "c_proj", "fc2", "dense_4h_to_h", "dense"})
-#: Last components of layers that every rank has whole.
+#: Last name components of replicated layers.
 REPLICATED = frozenset(
     {
         "gate",
@@ -39,12 +39,12 @@ REPLICATED = frozenset(
         "eh_proj",
     }
 )
-#: A layer's number in its name.
+#: The number of a layer in its name.
 NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
 
 
-def cut_of(layer: Layer) -> Axis | None:
-    """The dimension that tensor parallelism cuts, by the layer's name; None where every rank has the whole layer."""
+def sharded_axis(layer: Layer) -> Axis | None:
+    """The dimension that tensor parallelism splits, by the layer's name; None if the layer is replicated."""
     last = layer.name.rpartition(".")[2]
     if layer.kind == OTHER:
         return Axis.OUT if "embed_tokens" in layer.name else None
@@ -53,7 +53,7 @@ def cut_of(layer: Layer) -> Axis | None:
     return Axis.IN if last in ROW_PARALLEL else Axis.OUT
 
 
-#: vLLM fills the vocabulary up to a multiple of this, in embeddings and lm_head.
+#: vLLM pads the vocabulary of embeddings and lm_head to a multiple of this.
 VOCABULARY = 64
 
 
@@ -70,10 +70,12 @@ def part_of(layer: Layer, tp: int, ep: int, kv_heads: int = 0) -> LayerPart:
     """A rank's part of a layer with ``tp`` tensor-parallel ranks, of which ``ep`` share the experts.
 
     Args:
-        kv_heads: key-value heads of the model, which more ranks than heads repeat; 0 where they are not known.
+        layer: the layer.
+        tp, ep: tensor- and expert-parallel sizes.
+        kv_heads: key-value heads of the model, which are replicated if there are more ranks than heads; 0 if not known.
     """
     outputs, inputs, count = layer.outputs, layer.inputs, layer.count
-    axis = cut_of(layer)
+    axis = sharded_axis(layer)
     if layer.kind == LayerKind.FUSED_MOE.value and ep > 1:
         return LayerPart(outputs, inputs, -(-count // ep))
     if axis is Axis.OUT:
@@ -92,7 +94,7 @@ def part_of(layer: Layer, tp: int, ep: int, kv_heads: int = 0) -> LayerPart:
 
 
 def kv_heads(model: Model) -> int:
-    """Key-value heads of the config; 0 where they are not known or the model has latent attention."""
+    """Number of key-value heads in the config; 0 if not known, and for latent attention."""
     if model.size("kv_lora_rank"):
         return 0
     return model.size("num_key_value_heads", "multi_query_group_num", "num_kv_heads") or model.size(
@@ -101,17 +103,20 @@ def kv_heads(model: Model) -> int:
 
 
 def fitting_sizes(model: Model, layers: Sequence[Layer]) -> tuple[int, ...]:
-    """The tensor-parallel sizes of SIZES that cut every layer into whole parts."""
+    """The tensor-parallel sizes of SIZES that divide every layer evenly."""
     return tuple(size for size in SIZES if not parallel_findings(model, layers, tp=size, ep=1, fitting=False))
 
 
 def parallel_findings(
     model: Model, layers: Sequence[Layer], *, tp: int, ep: int, fitting: bool = True
 ) -> list[Finding]:
-    """What stands in the way of ``tp`` tensor-parallel ranks, of which ``ep`` share the experts.
+    """Findings for layers that cannot be split among ``tp`` tensor-parallel ranks, of which ``ep`` share the experts.
 
     Args:
-        fitting: whether to look for the sizes that work; else the first obstacle is enough.
+        model: an opened model.
+        layers: its layers.
+        tp, ep: tensor- and expert-parallel sizes.
+        fitting: whether to suggest sizes that work.
     """
     found = FindingLimit(8)
     if tp > 1:
@@ -120,7 +125,7 @@ def parallel_findings(
         if problems and fitting:
             sizes = [str(size) for size in fitting_sizes(model, layers) if size <= max(2 * tp, 16)]
             works = "use a tensor-parallel size that works: " + ", ".join(sizes)
-        # One finding for the layers of all depths that have the same name and the same problem.
+        # One finding for the layers of all depths with the same name and problem.
         alike: dict[tuple[str, ...], list[str]] = {}
         for layer, *problem in problems:
             alike.setdefault((NUMBER.sub("*", layer), *problem), []).append(layer)
@@ -150,7 +155,7 @@ def _heads(model: Model, tp: int) -> Iterable[tuple[str, str, str, str]]:
 def _layers(layers: Iterable[Layer], tp: int, ep: int) -> Iterable[tuple[str, str, str, str]]:
     """What the engine would refuse of each layer: layer, message, expected, found."""
     for layer in layers:
-        axis = cut_of(layer)
+        axis = sharded_axis(layer)
         if axis is None or not layer.outputs or layer.kind in (OTHER, LayerKind.LM_HEAD.value):
             continue  # vLLM pads the vocabulary
         if ep > 1 and layer.kind == LayerKind.FUSED_MOE.value:

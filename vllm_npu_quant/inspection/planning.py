@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``plan``: does a checkpoint fit on a chip, how many tokens beside it, and what the chip's published peaks allow.
+"""``plan``: memory of a checkpoint on a chip, tokens of the KV cache, and roofline times.
 
-The roofline is an upper bound from published peaks, not a forecast: no overhead, no dequantization, no communication.
+The roofline gives upper bounds from published peaks, not predictions: no overhead, dequantization or communication.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from vllm_npu_quant.spec import LayerKind
 
 __all__ = ["Plan", "Roofline", "Source", "plan"]
 
-#: Device memory for activations, graphs and the communication library: an assumption, not a measurement.
+#: Device memory for activations, graphs and the communication library; assumed, not measured.
 RESERVE = 2 << 30
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a published number is from."""
+    """A published number and its source."""
 
     what: str
     value: float
@@ -37,16 +37,19 @@ class Source:
 
 @dataclass(frozen=True)
 class Roofline:
-    """Layers of one scheme, or of one name, in one phase, on one rank.
+    """Roofline of the layers with one scheme, or one name, in one phase, on one rank.
 
     Attributes:
-        phase: "decode" or "prefill". scheme, kind, method: of the layers. layers: how many.
-        nbytes: weights and activations moved. operations: multiplications and additions.
-        seconds: the larger of both over the chip's peaks; None where no bandwidth is known.
-        bound: "memory" or "compute"; "memory only" where the arithmetic's peak is not known and was left out.
-        gain: the same for float weights of the same sizes, divided by ``seconds``: at most this much faster.
-        others: seconds with other schemes of the same layers: "float", "W8A8", "W4A16" (groups of 128), "W4A8".
-        name: of the layers, with * for their numbers; empty where they are counted by scheme.
+        phase: "decode" or "prefill".
+        scheme, kind, method: those of the layers.
+        layers: number of checkpoint layers.
+        nbytes: bytes of weights and activations moved.
+        operations: multiplications and additions.
+        seconds: the larger of memory time and compute time at the chip's peaks; None if its bandwidth is not known.
+        bound: "memory" or "compute"; "memory only" if the compute peak is not known and not considered.
+        gain: upper bound on the speedup over float weights of the same sizes.
+        others: seconds with other schemes: "float", "W8A8", "W4A16" (groups of 128), "W4A8".
+        name: name of the layers, with * for their numbers; empty if they are grouped by scheme.
     """
 
     phase: str
@@ -65,20 +68,26 @@ class Roofline:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one rank of a deployment holds, and what fits.
+    """The result of ``plan``, for one rank.
 
     Attributes:
-        model, device, device_name, tp, ep: what was asked.
-        weight_bytes: of one rank, after preparation. stored_bytes: of the checkpoint's files.
-        kv_bytes_per_token: of one rank; 0 where not known. kv_how: how it was computed.
-        memory: of the device; None where not known. usable: the share that vLLM may use. reserve: assumed for the rest.
-        tokens: that fit into the KV cache; None where not known, negative never.
-        max_model_len: what ``fits`` asks for.
-        fits: whether weights and one sequence of max_model_len fit; None where not known.
-        smallest_tp: the smallest size that fits and that the layers can be cut for; None where there is none.
+        model, device, device_name, tp, ep: the request.
+        weight_bytes: bytes of the prepared weights of one rank.
+        stored_bytes: bytes of the checkpoint's tensors.
+        kv_bytes_per_token: bytes of the KV cache per token on one rank; 0 if not known.
+        kv_how: its computation, as text.
+        memory: bytes of the device; None if not known.
+        usable: the part of ``memory`` that vLLM may use; None if not known.
+        reserve: bytes of ``usable`` that are assumed for activations, graphs and communication.
+        tokens: tokens that fit into the KV cache, at least 0; None if not known.
+        max_model_len: tokens of one sequence.
+        fits: whether weights and one sequence of max_model_len fit; None if not known.
+        smallest_tp: the smallest tensor-parallel size that fits and divides the layers evenly; None if there is none.
         batch, prompt: sequences of a decode step, tokens of a prefill.
-        roofline: by phase and scheme. layers: by phase and layer, the depths together.
-        sources: of the chip's numbers. remarks: what a reader has to know.
+        roofline: grouped by phase and scheme.
+        sources: sources of the chip's numbers.
+        remarks: notes for users.
+        layers: roofline grouped by phase and layer name, all depths together.
     """
 
     model: str
@@ -118,20 +127,22 @@ def plan(
     revision: str | None = None,
     follow_links: bool = False,
 ) -> Plan:
-    """Does a checkpoint fit, and what may its scheme gain.
+    """Plan the memory of a checkpoint on a chip and bound the gain of its schemes.
 
     Args:
         model: a folder, a hub id, or an opened model.
         device: "a2", "a3", "a5" or "310p".
-        tp: tensor-parallel size. ep: how many ranks share the experts; 1 where tensor parallelism cuts them.
-        max_model_len: tokens of one sequence; config.json's where None.
-        gpu_memory_utilization: the share of the device memory that vLLM may use.
-        batch: sequences of a decode step. prompt: tokens of a prefill.
+        tp: tensor-parallel size.
+        ep: number of ranks that share the experts; 1 if tensor parallelism splits them.
+        max_model_len: tokens of one sequence; None for the value in config.json.
+        gpu_memory_utilization: the fraction of the device memory that vLLM may use.
+        batch: sequences of a decode step.
+        prompt: tokens of a prefill.
         revision: branch, tag or commit of a hub id.
-        follow_links: whether links that lead out of the folder are followed; else they are findings.
+        follow_links: whether to follow links out of the folder; otherwise they are findings.
 
     Raises:
-        NpuQuantError: where the checkpoint cannot be read, or its format is not known.
+        NpuQuantError: the checkpoint cannot be read, or its format is not known.
         ValueError: for an unknown device, or a size out of its range.
     """
     chip = chip_of(device)
@@ -189,7 +200,7 @@ def _nothing(name: str) -> Finding:
 
 
 def _left_out(model: Model, layer: Layer) -> bool:
-    """Whether vLLM does not load a stored layer: an lm_head that is the embedding, layers of multi-token prediction."""
+    """Whether vLLM does not load a stored layer: a tied lm_head, layers of multi-token prediction."""
     if layer.name == "lm_head":
         return model.text_config.get("tie_word_embeddings") is True
     depth = model.size("num_hidden_layers")
@@ -199,14 +210,15 @@ def _left_out(model: Model, layer: Layer) -> bool:
 
 
 def _tokens(usable: float | None, weights: int, per_token: int) -> int | None:
-    """Tokens that fit beside the weights; None where memory or cache are not known."""
+    """Tokens that fit into the memory left by the weights; None if memory or KV cache are not known."""
     if usable is None or not per_token:
         return None
     return max(int((usable - RESERVE - weights) // per_token), 0)
 
 
-#: Bytes of a weight's element with other schemes: what ``Roofline.others`` compares. Groups of 128 have 2 bytes each.
-_OTHERS: dict[str, tuple[float, float, bool]] = {  # scheme: bytes per weight, bytes per activation, int8 arithmetic
+#: Schemes of ``Roofline.others``: bytes per weight, bytes per activation, int8 arithmetic. W4A16 has groups of 128 with a
+#: scale of 2 bytes.
+_OTHERS: dict[str, tuple[float, float, bool]] = {
     "float": (ACT, ACT, False),
     "W8A8": (1.0, 1.0, True),
     "W4A16": (0.5 + ACT / 128, ACT, False),
@@ -256,7 +268,7 @@ def _roofline(
 
 @dataclass(frozen=True)
 class _Traffic:
-    """What one rank moves for its part of a layer: rows of the input, bytes and elements of the weight."""
+    """Traffic of one rank for its part of a layer: rows of the input, bytes and elements of the weight."""
 
     part: LayerPart
     rows: float
@@ -264,7 +276,7 @@ class _Traffic:
     elements: float
 
     def values(self, layer: Layer) -> float:
-        """Bytes of input and output."""
+        """Bytes of the activations, input and output."""
         width = ACT if layer.spec.activation is None else layer.spec.activation.bits / 8
         return self.rows * (self.part.inputs * width + self.part.outputs * ACT)
 
@@ -273,18 +285,18 @@ def _traffic(layer: Layer, tp: int, ep: int, tokens: int, chosen: int, kv_heads:
     part = part_of(layer, tp, ep, kv_heads)
     rows, touched = float(tokens), 1.0
     if layer.kind == LayerKind.FUSED_MOE.value:
-        # Each token takes `chosen` of all experts; with even routing, this share of them is needed at all.
+        # Each token is routed to `chosen` experts; with uniform routing, this fraction of the experts is used.
         share = min(chosen / layer.count, 1.0)
         touched = 1.0 - (1.0 - share) ** tokens
         rows = tokens * chosen * part.count / layer.count
     elif layer.kind == LayerKind.LM_HEAD.value and tokens > 1024:
-        rows = 1.0  # of a prompt, only the last token's logits are computed
+        rows = 1.0  # for a prompt, only the logits of the last token are computed
     weights = layer_bytes(layer, tp, ep, kv_heads) * touched
     return _Traffic(part, rows, weights, part.outputs * part.inputs * part.count * touched)
 
 
 def _time(chip: Chip, nbytes: float, operations: float, peak: Number | None) -> tuple[float | None, str]:
-    """The larger of the times that memory and arithmetic take at their peaks, and which it is."""
+    """The larger of memory time and compute time at the chip's peaks, and the bound: "memory", "compute" or "memory only"."""
     if chip.bandwidth is None:
         return None, ""
     memory = nbytes / chip.bandwidth.value

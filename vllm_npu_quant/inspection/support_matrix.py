@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``matrix``: format x scheme x layer kind x chip, from the formats themselves, the dispatch table and the operator rules."""
+"""``matrix``: support by format, scheme, layer kind and chip, from the formats' samples, the dispatch table and the chips."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ class MatrixRow:
     """One scheme of one format.
 
     Attributes:
-        format: the format. scheme: its own name for the scheme.
-        numbers: what it computes with, in words.
-        methods: layer kind -> the NPU method class; empty where the kind is not served.
-        chips: chip -> "yes", "linear" or "experts" where only these are served, "no", or "?" where the operators' pages that
-            were read do not say.
-        remark: why it is not served, or what to know of how it is.
+        format: name of the format.
+        scheme: the format's name of the scheme.
+        numbers: the served spec as text.
+        methods: layer kind -> NPU method class; kinds that are not served are omitted.
+        chips: chip -> "yes", "no", "linear" or "experts" if only these are supported, or "?" if the operators' documentation
+            does not say.
+        remark: why it is not served, or a note on how it is served.
     """
 
     format: str
@@ -40,7 +41,7 @@ class MatrixRow:
 
 
 def matrix() -> tuple[MatrixRow, ...]:
-    """Every scheme that a format can name, with what serves it."""
+    """Support of every scheme of every format."""
     return tuple(_row(declaration, sample) for declaration in formats() for sample in declaration.samples())
 
 

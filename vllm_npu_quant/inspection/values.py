@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``check --values``: what headers do not tell. Reads the weights with NumPy, a block of rows at a time."""
+"""``check --values``: checks of tensor values, which are read with NumPy in blocks."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from vllm_npu_quant.spec import Granularity, Layout, NumberKind, WeightSpec
 
 __all__ = ["value_findings"]
 
-#: Elements of a weight that are worked on at a time.
+#: Elements per block.
 BLOCK = 1 << 24
 
-#: Layouts that hold an int4 in a whole byte.
+#: Layouts that store one int4 per byte.
 _BYTES = frozenset({Layout.MODELSLIM_INT, Layout.MODELSLIM_TWO_LEVEL, Layout.CT_INT})
 _FP8_NAN = 0x7F
 
@@ -29,18 +29,18 @@ _FP8_NAN = 0x7F
 def value_findings(
     model: Model, layers: Sequence[Layer], progress: Callable[[str, int, int], None] | None = None
 ) -> list[Finding]:
-    """What is wrong with the values of scales, zero points, integers and floats; what requantizing FP8 costs.
+    """Findings about values of scales, zero points, integers and floats, and about the error of requantizing FP8.
 
     Args:
-        model: an opened model whose files are local.
-        layers: what ``layers_of`` gives.
-        progress: called with (layer, layers done, layers in all).
+        model: an opened model with local files.
+        layers: the result of ``layers_of``.
+        progress: called with (layer, layers done, total layers).
     """
     described = model.require_described()
     checkpoint = model.checkpoint
     found = FindingLimit()
     symmetric = {layer.name: layer.row.weight_symmetric is True for layer in layers if layer.row is not None}
-    # These layers' FP8 is not requantized.
+    # Layers whose FP8 weights are not requantized.
     floats = {layer.name for layer in layers if layer.row is not None and layer.row.weight_kind is NumberKind.FLOAT}
     entries = dict(described.stored_layers())
     by_layer: dict[str, list[TensorInfo]] = {}
@@ -53,7 +53,7 @@ def value_findings(
             for finding in _layer_values(checkpoint, layer, tensors, entry, symmetric):
                 found.add(finding)
             loss = None if layer in floats else _requantization(checkpoint, layer, entry)
-        except NpuQuantError as error:  # the file changed, or is damaged: its findings say so
+        except NpuQuantError as error:  # the file is damaged or has changed
             for finding in error.findings:
                 found.add(finding)
             break
@@ -81,7 +81,7 @@ def _layer_values(
         if roles.get(last) is Role.SCALE:
             yield from _scale_values(checkpoint, layer, tensor)
         elif roles.get(last) is Role.ZERO:
-            if symmetric.get(layer, symmetric.get(_starred(layer), False)) and np.any(checkpoint.read(tensor.name)):
+            if symmetric.get(layer, symmetric.get(_any_expert(layer), False)) and np.any(checkpoint.read(tensor.name)):
                 yield _bad(
                     layer,
                     tensor,
@@ -106,7 +106,7 @@ def _layer_values(
 
 
 def _scale_values(checkpoint: Checkpoint, layer: str, tensor: TensorInfo) -> Iterator[Finding]:
-    if tensor.dtype == "I64":  # the bit pattern of a float32, widened
+    if tensor.dtype == "I64":  # float32 bits widened to int64
         stored = np.asarray(checkpoint.read(tensor.name))
         values = (stored & 0xFFFFFFFF).astype(np.uint32).view(np.float32)
     elif tensor.dtype in FLOAT_DTYPES or tensor.dtype == "F8_E8M0":
@@ -166,7 +166,7 @@ def _integers(checkpoint: Checkpoint, layer: str, tensor: TensorInfo, entry: Lay
 
 
 def _not_finite(checkpoint: Checkpoint, tensor: TensorInfo) -> int:
-    """How many values of a float tensor are NaN or infinite, without converting it."""
+    """Number of NaN and infinite values of a float tensor, counted without conversion."""
     stored = checkpoint.read(tensor.name).reshape(-1)
     count = 0
     for start in range(0, stored.size, BLOCK):
@@ -180,7 +180,8 @@ def _not_finite(checkpoint: Checkpoint, tensor: TensorInfo) -> int:
     return count
 
 
-def _starred(layer: str) -> str:
+def _any_expert(layer: str) -> str:
+    """The layer's name with * for the number of an expert."""
     parent, found, rest = layer.rpartition(".experts.")
     return f"{parent}.experts.*.{rest.partition('.')[2]}" if found else layer
 
@@ -202,7 +203,7 @@ def _bad(
 
 
 def _requantization(checkpoint: Checkpoint, layer: str, entry: LayerEntry | None) -> float | None:
-    """||w_int8 - w_fp8|| / ||w_fp8|| of a layer whose FP8 weight is served as int8 with a scale per output."""
+    """``||w_int8 - w_fp8|| / ||w_fp8||`` of an FP8 layer requantized to int8 per channel; None for other layers."""
     if entry is None or entry.spec.weight is None:
         return None
     stored = entry.spec.weight
@@ -240,7 +241,7 @@ def _fp8(codes: np.ndarray) -> np.ndarray:
 
 
 def _row_scales(scales: np.ndarray, stored: WeightSpec, start: int, stop: int, inputs: int) -> np.ndarray:
-    """The scale of every element of rows start to stop, in a shape that broadcasts over [rows, inputs]."""
+    """Scales of rows [start, stop), in a shape that broadcasts to [rows, inputs]."""
     if stored.granularity is Granularity.BLOCK:
         rows = np.arange(start, stop) // stored.block_rows
         columns = np.arange(inputs) // stored.group_size

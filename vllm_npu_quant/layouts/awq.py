@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AWQ "gemm" tensors to canonical numbers, and back.
+"""Conversion of AWQ "gemm" tensors to canonical numbers, and packing.
 
 ``w[n, k] = (q[k, n] - z[g, n]) * scales[g, n]`` with ``g = k // group_size``, q and z in [0, 15]. Eight outputs share an
-int32: nibble i holds the output 8 * c + ORDER[i] of column c (AutoAWQ's WQLinear_GEMM).
+int32: nibble i of column c holds output 8 * c + ORDER[i] (AutoAWQ's WQLinear_GEMM).
 """
 
 from __future__ import annotations
@@ -12,50 +12,50 @@ from collections.abc import Mapping
 import torch
 
 from vllm_npu_quant.errors import Finding, NpuQuantError
+from vllm_npu_quant.layouts.bits import bytes_of
 from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight
-from vllm_npu_quant.layouts.gptq import bytes_of
 from vllm_npu_quant.layouts.tables import group_size_of
 from vllm_npu_quant.spec import LayerSpec
 
 __all__ = ["ORDER", "pack", "to_canonical", "unpack", "zeros"]
 
-#: The output in each nibble, the lowest first.
+#: Offset of the output in each nibble, lowest nibble first.
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 _MIDDLE = 8
 
 
 def unpack(words: torch.Tensor) -> torch.Tensor:
-    """int32 [R, C] to uint8 [R, 8 * C], values in [0, 15]."""
+    """Unpack int32 [R, C] to uint8 [R, 8 * C], values in [0, 15]."""
     as_bytes = bytes_of(_in_order(words)).flatten(-2)
     return torch.stack((as_bytes & 15, as_bytes >> 4), dim=-1).flatten(-2)
 
 
 def _in_order(words: torch.Tensor) -> torch.Tensor:
-    """int32 [...] with output i of each word in its nibble i: whole words at a time, which are an eighth of the values."""
-    swapped = (words ^ (words >> 8)) & 0x0000FF00  # the two bytes in the middle
+    """int32 [...] with output i of each word in nibble i. Works on words, an eighth as many elements as values."""
+    swapped = (words ^ (words >> 8)) & 0x0000FF00  # the two middle bytes
     words = words ^ swapped ^ (swapped << 8)
-    swapped = (words ^ (words >> 4)) & 0x00F000F0  # the two nibbles in the middle of each half
+    swapped = (words ^ (words >> 4)) & 0x00F000F0  # the two middle nibbles of each half
     return words ^ swapped ^ (swapped << 4)
 
 
 def pack(values: torch.Tensor) -> torch.Tensor:
-    """The inverse of ``unpack``: integers [R, 8 * C] in [0, 15] to int32 [R, C]."""
+    """Inverse of ``unpack``: integers [R, 8 * C] in [0, 15] to int32 [R, C]."""
     nibbles = values.to(torch.uint8).unflatten(-1, (-1, 8))[..., ORDER].unflatten(-1, (4, 2))
     as_bytes = nibbles[..., 0] | (nibbles[..., 1] << 4)
     return as_bytes.contiguous().view(torch.int32).squeeze(-1)
 
 
 def zeros(stored: torch.Tensor, spec: LayerSpec, outputs: int) -> torch.Tensor:
-    """qzeros int32 [G, N/8] to uint8 [G, N]."""
+    """Unpack qzeros: int32 [G, N/8] to uint8 [G, N]."""
     return unpack(stored)
 
 
 def to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> CanonicalLinear:
-    """Layout AWQ_GEMM: qweight int32 [K, N/8], scales float32 [G, N], zeros uint8 [G, N] or none (all 8).
+    """Convert layout AWQ_GEMM: qweight int32 [K, N/8], scales float32 [G, N], zeros uint8 [G, N] or none (all 8).
 
     Raises:
-        NpuQuantError: bad-value where the config says zero_point false, and the stored zero points say otherwise.
+        NpuQuantError: bad-value if the config has zero_point false and stored zero points are not 8.
     """
     words, scales, stored = tensors["qweight"], tensors["scales"], tensors.get("qzeros")
     inputs, columns = words.shape

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one form that all layouts become, and that all method classes start from."""
+"""The canonical numbers of a layer: the result of every layout's conversion and the input of every method class."""
 
 from __future__ import annotations
 
@@ -8,26 +8,28 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["CanonicalLinear", "CanonicalWeight", "InputTransform", "StaticActivation"]
+from vllm_npu_quant.layouts.int4 import row_blocks
+
+__all__ = ["CanonicalLinear", "CanonicalWeight", "InputTransform", "StaticActivation", "row_sums"]
 
 
 @dataclass
 class CanonicalWeight:
     """An integer weight: ``w[n, k] = (q[n, k] - zero[n, g]) * scale[n, g]`` with ``g = k // group_size``.
 
-    The integers come in blocks of rows, so that a packed weight is never unpacked as a whole.
+    Integers are produced in blocks of rows, so that a packed weight is never unpacked as a whole.
 
     Attributes:
         outputs, inputs: N and K.
-        rows: gives rows [start, stop) as int8 [stop - start, K], integers in [-2^(bits-1), 2^(bits-1) - 1].
+        rows: returns rows [start, stop) as int8 [stop - start, K], integers in [-2^(bits-1), 2^(bits-1) - 1].
         scale: float32 [N, G].
-        zero: float32 [N, G], or None where all are 0.
-        group_size: inputs per group; 0 where G is 1.
+        zero: float32 [N, G], or None if all are 0.
+        group_size: inputs per group; 0 if G is 1.
         bits: bits per integer.
-        float_rows: gives rows [start, stop) as float32 [stop - start, K], exactly as the checkpoint means them, where the
-            integers are an approximation: FP8 that was requantized. None where the integers are exact.
-        pairs: gives rows [start, stop) of 4-bit integers as ``int4.pack_pairs`` packs them, int8 [stop - start, K/2], where
-            they are stored so but for their signs; else None, and for an odd K.
+        float_rows: returns the exact rows [start, stop) as float32 [stop - start, K] if the integers only approximate the
+            checkpoint's values (requantized FP8). None if the integers are exact.
+        pairs: returns rows [start, stop) of 4-bit integers packed as by ``int4.pack_pairs``, int8 [stop - start, K/2], if
+            the checkpoint packs them in that order. None otherwise, and for an odd K.
     """
 
     outputs: int
@@ -49,7 +51,7 @@ class CanonicalWeight:
         group_size: int = 0,
         bits: int = 8,
     ) -> CanonicalWeight:
-        """The weight whose integers are stored one per byte, int8 [N, K]."""
+        """A weight whose integers are stored one per byte, int8 [N, K]."""
         outputs, inputs = values.shape
         return cls(outputs, inputs, lambda start, stop: values[start:stop], scale, zero, group_size, bits)
 
@@ -75,20 +77,30 @@ class CanonicalWeight:
         return (values if zero is None else values - zero) * scale
 
 
+def row_sums(weight: CanonicalWeight) -> torch.Tensor:
+    """Sum of the integers of each row, int32 [N]."""
+    sums = torch.empty(weight.outputs, dtype=torch.int32, device=weight.scale.device)
+    for start, stop in row_blocks(weight.outputs, weight.inputs):
+        sums[start:stop] = weight.rows(start, stop).sum(dim=1, dtype=torch.int32)
+    return sums
+
+
 @dataclass
 class StaticActivation:
-    """A static activation quantization: ``x_q = clamp(round(x / scale) + offset, -128, 127)``, and what undoes it.
+    """Static activation quantization and the terms that dequantize the product.
 
-    ``y = (x_q @ values.T + quant_bias + correction) * deq_scale`` where ``deq_scale = scale * weight_scale``. Together
-    the two terms are the layer's bias and the zero-point correction: ``round(bias / deq_scale) - offset * sum_k values``.
+    ``x_q = clamp(round(x / scale) + offset, -128, 127)`` and ``y = (x_q @ values.T + quant_bias + correction) * deq_scale``
+    with ``deq_scale = scale * weight_scale``. The sum of both terms is the layer's bias and the zero-point correction:
+    ``round(bias / deq_scale) - offset * sum_k values``.
 
     Attributes:
         scale, offset: float32 scalars [1].
         deq_scale: float32 [N].
-        quant_bias: int32 [N], the whole layer's constant: if ranks sum their parts of the inputs, one of them adds it. The
-            bias if ``correction`` is given, else the bias and the zero-point correction of all inputs. None for no constant.
-        correction: int32 [N], the zero-point correction of this rank's inputs, which every rank adds; None if quant_bias
-            holds it already, as msModelSlim stores it.
+        quant_bias: int32 [N], the constant of the whole layer: of ranks that sum partial results, only one adds it. It is
+            the bias if ``correction`` is given, else the bias plus the zero-point correction of all inputs. None if there
+            is no constant.
+        correction: int32 [N], the zero-point correction of this rank's inputs, added by every rank; None if quant_bias
+            includes it, as msModelSlim stores it.
     """
 
     scale: torch.Tensor
@@ -100,14 +112,14 @@ class StaticActivation:
 
 @dataclass
 class InputTransform:
-    """What a layer's input is multiplied by before it is quantized: ``x' = L.T @ x @ R`` with x as [L, M] per token.
+    """Matrices applied to a layer's input before quantization: ``x' = L.T @ x @ R`` with each token x viewed as [L, M].
 
-    The weight of the checkpoint belongs to x'.
+    The checkpoint's weight multiplies x'.
 
     Attributes:
         left: float32 [L, L], or None.
         right: float32 [M, M], or None.
-        clip: factor of the largest magnitude of a token that gives its scale; 1 for none.
+        clip: factor applied to a token's largest magnitude to get its scale; 1 for no clipping.
     """
 
     left: torch.Tensor | None = None
@@ -117,16 +129,16 @@ class InputTransform:
 
 @dataclass
 class CanonicalLinear:
-    """A quantized Linear on one rank.
+    """Canonical numbers of a quantized Linear layer on one rank.
 
     Attributes:
-        weight: its integers and scales.
-        static: the static activation quantization, where the checkpoint holds one.
-        bias: float32 [N], the layer's bias as the checkpoint stores it, or None.
-        input_permutation: int64 [K], or None: input k of the weight is multiplied by ``x[..., input_permutation[k]]``. It
-            sorts the inputs of a checkpoint whose groups are not runs of neighbours (GPTQ's g_idx). -1 stands for a zero,
-            which fills a group up; K then is more than x has.
-        transform: what the input is multiplied by first, or None. It belongs to the whole layer, not to a rank's part.
+        weight: the integers and scales.
+        static: the static activation quantization if the checkpoint has one, else None.
+        bias: float32 [N], the stored bias, or None.
+        input_permutation: int64 [K], or None: input k of the weight multiplies ``x[..., input_permutation[k]]``. It sorts
+            inputs by group for checkpoints with activation order. -1 marks a padding input that is 0; K is then larger
+            than the last dimension of x.
+        transform: the matrices applied to the input, or None. They cover the whole layer, not a rank's part.
     """
 
     weight: CanonicalWeight

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""compressed-tensors' tensors to canonical numbers.
+"""Conversion of compressed-tensors' tensors to canonical numbers.
 
-Formulas (compressed_tensors: quantization.lifecycle.forward, compressors.pack_quantized): ``w = (q - zero_point) * scale``
-with q in two's complement, per tensor, channel or group of inputs; packed integers and zero points are offset-binary,
-``q + 2^(bits-1)``, 32 // bits of them in an int32 from the low bits up (since 0.18 a stream of bits, which is another thing
-for 3 bits only), weights along K and zero points along N; static activations
-``x_q = clamp(round(x / input_scale + input_zero_point))``.
+Formulas (compressed_tensors: quantization.lifecycle.forward, compressors.pack_quantized):
+
+- ``w = (q - zero_point) * scale`` with q in two's complement, per tensor, channel or group.
+- Packed integers and zero points are offset-binary, ``q + 2^(bits-1)``: weights along K, zero points along N. An int32 holds
+  32 // bits of them from the low bits up; since 0.18 they are a dense bit stream, which differs for 3 bits only.
+- Static activations: ``x_q = clamp(round(x / input_scale + input_zero_point))``.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from dataclasses import replace
 import torch
 
 from vllm_npu_quant.errors import Finding, NpuQuantError
-from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight, StaticActivation
+from vllm_npu_quant.layouts.bits import unpack
+from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight, StaticActivation, row_sums
 from vllm_npu_quant.layouts.g_idx import arrange
-from vllm_npu_quant.layouts.gptq import unpack
-from vllm_npu_quant.layouts.int4 import row_blocks, unpack_pairs
-from vllm_npu_quant.layouts.tables import group_size_of
+from vllm_npu_quant.layouts.int4 import unpack_pairs
+from vllm_npu_quant.layouts.tables import group_size_of, stored_weight
 from vllm_npu_quant.spec import Granularity, LayerSpec, WeightSpec
 
 __all__ = [
@@ -31,34 +32,32 @@ __all__ = [
     "int_to_canonical",
     "one_scale_per_row",
     "packed_to_canonical",
-    "row_sums",
     "static_to_canonical",
     "unpack_inputs",
     "unpack_outputs",
     "unpacked_zero_points",
 ]
 
-#: Integers of 4 bits in an int32, all of them -8: what turns offset-binary into two's complement.
+#: Sign bits of eight int4 in an int32: XOR converts offset-binary to two's complement.
 _SIGNS = -0x77777778
 
-#: The largest bias that is folded into the int32 accumulator; the rest of its range is for the products.
+#: Bound on a bias folded into the int32 accumulator; the rest of its range is left to the products.
 _MAX_FOLDED = 1 << 30
 
 
 def one_scale_per_row(stored: torch.Tensor, spec: LayerSpec, outputs: int) -> torch.Tensor:
-    """A stored scale or zero point, repeated so that every output row has its own.
+    """Repeat a stored scale or zero point so that every output row has its own.
 
     Args:
         stored: per tensor [], [1] or [1, 1]; per channel [N] or [N, 1]; per group [N, G]; per block [ceil(N/rows), G].
-        spec: says which.
-        outputs: rows of vLLM's layer: an upper bound of N, which is exact where the layer is one checkpoint layer.
+        spec: gives the granularity.
+        outputs: rows of vLLM's layer: an upper bound of N, exact if the layer is one checkpoint layer.
 
     Returns:
-        [R, G] with R >= N: R is ``outputs`` for a scale per tensor, at most ``outputs`` for blocks, N otherwise. Floats of
-        8 bits become float32; other dtypes stay.
+        [R, G] with R >= N: R is ``outputs`` for a scale per tensor, at most ``outputs`` for blocks, N otherwise. 8-bit
+        floats are converted to float32; other dtypes are kept.
     """
-    weight = spec.weight
-    assert weight is not None
+    weight = stored_weight(spec)
     if stored.dtype.itemsize == 1 and stored.is_floating_point():
         stored = stored.to(torch.float32)
     if weight.granularity is Granularity.TENSOR:
@@ -69,32 +68,31 @@ def one_scale_per_row(stored: torch.Tensor, spec: LayerSpec, outputs: int) -> to
 
 
 def unpacked_zero_points(stored: torch.Tensor, spec: LayerSpec, outputs: int) -> torch.Tensor:
-    """Zero points packed along N, int32 [ceil(N / p), G] with p = 32 // bits, as int8 [R, G], N <= R <= ``outputs``."""
-    assert spec.weight is not None
-    return unpack_outputs(stored, spec.weight.bits)[:outputs]
+    """Unpack zero points packed along N: int32 [ceil(N / p), G], p = 32 // bits, to int8 [R, G], N <= R <= ``outputs``."""
+    return unpack_outputs(stored, stored_weight(spec).bits)[:outputs]
 
 
 def dense_zero_points(stored: torch.Tensor, spec: LayerSpec, outputs: int) -> torch.Tensor:
-    """Zero points that follow each other bit by bit along N, int32 [ceil(N * bits / 32), G], as int8 [R, G]."""
-    assert spec.weight is not None
-    return _signed(unpack(stored, spec.weight.bits)[:outputs], spec.weight.bits)
+    """Unpack zero points from a dense bit stream along N: int32 [ceil(N * bits / 32), G] to int8 [R, G]."""
+    bits = stored_weight(spec).bits
+    return _signed(unpack(stored, bits)[:outputs], bits)
 
 
 def _signed(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Offset-binary uint8 as two's complement int8."""
+    """Convert offset-binary uint8 to two's complement int8."""
     return codes.bitwise_xor(128).view(torch.int8) if bits == 8 else codes.view(torch.int8) - (1 << (bits - 1))
 
 
 def unpack_outputs(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """Integers packed along the first dimension: int32 [n, g] to int8 [n * (32 // bits), g] in two's complement."""
+    """Unpack integers along the first dimension: int32 [n, g] to int8 [n * (32 // bits), g] in two's complement."""
     return unpack_inputs(packed.t().contiguous(), bits).t()
 
 
 def unpack_inputs(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """Integers packed along the last dimension: int32 [n, w] to int8 [n, w * (32 // bits)] in two's complement.
+    """Unpack integers along the last dimension: int32 [n, w] to int8 [n, w * (32 // bits)] in two's complement.
 
     Args:
-        packed: contiguous; 32 // bits integers in each element from the low bits up, each with 2^(bits-1) added.
+        packed: contiguous; each element holds 32 // bits offset-binary integers from the low bits up.
     """
     if bits == 4:
         return unpack_pairs((packed ^ _SIGNS).view(torch.int8))
@@ -107,22 +105,14 @@ def unpack_inputs(packed: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def group_of_inputs(stored: torch.Tensor, spec: LayerSpec, outputs: int) -> torch.Tensor:
-    """weight_g_idx int32 [K]; -1 everywhere, which producers write where they did not reorder, becomes k // group_size."""
+    """weight_g_idx int32 [K], with k // group_size in place of -1: producers write -1 everywhere if nothing is reordered."""
     if stored.numel() and bool((stored == -1).all()):
         return torch.arange(stored.numel(), dtype=stored.dtype, device=stored.device) // max(group_size_of(spec), 1)
     return stored
 
 
-def row_sums(weight: CanonicalWeight) -> torch.Tensor:
-    """The sum of every row's integers, int32 [N]."""
-    sums = torch.empty(weight.outputs, dtype=torch.int32, device=weight.scale.device)
-    for start, stop in row_blocks(weight.outputs, weight.inputs):
-        sums[start:stop] = weight.rows(start, stop).sum(dim=1, dtype=torch.int32)
-    return sums
-
-
 def _scales(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """weight_scale, and the zero points as float32 where they are not all 0.
+    """weight_scale, and the zero points as float32, or None if all are 0.
 
     Raises:
         NpuQuantError: bad-value for scales that are not finite, or zero points in a symmetric scheme.
@@ -161,11 +151,11 @@ def _group_size(spec: LayerSpec, scale: torch.Tensor) -> int:
 
 
 def _unpacked_weight(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> CanonicalWeight:
-    assert spec.weight is not None
+    weight = stored_weight(spec)
     scale, zero = _scales(tensors, spec)
     values = tensors["weight"]
-    _check_range(values, spec.weight)
-    return CanonicalWeight.of(values, scale, zero, _group_size(spec, scale), spec.weight.bits)
+    _check_range(values, weight)
+    return CanonicalWeight.of(values, scale, zero, _group_size(spec, scale), weight.bits)
 
 
 def _check_range(values: torch.Tensor, weight: WeightSpec) -> None:
@@ -188,17 +178,17 @@ def _check_range(values: torch.Tensor, weight: WeightSpec) -> None:
 
 
 def int_to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> CanonicalLinear:
-    """Layout CT_INT: weight int8 [N, K] whatever its bits, weight_scale float32 [N, G], weight_zero_point int8 [N, G]."""
+    """Convert layout CT_INT: weight int8 [N, K] for any number of bits, weight_scale float32 [N, G], weight_zero_point int8
+    [N, G] or none."""
     return CanonicalLinear(_unpacked_weight(tensors, spec), bias=tensors.get("bias"))
 
 
 def packed_to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> CanonicalLinear:
-    """Layout CT_PACKED: weight_packed int32 [N, ceil(K / p)] with p = 32 // bits; scales and zero points as in CT_INT.
+    """Convert layout CT_PACKED: weight_packed int32 [N, ceil(K / p)], p = 32 // bits; scales and zero points as in CT_INT.
 
-    ``weight_shape`` gives K where it does not fill the last word; it is the whole layer's, so a rank's part may be less.
+    ``weight_shape`` gives K if K does not fill the last word. It is the whole layer's shape, so a rank may have fewer inputs.
     """
-    assert spec.weight is not None
-    bits = spec.weight.bits
+    bits = stored_weight(spec).bits
     packed = tensors["weight_packed"]
     scale, zero = _scales(tensors, spec)
     inputs = packed.shape[1] * (32 // bits)
@@ -230,9 +220,9 @@ def packed_to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) ->
 
 
 def dense_to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> CanonicalLinear:
-    """Layout CT_PACKED_DENSE: as CT_PACKED, with weight_packed int32 [N, ceil(K * bits / 32)], a stream of bits along K."""
-    assert spec.weight is not None
-    bits = spec.weight.bits
+    """Convert layout CT_PACKED_DENSE: as CT_PACKED, with weight_packed int32 [N, ceil(K * bits / 32)], a dense bit stream
+    along K."""
+    bits = stored_weight(spec).bits
     packed = tensors["weight_packed"]
     scale, zero = _scales(tensors, spec)
     inputs = packed.shape[1] * 32 // bits
@@ -247,7 +237,7 @@ def dense_to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> 
 
 
 def act_order_to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> CanonicalLinear:
-    """Layout CT_PACKED_ACT_ORDER: CT_PACKED with weight_g_idx int32 [K] and the scales and zero points of all groups.
+    """Convert layout CT_PACKED_ACT_ORDER: CT_PACKED with weight_g_idx int32 [K], scales and zero points of all groups.
 
     Raises:
         NpuQuantError: as ``packed_to_canonical`` and ``arrange``.
@@ -272,12 +262,12 @@ def act_order_to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec)
 
 
 def static_to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> CanonicalLinear:
-    """Layout CT_STATIC: CT_INT and input_scale [S], input_zero_point [S] or none.
+    """Convert layout CT_STATIC: CT_INT with input_scale [S], input_zero_point [S] or none.
 
-    The S fused shards read the same input, so they must share one scale and zero point.
+    The S shards of a fused layer read the same input, so they must share one scale and zero point.
 
     Raises:
-        NpuQuantError: fused-shards-disagree where they do not; bad-value for a scale that is not positive and finite, or a
+        NpuQuantError: fused-shards-disagree if they do not; bad-value for a scale that is not positive and finite, or a
             zero point in a symmetric scheme.
     """
     weight = _unpacked_weight(tensors, spec)
@@ -298,7 +288,12 @@ def static_to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) ->
 
 
 def raise_static_findings(scale: torch.Tensor, zero: torch.Tensor, spec: LayerSpec) -> None:
-    """Check the static input scales and zero points of all fused shards."""
+    """Raise one NpuQuantError for all faults of the static input scales and zero points of the shards.
+
+    Args:
+        scale, zero: float32 [S].
+        spec: tells whether the activation is symmetric.
+    """
     findings = []
     for name, values in (("input_scale", scale), ("input_zero_point", zero)):
         if values.unique().numel() > 1:
@@ -336,7 +331,7 @@ def raise_static_findings(scale: torch.Tensor, zero: torch.Tensor, spec: LayerSp
 
 
 def _folded(bias: torch.Tensor, deq_scale: torch.Tensor, weight: CanonicalWeight) -> tuple[torch.Tensor, torch.Tensor]:
-    """The bias in units of deq_scale, int32 [N]; a row of zeros, whose scale says nothing, takes a scale that fits."""
+    """deq_scale, and the bias in units of it, int32 [N]. All-zero rows get a scale that represents the bias."""
     units = bias / deq_scale
     large = ~(units.abs() < _MAX_FOLDED) & (bias != 0)
     if bool(large.any()):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FP8 (E4M3) weights to canonical numbers, for chips without FP8.
+"""Conversion of FP8 (E4M3) weights to canonical numbers, for chips without FP8.
 
-The checkpoint means ``w[n, k] = e4m3(code[n, k]) * scale[n, k // group]`` (OCP 8-bit floating point: 1 sign, 4 exponent and
-3 mantissa bits, bias 7, no infinities, one NaN per sign). Every row is requantized to int8 with a scale of its own,
-``max|w| / 127``, block of rows by block of rows. The codes are held as bytes: not every chip can hold the dtype.
+``w[n, k] = e4m3(code[n, k]) * scale[n, k // group]`` (OCP 8-bit floating point: 1 sign, 4 exponent and 3 mantissa bits,
+bias 7, no infinities, one NaN per sign). Each row is requantized to int8 with its own scale ``max|w| / 127``, in blocks of
+rows. Codes are kept as bytes because some chips do not support the dtype.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vllm_npu_quant.spec import LayerSpec
 
 __all__ = ["as_bytes", "decode_e4m3", "float_rows", "largest_codes", "requantized", "to_canonical"]
 
-#: Elements of a block of rows while it is float: 4 MiB of float32, and a few temporaries of it.
+#: Elements per block of rows while it is float: 4 MiB of float32 and a few temporaries of that size.
 _BLOCK_ELEMENTS = 1 << 20
 
 #: Largest integer of a symmetric int8 weight.
@@ -27,12 +27,12 @@ _INT8_MAX = 127
 
 
 def as_bytes(stored: torch.Tensor, spec: LayerSpec, outputs: int) -> torch.Tensor:
-    """The codes of a stored FP8 weight, uint8 of the same shape, in the same memory."""
+    """View a stored FP8 weight as its codes, uint8 of the same shape."""
     return stored.view(torch.uint8)
 
 
 def _e4m3_values() -> torch.Tensor:
-    """The value of each of the 256 codes, float32; 0 in the place of NaN."""
+    """Values of the 256 codes, float32; 0 for NaN."""
     codes = torch.arange(256, dtype=torch.int32)
     exponent, mantissa = (codes >> 3) & 15, (codes & 7).to(torch.float32)
     fraction = torch.where(exponent > 0, 1 + mantissa / 8, mantissa / 8)
@@ -45,7 +45,7 @@ _tables: dict[torch.device, torch.Tensor] = {}
 
 
 def decode_e4m3(codes: torch.Tensor) -> torch.Tensor:
-    """The values of FP8 codes: uint8 of any shape to float32. NaN codes give 0; ``to_canonical`` refuses them."""
+    """Decode FP8 codes: uint8 of any shape to float32. NaN codes give 0; ``to_canonical`` rejects them."""
     table = _tables.get(codes.device)
     if table is None:
         table = _tables[codes.device] = _e4m3_values().to(codes.device)
@@ -58,7 +58,7 @@ def float_rows(codes: torch.Tensor, scale: torch.Tensor, group_size: int, start:
     Args:
         codes: uint8 [N, K].
         scale: float32 [N, G].
-        group_size: inputs per scale; 0 where G is 1.
+        group_size: inputs per scale; 0 if G is 1.
     """
     values = decode_e4m3(codes[start:stop])
     part = scale[start:stop]
@@ -68,9 +68,9 @@ def float_rows(codes: torch.Tensor, scale: torch.Tensor, group_size: int, start:
 
 
 def largest_codes(codes: torch.Tensor, group_size: int) -> torch.Tensor:
-    """The largest magnitude of every row's groups, as codes: uint8 [N, K] to uint8 [N, G].
+    """Codes of the largest magnitude in each group of each row: uint8 [N, K] to uint8 [N, G].
 
-    Without its sign bit, a code grows with the number that it stands for; 127 is NaN.
+    Without the sign bit, codes are ordered like the values that they encode; 127 is NaN.
     """
     outputs, inputs = codes.shape
     if group_size <= 0 or group_size >= inputs:
@@ -88,9 +88,11 @@ def largest_codes(codes: torch.Tensor, group_size: int) -> torch.Tensor:
 
 
 def requantized(codes: torch.Tensor, scale: torch.Tensor, group_size: int, largest: torch.Tensor) -> CanonicalWeight:
-    """The weight as int8 per output channel. Its scale is computed now, its integers when they are asked for.
+    """Requantize a weight to int8 per channel. Scales are computed now, integers on demand.
 
-    Args: as for ``float_rows``; ``largest`` as ``largest_codes`` gives it for these groups.
+    Args:
+        codes, scale, group_size: as for ``float_rows``.
+        largest: the result of ``largest_codes`` for the same groups.
     """
     outputs, inputs = codes.shape
     largest = decode_e4m3(largest).mul_(scale.abs()).amax(dim=1, keepdim=True)
@@ -108,9 +110,9 @@ def requantized(codes: torch.Tensor, scale: torch.Tensor, group_size: int, large
 
 
 def to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> CanonicalLinear:
-    """Layouts FP8 and FP8_INV: weight uint8 [N, K] of E4M3 codes, weight_scale or weight_scale_inv float32 [N, G].
+    """Convert layouts FP8 and FP8_INV: weight uint8 [N, K] of E4M3 codes, weight_scale or weight_scale_inv float32 [N, G].
 
-    The weight has both its exact values (``float_rows``) and int8 integers with a scale per output (``rows``).
+    The result has the exact values (``float_rows``) and int8 integers with a scale per channel (``rows``).
 
     Raises:
         NpuQuantError: bad-value for NaN codes, scales that are not finite, or zero points that are not 0.

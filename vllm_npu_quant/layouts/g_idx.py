@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs whose group is not the one of their neighbours.
+"""Activation order: sorting of inputs whose groups are not contiguous.
 
-With activation order (``desc_act``), GPTQ quantizes inputs by falling importance and groups them in that order: group
-``g_idx[k]`` of input k can be any. Operators want groups that are runs of neighbours. So the inputs are sorted by group once
-at load, and x is gathered by the same permutation before the matmul. That changes no number.
+With activation order (``desc_act``), GPTQ quantizes inputs by decreasing importance and forms groups in that order, so that
+group ``g_idx[k]`` of input k is arbitrary. Operators require contiguous groups. The inputs are therefore sorted by group
+once at load, and x is gathered by the same permutation before the matmul. The result is the same.
 
-A rank of a row-parallel layer has a part of the inputs, with a few members of each group. Their runs have unequal lengths,
-so each is filled up with inputs that are zero, to a multiple of 32.
+A rank of a row-parallel layer has a part of the inputs, with a few members of each group. These runs have unequal lengths
+and are padded with zero inputs to a multiple of 32.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from vllm_npu_quant.errors import Finding, NpuQuantError
 
 __all__ = ["MAX_GROWTH", "Arrangement", "arrange", "starts_new_groups_in_order"]
 
-#: Operators take groups of a multiple of this many inputs.
+#: Operators require group sizes that are multiples of this.
 GROUP_MULTIPLE = 32
 
-#: How many times its memory a rank's part may take when it is filled up.
+#: Upper bound on the size of a rank's padded part, relative to the unpadded part.
 MAX_GROWTH = 2.5
 
 
 @dataclass(frozen=True)
 class Arrangement:
-    """How inputs are sorted by group.
+    """Order of inputs sorted by group.
 
     Attributes:
-        permutation: int64 [K'], the input at each place, -1 for a zero; None where all inputs stay.
-        group_size: inputs per group after sorting; 0 where one group covers all inputs.
-        columns: int64 [G'], the checkpoint's group from which each of the new groups has its scale.
+        permutation: int64 [K'], the input at each position, -1 for a zero; None if no input moves.
+        group_size: inputs per group after sorting; 0 if one group covers all inputs.
+        columns: int64 [G'], for each new group the index of the stored group whose scale it uses.
     """
 
     permutation: torch.Tensor | None
@@ -44,10 +44,10 @@ class Arrangement:
 
 
 def starts_new_groups_in_order(g_idx: torch.Tensor) -> int:
-    """Inputs per group where ``g_idx`` is ``k // group_size``; 0 where it is not.
+    """Inputs per group if ``g_idx`` is ``k // group_size``; 0 if it is not.
 
     Args:
-        g_idx: integers [K], of a whole layer.
+        g_idx: integers [K] of a whole layer.
     """
     size = int((g_idx == g_idx[0]).sum())
     wanted = torch.arange(g_idx.numel(), dtype=g_idx.dtype, device=g_idx.device) // size
@@ -59,12 +59,11 @@ def arrange(g_idx: torch.Tensor, group_size: int, groups: int) -> Arrangement:
 
     Args:
         g_idx: int64 [K], the group of each input; inputs of one group keep their order.
-        group_size: the checkpoint's inputs per group.
-        groups: how many groups the checkpoint has.
+        group_size: stored inputs per group.
+        groups: number of stored groups.
 
     Raises:
-        NpuQuantError: bad-value for a group that does not exist; cannot-shard where filling up takes more than MAX_GROWTH
-            times the memory.
+        NpuQuantError: bad-value for a group that does not exist; cannot-shard if padding exceeds MAX_GROWTH.
     """
     inputs = g_idx.numel()
     if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
@@ -87,7 +86,7 @@ def arrange(g_idx: torch.Tensor, group_size: int, groups: int) -> Arrangement:
         raise NpuQuantError([_too_large(group_size, inputs, sum(filled))])
     size = reduce(gcd, filled)
     padded = torch.tensor(filled, device=g_idx.device)
-    # Input order[i] is number (i - first of its group) of its group, which starts at the sum of the filled ones before it.
+    # Input order[i] has index (i - first of its group) in its group, whose padded run begins at ``start``.
     first = torch.cumsum(counts[present], 0) - counts[present]
     start = torch.cumsum(padded, 0) - padded
     place = torch.arange(inputs, device=g_idx.device) + (start - first).repeat_interleave(counts[present])

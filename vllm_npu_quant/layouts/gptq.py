@@ -1,36 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPTQ tensors to canonical numbers, and back.
+"""Conversion of GPTQ tensors to canonical numbers.
 
 ``w[n, k] = (q[k, n] - z[g, n]) * scales[g, n]``, q and z in [0, 2^bits - 1], ``g = k // group_size`` or ``g_idx[k]``. The
-integers are a stream of bits in int32 words, lowest bits first: q along K, z along N. For 3 bits the values 10 and 21 of
-each 32 reach across two words (AutoGPTQ, GPTQModel, AutoRound's QuantLinear).
+integers are a dense bit stream in int32 words, lowest bits first: q along K, z along N. For 3 bits, values 10 and 21 of
+each 32 span two words (AutoGPTQ, GPTQModel, AutoRound's QuantLinear).
 
-In the first format (``checkpoint_format: gptq``), producers subtract 1 from every zero point before they write it. GPTQModel
-subtracts from whole words, so that a zero point of 0 borrows from its neighbour; adding to whole words gives it back, and is
-the same as adding to each value where none is 0. For 3 bits it works on values, modulo 8.
+In the first format (``checkpoint_format: gptq``), producers subtract 1 from every zero point before writing it. GPTQModel
+subtracts from whole words, so that a zero point of 0 borrows from the next value; adding to whole words restores both, and
+equals adding to each value if none is 0. For 3 bits it subtracts from each value, modulo 8.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import gcd
 
 import torch
 
 from vllm_npu_quant.errors import Finding, NpuQuantError
+from vllm_npu_quant.layouts.bits import unpack
 from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight
 from vllm_npu_quant.layouts.g_idx import Arrangement, arrange, starts_new_groups_in_order
-from vllm_npu_quant.layouts.tables import group_size_of
+from vllm_npu_quant.layouts.tables import group_size_of, stored_weight
 from vllm_npu_quant.spec import LayerSpec, Layout
 
 __all__ = [
     "act_order_to_canonical",
     "any_g_idx",
-    "bytes_of",
     "checked_g_idx",
-    "pack",
     "to_canonical",
-    "unpack",
     "zeros_v1",
     "zeros_v2",
 ]
@@ -38,113 +35,52 @@ __all__ = [
 _V2 = frozenset({Layout.GPTQ_V2, Layout.GPTQ_V2_ACT_ORDER})
 
 
-def bytes_of(words: torch.Tensor) -> torch.Tensor:
-    """int32 [...] to uint8 [..., 4], the lowest byte first, which is memory order on the little-endian hosts of NPUs."""
-    # A dimension of length 1 may have any stride, which view() does not take.
-    plain = torch.empty(words.shape, dtype=torch.int32, device=words.device).copy_(words)
-    return plain.view(torch.uint8).unflatten(-1, (-1, 4))
-
-
-def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """int32 [W, C] to uint8 [W * 32 / bits, C]: the values follow each other along the first dimension.
-
-    Args:
-        words: the stream; for 3 bits it is continued with zeros to a multiple of 3 words.
-        bits: 2, 3, 4 or 8.
-    """
-    if bits == 3:
-        return _unpack_3_bits(words)
-    as_bytes = bytes_of(words).movedim(-1, 1)
-    if bits == 8:
-        return as_bytes.flatten(0, 1)
-    mask = (1 << bits) - 1
-    parts = torch.stack([(as_bytes >> shift) & mask for shift in range(0, 8, bits)], dim=2)
-    return parts.flatten(0, 2)
-
-
-def _unpack_3_bits(words: torch.Tensor) -> torch.Tensor:
-    stream = torch.nn.functional.pad(words, (0, 0, 0, -words.shape[0] % 3)).unflatten(0, (-1, 3))
-    values = []
-    for first in range(0, 96, 3):
-        word, shift = divmod(first, 32)
-        value = stream[:, word] >> shift
-        if shift > 29:
-            kept = 32 - shift
-            value = (value & ((1 << kept) - 1)) | (stream[:, word + 1] << kept)
-        values.append((value & 7).to(torch.uint8))
-    return torch.stack(values, dim=1).flatten(0, 1)
-
-
-def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """The inverse of ``unpack``: integers [n, C] in [0, 2^bits - 1] to int32 [n * bits / 32, C].
-
-    Args:
-        values: n is a multiple of 32 / gcd(32, bits).
-        bits: 2, 3, 4 or 8.
-    """
-    run = 32 // gcd(32, bits)
-    stream = values.to(torch.int64).unflatten(0, (-1, run))
-    words = torch.zeros(stream.shape[0], run * bits // 32, *values.shape[1:], dtype=torch.int64, device=values.device)
-    for i in range(run):
-        word, shift = divmod(i * bits, 32)
-        words[:, word] |= stream[:, i] << shift
-        if shift + bits > 32:
-            words[:, word + 1] |= stream[:, i] >> (32 - shift)
-    words &= 0xFFFFFFFF
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32).flatten(0, 1)
-
-
-def _bits(spec: LayerSpec) -> int:
-    assert spec.weight is not None
-    return spec.weight.bits
-
-
 def zeros_v1(stored: torch.Tensor, spec: LayerSpec, outputs: int) -> torch.Tensor:
-    """qzeros int32 [G, N * bits / 32], stored minus one, to uint8 [G, N]."""
-    bits = _bits(spec)
+    """Unpack qzeros that are stored minus one: int32 [G, N * bits / 32] to uint8 [G, N]."""
+    bits = stored_weight(spec).bits
     if bits == 3:
         return (zeros_v2(stored, spec, outputs) + 1) & 7
     ones = sum(1 << shift for shift in range(0, 32, bits))
-    return zeros_v2(stored + ones, spec, outputs)  # int32 wraps around, as the subtraction did
+    return zeros_v2(stored + ones, spec, outputs)  # int32 overflow inverts the producer's underflow
 
 
 def zeros_v2(stored: torch.Tensor, spec: LayerSpec, outputs: int) -> torch.Tensor:
-    """qzeros int32 [G, N * bits / 32] to uint8 [G, N]."""
-    return unpack(stored.t(), _bits(spec)).t()[:, :outputs]
+    """Unpack qzeros: int32 [G, N * bits / 32] to uint8 [G, N]."""
+    return unpack(stored.t(), stored_weight(spec).bits).t()[:, :outputs]
 
 
 def checked_g_idx(stored: torch.Tensor, spec: LayerSpec, outputs: int) -> torch.Tensor:
-    """g_idx of a layer whose groups are runs of neighbours: it must say so, too.
+    """Check that g_idx has contiguous groups, as the config says.
 
     Raises:
-        NpuQuantError: bad-value where it does not.
+        NpuQuantError: bad-value if it has not.
     """
     group = group_size_of(spec)
     size = starts_new_groups_in_order(stored) if stored.dim() == 1 and stored.numel() else 0
-    # A rank's part may end inside of a group: its spec has then a divisor of the group size.
+    # A rank's part may end inside a group; its spec then has a divisor of the group size.
     if size == 0 or (group and size < stored.numel() and size % group):
         raise NpuQuantError([_out_of_order(stored, group)])
     return stored
 
 
 def any_g_idx(stored: torch.Tensor, spec: LayerSpec, outputs: int) -> torch.Tensor:
-    """g_idx as it is."""
+    """Return g_idx unchanged."""
     return stored
 
 
 def to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> CanonicalLinear:
-    """Layouts GPTQ and GPTQ_V2: qweight int32 [K * bits / 32, N], zeros uint8 [G, N], scales float32 [G, N].
+    """Convert layouts GPTQ and GPTQ_V2: qweight int32 [K * bits / 32, N], zeros uint8 [G, N], scales float32 [G, N].
 
-    g_idx, where it was stored, was compared by ``checked_g_idx`` and is dropped.
+    A stored g_idx was verified by ``checked_g_idx`` and is not used.
 
     Raises:
-        NpuQuantError: bad-value where the config says sym true, and the stored zero points say otherwise.
+        NpuQuantError: bad-value if the config has sym true and the stored zero points are not symmetric.
     """
     return CanonicalLinear(_weight(tensors, spec, None), bias=tensors.get("bias"))
 
 
 def act_order_to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> CanonicalLinear:
-    """Layouts GPTQ_ACT_ORDER and GPTQ_V2_ACT_ORDER: the same with g_idx int32 [K] and the scales of all groups.
+    """Convert layouts GPTQ_ACT_ORDER and GPTQ_V2_ACT_ORDER: the same with g_idx int32 [K] and the scales of all groups.
 
     Raises:
         NpuQuantError: as ``to_canonical`` and ``arrange``.
@@ -155,10 +91,10 @@ def act_order_to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec)
 
 
 def _weight(tensors: Mapping[str, torch.Tensor], spec: LayerSpec, arrangement: Arrangement | None) -> CanonicalWeight:
-    words, scale, bits = tensors["qweight"], tensors["scales"].t(), _bits(spec)
+    words, scale, bits = tensors["qweight"], tensors["scales"].t(), stored_weight(spec).bits
     middle = 1 << (bits - 1)
     outputs = words.shape[1]
-    # Words may have room for more inputs than there are.
+    # The last words may be padded.
     inputs = tensors["g_idx"].numel() if "g_idx" in tensors else words.shape[0] * 32 // bits
     stored = tensors["qzeros"]
     zero = None

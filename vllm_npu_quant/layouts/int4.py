@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""4-bit integers in wider elements: two to a byte, eight to an int32.
+"""Packing of 4-bit integers: two per byte, eight per int32.
 
-The nibble order is the NPU's (npu_convert_weight_to_int4pack) and msModelSlim's: the element with the even index in the low
-nibble, two's complement. Eight of them in an int32 are its four bytes in memory order, so packing to int32 is packing to
-bytes and reading them as int32; that holds on little-endian hosts, which all hosts of NPUs are.
+The nibble order is that of the NPU (npu_convert_weight_to_int4pack) and of msModelSlim: the element with the even index in
+the low nibble, two's complement. Packing to int32 is packing to bytes and viewing them as int32, which holds on
+little-endian hosts, as all NPU hosts are.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ __all__ = [
 
 INT4_PER_INT32 = 8
 
-#: Elements that a block of rows may have while a weight is rearranged: 4 MiB of int8 and a few temporaries of it.
+#: Elements per block of rows while a weight is rearranged: 4 MiB of int8 and a few temporaries of that size.
 BLOCK_ELEMENTS = 1 << 22
-#: Rows of such a block: a copy that transposes more of them at a time is four times slower, for want of cache lines.
+#: Rows per block: transposing copies of more rows exceed the cache and are four times slower.
 BLOCK_ROWS = 256
 
 
@@ -38,7 +38,7 @@ def pack_pairs(values: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_pairs(packed: torch.Tensor) -> torch.Tensor:
-    """The inverse of ``pack_pairs``: int8 [..., n] to int8 [..., 2n]."""
+    """Inverse of ``pack_pairs``: int8 [..., n] to int8 [..., 2n]."""
     return torch.stack(((packed << 4) >> 4, packed >> 4), dim=-1).flatten(-2)
 
 
@@ -48,12 +48,12 @@ def pack_rows(values: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_rows(packed: torch.Tensor) -> torch.Tensor:
-    """The inverse of ``pack_rows``: int8 [n, k] to int8 [2n, k]."""
+    """Inverse of ``pack_rows``: int8 [n, k] to int8 [2n, k]."""
     return torch.stack(((packed << 4) >> 4, packed >> 4), dim=1).flatten(0, 1)
 
 
 def row_blocks(rows: int, columns: int, multiple: int = INT4_PER_INT32) -> list[tuple[int, int]]:
-    """Cut a matrix into blocks of rows [start, stop), each but the last a multiple of ``multiple`` high."""
+    """Split a matrix into blocks of rows [start, stop); the height of all but the last is a multiple of ``multiple``."""
     height = max(min(BLOCK_ELEMENTS // max(columns, 1), BLOCK_ROWS) // multiple, 1) * multiple
     return [(start, min(start + height, rows)) for start in range(0, rows, height)]
 
@@ -67,17 +67,17 @@ def transposed_int4(
     depth: int | None = None,
     pairs: Callable[[int, int], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Rows [start, stop) of a weight [N, K] as the operators take it: [K, N/8] int32, eight outputs in an element.
+    """Transpose and pack rows [start, stop) of a weight [N, K] for the operators: int32 [K, N/8], eight outputs per element.
 
-    Works block of rows by block of rows; besides the result it holds a few MiB.
+    Works in blocks of rows; temporaries take a few MiB.
 
     Args:
-        rows: gives rows [a, b) as int8 [b - a, K] with values in [-8, 7].
-        start, stop: the outputs wanted; their number is rounded up to a multiple of 8 with zeros.
+        rows: returns rows [a, b) as int8 [b - a, K] with values in [-8, 7].
+        start, stop: the range of outputs; their number is padded with zeros to a multiple of 8.
         inputs: K.
-        positions: int64 [K], the row of the result where each input goes; None for its own.
-        depth: rows of the result, the others being zero; None for K.
-        pairs: gives rows [a, b) as ``pack_pairs`` packs them, int8 [b - a, K/2], where they are stored so; half the time.
+        positions: int64 [K], the row of the result for each input; None for the identity.
+        depth: rows of the result, at least K; rows without an input are zero. None for K.
+        pairs: returns rows [a, b) packed as by ``pack_pairs``, int8 [b - a, K/2], if available; takes half the time.
 
     Returns:
         int32 [depth, ceil((stop - start) / 8)].
@@ -107,14 +107,14 @@ def transposed_int4(
 def packed_rows(
     rows: Callable[[int, int], torch.Tensor], start: int, stop: int, inputs: int, depth: int | None = None
 ) -> torch.Tensor:
-    """Rows [start, stop) of a weight [N, K] packed along K: eight inputs in an element.
+    """Pack rows [start, stop) of a weight [N, K] along K: eight inputs per element.
 
     Args:
         rows, start, stop, inputs: as for ``transposed_int4``.
-        depth: inputs of the result, a multiple of 8; those after K are zeros. None for K rounded up.
+        depth: inputs of the result, a multiple of 8; those after K are zero. None for K rounded up.
 
     Returns:
-        int32 [N', depth / 8], the number of outputs N' rounded up to a multiple of 8 with zeros.
+        int32 [N', depth / 8]; outputs are padded with zeros to N', a multiple of 8.
     """
     depth = depth or -(-inputs // INT4_PER_INT32) * INT4_PER_INT32
     height = -(-(stop - start) // INT4_PER_INT32) * INT4_PER_INT32
@@ -137,16 +137,16 @@ def transposed_int8(
     positions: torch.Tensor | None = None,
     depth: int | None = None,
 ) -> torch.Tensor:
-    """Rows [start, stop) of a weight [N, K] as int8 [depth, stop - start]; arguments as for ``transposed_int4``."""
+    """Transpose rows [start, stop) of a weight [N, K]: int8 [depth, stop - start]; arguments as for ``transposed_int4``."""
     first = rows(start, min(start + 1, stop))
-    turned = torch.zeros(depth or inputs, stop - start, dtype=torch.int8, device=first.device)
+    result = torch.zeros(depth or inputs, stop - start, dtype=torch.int8, device=first.device)
     for low, high in row_blocks(stop - start, inputs):
-        _place(turned[:, low:high], rows(start + low, start + high), positions)
-    return turned
+        _place(result[:, low:high], rows(start + low, start + high), positions)
+    return result
 
 
 def _place(target: torch.Tensor, block: torch.Tensor, positions: torch.Tensor | None) -> None:
-    """Write a block [n, K] into columns of the transposed result [depth, n]."""
+    """Write a block of rows [n, K] into columns [depth, n] of the transposed result."""
     if positions is None:
         target[: block.shape[1]].copy_(block.t())
     else:

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""msModelSlim's tensors to canonical numbers.
+"""Conversion of msModelSlim's tensors to canonical numbers.
 
-Formulas: msModelSlim writes ``weight_offset`` as the zero point, w = (q - offset) * scale; with two levels
-w = (q - weight_offset_second) * weight_scale_second * weight_scale. int4 is packed two to a byte, the even index in the low
-nibble: along N for everything but W4A16 per channel, which is packed along K. Static activations: ``x_q = round(x /
-input_scale) + input_offset`` and ``quant_bias = round(bias / deq_scale - sum_k(q) * input_offset)``.
+Formulas:
 
-FlatQuant stores left_trans L, right_trans R and clip_ratio: a token x, seen as [L, M], becomes ``L.T @ x @ R``, and its
-scale is ``clip_ratio * max|x| / 7``. QuaRot's online rotations are the same without a clip: heads_rotation is an L (over the
-heads, in front of o_proj), kronecker_rotation_m and _n are L and R (in front of down_proj).
+- ``weight_offset`` is the zero point: ``w = (q - weight_offset) * weight_scale``; with two levels
+  ``w = (q - weight_offset_second) * weight_scale_second * weight_scale``.
+- int4 is packed two per byte, the even index in the low nibble: W4A16 per channel along K, all others along N.
+- Static activations: ``x_q = round(x / input_scale) + input_offset`` and
+  ``quant_bias = round(bias / deq_scale - sum_k(q) * input_offset)``.
+- FlatQuant stores left_trans L, right_trans R and clip_ratio: a token x, viewed as [L, M], becomes ``L.T @ x @ R``, and its
+  scale is ``clip_ratio * max|x| / 7``.
+- QuaRot's online rotations are the same without a clip: heads_rotation is L (over the heads, before o_proj),
+  kronecker_rotation_m and kronecker_rotation_n are L and R (before down_proj).
 """
 
 from __future__ import annotations
@@ -37,25 +40,25 @@ _RIGHT = ("right_trans", "kronecker_rotation_n")
 
 
 def decode_int64_scale(scale: torch.Tensor) -> torch.Tensor:
-    """float32 values of a scale that msModelSlim stored as the float32 bit pattern widened to int64.
+    """Decode a scale that msModelSlim stores as float32 bits widened to int64.
 
     Args:
-        scale: int64, any shape; only the low 32 bits are meaningful.
+        scale: int64, any shape; the high 32 bits are ignored.
     """
     return scale.to(torch.int32).view(torch.float32)
 
 
 def one_per_shard(stored: torch.Tensor, spec: LayerSpec, outputs: int) -> torch.Tensor:
-    """A tensor that each fused shard has of its own, [1, ...], for a parameter [S, ...]."""
+    """Add the shard dimension to a tensor of one shard: [...] to [1, ...], for a parameter [S, ...]."""
     return stored.unsqueeze(0)
 
 
 def int_to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> CanonicalLinear:
-    """Layouts MODELSLIM_INT, MODELSLIM_PACKED_N and MODELSLIM_PACKED_K.
+    """Convert layouts MODELSLIM_INT, MODELSLIM_PACKED_N and MODELSLIM_PACKED_K.
 
     Args:
-        tensors: weight int8 [N, K], [N/2, K] or [N, K/2]; weight_scale and weight_offset float32 [N, G]; bias and the
-            matrices of an input transform [S, L, L], [S, M, M], where there are any.
+        tensors: weight int8 [N, K], [N/2, K] or [N, K/2]; weight_scale and weight_offset float32 [N, G]; optionally bias and
+            the matrices of an input transform, [S, L, L] and [S, M, M].
 
     Raises:
         NpuQuantError: bad-value, fused-shards-disagree.
@@ -65,11 +68,11 @@ def int_to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> Ca
 
 
 def two_level_to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> CanonicalLinear:
-    """Layouts MODELSLIM_TWO_LEVEL and MODELSLIM_TWO_LEVEL_PACKED: weight_scale and weight_offset [N, 1],
+    """Convert layouts MODELSLIM_TWO_LEVEL and MODELSLIM_TWO_LEVEL_PACKED: weight_scale and weight_offset [N, 1],
     weight_scale_second and weight_offset_second [N, G]. The scales are multiplied.
 
     Raises:
-        NpuQuantError: bad-value for an offset of the first level, which msModelSlim gives no meaning.
+        NpuQuantError: bad-value for a nonzero offset of the first level, which msModelSlim does not define.
     """
     if bool(tensors["weight_offset"].count_nonzero()):
         raise NpuQuantError(
@@ -89,12 +92,12 @@ def two_level_to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec)
 
 
 def static_to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) -> CanonicalLinear:
-    """Layout MODELSLIM_STATIC: weight int8 [N, K], input_scale and input_offset [S], quant_bias [N], deq_scale [N].
+    """Convert layout MODELSLIM_STATIC: weight int8 [N, K], input_scale and input_offset [S], quant_bias and deq_scale [N].
 
-    The S fused shards read the same input, so they must share one input scale and offset.
+    The S shards of a fused layer read the same input, so they must share one input scale and offset.
 
     Raises:
-        NpuQuantError: fused-shards-disagree where they do not; bad-value for a scale that is not positive and finite.
+        NpuQuantError: fused-shards-disagree if they do not; bad-value for a scale that is not positive and finite.
     """
     findings = []
     for name in ("input_scale", "input_offset"):
@@ -120,7 +123,7 @@ def static_to_canonical(tensors: Mapping[str, torch.Tensor], spec: LayerSpec) ->
 
 
 def _zero(offset: torch.Tensor | None) -> torch.Tensor | None:
-    """The zero points, or None where all are 0."""
+    """Zero points as float32, or None if all are 0."""
     if offset is None or not bool(offset.count_nonzero()):
         return None
     return offset.to(torch.float32)
@@ -157,7 +160,7 @@ def _weight(
 
 
 def _transform(tensors: Mapping[str, torch.Tensor]) -> InputTransform | None:
-    """The matrices of the input transform. Fused shards read the same input, so theirs must be the same."""
+    """The input transform, or None. The shards of a fused layer read the same input, so their matrices must be equal."""
     found = {name: tensors[name] for name in (*_LEFT, *_RIGHT, "clip_ratio") if name in tensors}
     if not found:
         return None

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tensors that each checkpoint layout stores for one layer, as data.
+"""Declarative tables of the tensors that each checkpoint layout stores for one layer.
 
-One table serves three readers: the header check (do the files hold what the config promises?), the vLLM adapters (which
-parameters to register, and how to shard them) and the conversions to canonical numbers. It imports no torch.
+They are used by the header check, by the vLLM layers (parameters and their sharding) and by the conversions to canonical
+numbers. This module does not import torch.
 
-Shapes are written with the layer's sizes: N outputs, K inputs, G = ceil(K / group_size) groups, S fused shards.
+Shapes are written with the layer's sizes: N outputs, K inputs, G = ceil(K / group_size) groups, S shards of a fused layer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from enum import Enum
 from math import gcd
 from typing import Any
 
-from vllm_npu_quant.spec import Granularity, LayerSpec, Layout, TransformSpec
+from vllm_npu_quant.spec import Granularity, LayerSpec, Layout, TransformSpec, WeightSpec
 
 __all__ = [
     "LAYOUTS",
@@ -28,54 +28,58 @@ __all__ = [
     "group_size_of",
     "register_layout",
     "rows_per_scale_of",
+    "stored_weight",
     "tensors_of",
 ]
 
 
 class Axis(str, Enum):
-    """What one dimension of a stored tensor runs over."""
+    """The quantity that one dimension of a stored tensor indexes."""
 
     OUT = "N"
     IN = "K"
     GROUP = "G"
-    #: The groups of the whole layer, which every rank has: its inputs belong to any of them (GPTQ's g_idx).
+    #: Groups of the whole layer, held by every rank: with activation order its inputs may belong to any of them.
     ALL_GROUPS = "all G"
-    #: One number per fused shard: stored as [1] or as a scalar in each checkpoint layer.
+    #: One number per shard of a fused layer: stored as [1] or as a scalar in each checkpoint layer.
     SHARD = "S"
-    #: The rows of a scale: N for one per row, ceil(N / block rows) for blocks, 1 for the whole tensor.
+    #: Rows of a scale: N if per row, ceil(N / block rows) if per block, 1 if per tensor.
     ROWS = "R"
-    #: The two sides of the matrix [L, M] as which an input transform sees a token.
+    #: Sides of the matrix [L, M] as which an input transform views a token.
     LEFT = "L"
     RIGHT = "M"
-    #: Whatever length there is: for tensors that are not loaded.
+    #: Any length: for tensors that are not loaded.
     ANY = "*"
     FIXED = ""
 
 
 class Role(str, Enum):
-    """What a stored tensor is to its layer."""
+    """Role of a stored tensor in its layer."""
 
-    #: A factor of the weight or of the input: finite, and not 0.
+    #: A factor of the weight or of the input: finite and nonzero.
     SCALE = "scale"
-    #: Zero points, or offsets, one per scale: 0 in a symmetric scheme.
+    #: Zero points or offsets, one per scale: 0 in a symmetric scheme.
     ZERO = "zero"
     OTHER = "other"
 
 
-#: The length of a dimension that may have any.
+#: Length of a dimension that may have any length.
 ANY_LENGTH = -1
 _NO_TRANSFORM = TransformSpec()
 
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """The sizes of one layer, or of one rank's part of it.
+    """Sizes of one layer, or of one rank's part of it.
 
     Attributes:
-        outputs: N. inputs: K. group_size: inputs per group, 0 for one scale per channel. shards: fused shards.
+        outputs: N.
+        inputs: K.
+        group_size: inputs per group; 0 for one scale per channel.
+        shards: shards of the fused layer.
         rows_per_scale: output rows that share a scale.
-        all_inputs: K of the whole layer, where it is not ``inputs``.
-        transform: the sizes of the matrices that its input is multiplied by.
+        all_inputs: K of the whole layer; 0 if it equals ``inputs``.
+        transform: sizes of the matrices of an input transform.
     """
 
     outputs: int
@@ -95,7 +99,7 @@ class LayerSizes:
         return -(-(self.all_inputs or self.inputs) // self.group_size) if self.group_size > 0 else 1
 
 
-#: How many elements an axis has in a layer.
+#: Number of elements along each axis of a layer.
 _LENGTHS: dict[Axis, Callable[[LayerSizes], int]] = {
     Axis.OUT: lambda sizes: sizes.outputs,
     Axis.IN: lambda sizes: sizes.inputs,
@@ -113,11 +117,10 @@ class Dim:
     """One dimension of a stored tensor.
 
     Attributes:
-        axis: what it runs over.
-        pack: how many elements of that axis one stored element holds; PER_WORD for as many as 32 bits take, DENSE for a
-            stream of bits.
+        axis: the quantity it indexes.
+        pack: elements of that axis per stored element; PER_WORD for 32 // bits, DENSE for a dense bit stream.
         size: the size of a FIXED dimension.
-        words: stored elements that hold ``pack`` elements of the axis together: 32 integers of 3 bits in 3 words.
+        words: stored elements that together hold ``pack`` elements of the axis: 3 words for 32 integers of 3 bits.
     """
 
     axis: Axis
@@ -126,14 +129,14 @@ class Dim:
     words: int = 1
 
     def length(self, sizes: LayerSizes) -> int:
-        """The dimension's length for a layer of these sizes."""
+        """Length of the dimension for a layer of these sizes."""
         if self.axis is Axis.ANY:
             return ANY_LENGTH
         whole = self.size if self.axis is Axis.FIXED else _LENGTHS[self.axis](sizes)
         return -(-whole * self.words // self.pack)
 
     def elements(self, length: int) -> int:
-        """How many elements of the axis a stored dimension of this length holds."""
+        """Number of elements of the axis in a stored dimension of this length."""
         return length * self.pack // self.words
 
     def __str__(self) -> str:
@@ -147,9 +150,9 @@ OUT, IN, GROUP, SHARD, ONE = (Dim(axis) for axis in (Axis.OUT, Axis.IN, Axis.GRO
 ROWS = Dim(Axis.ROWS)
 LEFT, RIGHT, ANY = (Dim(axis) for axis in (Axis.LEFT, Axis.RIGHT, Axis.ANY))
 
-#: ``Dim.pack`` of integers that are packed into int32: 32 // bits of them, which ``tensors_of`` fills in.
+#: ``Dim.pack`` of 32 // bits integers per int32; ``tensors_of`` replaces it by the number.
 PER_WORD = 0
-#: ``Dim.pack`` of integers that follow each other in int32 bit by bit, across words where 32 is no multiple of their bits.
+#: ``Dim.pack`` of a dense bit stream in int32; integers span two words if 32 is not a multiple of their bits.
 DENSE = -1
 
 
@@ -159,18 +162,18 @@ class TensorSpec:
 
     Attributes:
         name: the last component of its name in the checkpoint ("weight_scale").
-        dtypes: the safetensors dtypes that are allowed.
-        dims: its shape.
-        load_dtype: the torch dtype name of the parameter that receives it. Scales load into float32, which holds every
-            float dtype that producers write exactly.
-        optional: the tensor is registered only for layers whose config lists it, or whose files hold it.
-        loaded_dims: the shape of the parameter that receives it, where ``rearrange`` changes it.
-        rearrange: a function, or "module:function", applied to the stored tensor of one checkpoint layer before vLLM cuts
-            it for fused shards and ranks; it changes no number. ``function(stored, spec, outputs)`` returns
-            ``loaded_dims``, where a dimension of outputs may be longer than the layer, as long as it is cut to ``outputs``
-            rows: N of vLLM's layer, which may hold several checkpoint layers.
-        loaded: False for a tensor that is checked and then dropped, since what it says follows from the others.
-        role: what its values are, for ``check --values`` and for placeholders.
+        dtypes: allowed safetensors dtypes.
+        dims: the stored shape.
+        load_dtype: torch dtype name of the parameter that receives it. Scales load into float32, which represents every
+            stored float dtype exactly.
+        optional: whether it is registered only for layers whose config lists it or whose files hold it.
+        loaded_dims: shape of the parameter that receives it, if ``rearrange`` changes the shape.
+        rearrange: a function, or "module:function", applied to the stored tensor of one checkpoint layer before vLLM splits
+            it into shards and ranks; it does not change values. ``function(stored, spec, outputs)`` returns a tensor of
+            shape ``loaded_dims``, whose output dimension may exceed the checkpoint layer's but not ``outputs``: N of
+            vLLM's layer, which may hold several checkpoint layers.
+        loaded: False for a tensor that is checked and then dropped because it follows from the others.
+        role: the role of its values, for ``check --values`` and for placeholders.
     """
 
     name: str
@@ -184,7 +187,7 @@ class TensorSpec:
     role: Role = Role.OTHER
 
     def as_loaded(self) -> TensorSpec:
-        """The tensor as its parameter holds it."""
+        """The spec with the shape of the parameter."""
         return replace(self, dims=self.loaded_dims, loaded_dims=()) if self.loaded_dims else self
 
     def shape(self, sizes: LayerSizes) -> tuple[int, ...]:
@@ -194,7 +197,7 @@ class TensorSpec:
         return "[" + ", ".join(str(dim) for dim in self.dims) + "]"
 
     def axis_of(self, axis: Axis) -> int | None:
-        """The position of the dimension that runs over ``axis``, or None."""
+        """Index of the dimension along ``axis``, or None."""
         return next((i for i, dim in enumerate(self.dims) if dim.axis is axis), None)
 
 
@@ -203,9 +206,9 @@ class LayoutRow:
     """A layout's tensors and the function that turns them into canonical numbers.
 
     Attributes:
-        tensors: what the checkpoint stores, the weight first.
-        to_canonical: the function ``(tensors, spec) -> CanonicalLinear``; "module:function" is resolved where torch may be
-            imported.
+        tensors: the stored tensors, the weight first.
+        to_canonical: the function ``(tensors, spec) -> CanonicalLinear``, or "module:function", which is resolved later so
+            that torch is not imported here.
     """
 
     tensors: tuple[TensorSpec, ...]
@@ -213,14 +216,14 @@ class LayoutRow:
 
     @property
     def act_order(self) -> bool:
-        """Whether groups are not runs of neighbouring inputs, so that every rank needs the scales of all groups."""
+        """Whether the layout has activation order, so that every rank needs the scales of all groups."""
         return any(dim.axis is Axis.ALL_GROUPS for tensor in self.tensors for dim in tensor.dims)
 
 
 _FLOATS = ("F32", "BF16", "F16")
 
-#: A Linear's own bias. It is a tensor of the layout because asymmetric smoothing gives a bias to layers whose model
-#: class has none; ``engine`` hands it to vLLM's ``layer.bias``.
+#: The bias of a Linear layer. Layouts list it because asymmetric smoothing adds a bias to layers whose model class has
+#: none; ``engine`` assigns it to vLLM's ``layer.bias``.
 BIAS = TensorSpec("bias", _FLOATS, (OUT,), "float32", optional=True)
 
 
@@ -236,12 +239,12 @@ _MODELSLIM = "vllm_npu_quant.layouts.modelslim:"
 
 
 def _matrix(name: str, side: Dim) -> TensorSpec:
-    """A square matrix of an input transform, one per fused shard."""
+    """A square matrix of an input transform, one per shard of a fused layer."""
     one_per_shard = _MODELSLIM + "one_per_shard"
     return TensorSpec(name, _FLOATS, (side, side), "float32", True, (SHARD, side, side), one_per_shard)
 
 
-#: FlatQuant's matrices and clip ratio; QuaRot's online rotations of o_proj (by heads) and down_proj.
+#: FlatQuant's matrices and clip ratio; QuaRot's online rotations of the inputs of o_proj (over heads) and down_proj.
 _TRANSFORM = (
     _matrix("left_trans", LEFT),
     _matrix("right_trans", RIGHT),
@@ -253,7 +256,7 @@ _TRANSFORM = (
 
 
 def _modelslim(weight: tuple[Dim, ...], *, two_level: bool = False) -> LayoutRow:
-    """An integer weight with scales and offsets; with two levels, those of the channels are multiplied by those of groups."""
+    """An integer weight with scales and offsets; with two levels, channel scales are multiplied by group scales."""
     scales: tuple[TensorSpec, ...]
     if two_level:
         scales = (
@@ -266,8 +269,8 @@ def _modelslim(weight: tuple[Dim, ...], *, two_level: bool = False) -> LayoutRow
     else:
         scales = (_scale("weight_scale"), _offset("weight_offset"))
         function = "int_to_canonical"
-    # 8 * sum_k(w), for the sum of each of 16 parts of the inputs in row-parallel layers. It follows from the weights,
-    # for any number of ranks.
+    # 8 * sum_k(w), in row-parallel layers for each of 16 parts of the inputs. It follows from the weights for any number
+    # of ranks, so it is not loaded.
     scale_bias = TensorSpec("scale_bias", _FLOATS, (OUT, ANY), "float32", optional=True, loaded=False)
     return LayoutRow(
         (TensorSpec("weight", ("I8",), weight, "int8"), *scales, scale_bias, *_TRANSFORM, BIAS), _MODELSLIM + function
@@ -279,7 +282,7 @@ _MODELSLIM_STATIC = (
     _scale("input_scale", dims=(SHARD,)),
     TensorSpec("input_offset", (*_FLOATS, "I8"), (SHARD,), "float32"),
     TensorSpec("quant_bias", ("I32",), (OUT,), "int32"),
-    # int64 is the widened bit pattern of the float32, written for float16 models.
+    # For float16 models, producers write float32 bits widened to int64.
     TensorSpec("deq_scale", ("F32", "I64"), (OUT,), "float32", role=Role.SCALE),
     _scale("weight_scale", optional=True),
     _offset("weight_offset", optional=True),
@@ -299,8 +302,8 @@ def _scale_per_row(
     groups: Dim = GROUP,
     role: Role = Role.SCALE,
 ) -> TensorSpec:
-    """A scale or zero point per row, block or tensor, repeated at load until every row has its own: a parameter that is
-    cut along rows like the weight, whatever the blocks."""
+    """A scale or zero point per row, block or tensor, repeated at load so that every row has its own. The parameter is then
+    sharded along rows like the weight, for any block size."""
     return TensorSpec(
         name,
         dtypes or _FLOATS,
@@ -322,8 +325,7 @@ _CT_WEIGHT = (
 
 
 def _ct_packed(groups: Axis, *, plain_zero: bool = False, pack: int = PER_WORD) -> LayoutRow:
-    """compressed-tensors' packed weights. Zero points are unpacked at load, so that shards need not be multiples of a
-    word."""
+    """compressed-tensors' packed weights. Zero points are unpacked at load, so that shards need not be whole words."""
     group = Dim(groups)
     zero = TensorSpec(
         "weight_zero_point",
@@ -340,7 +342,7 @@ def _ct_packed(groups: Axis, *, plain_zero: bool = False, pack: int = PER_WORD) 
         TensorSpec("weight_packed", ("I32",), (OUT, Dim(Axis.IN, pack)), "int32"),
         _scale_per_row("weight_scale", groups=group),
         zero,
-        # Producers write int64; Kimi-K2-Thinking has int32.
+        # int64 in most checkpoints, int32 in Kimi-K2-Thinking.
         TensorSpec("weight_shape", ("I64", "I32"), (Dim(Axis.FIXED, size=2),), "int64", optional=True),
         BIAS,
     )
@@ -351,8 +353,8 @@ def _ct_packed(groups: Axis, *, plain_zero: bool = False, pack: int = PER_WORD) 
 
 
 def _fp8(scale: str) -> tuple[TensorSpec, ...]:
-    """FP8 weights are held as bytes, which chips without that dtype can hold. Static input scales are loaded and not used:
-    the activations are quantized per token."""
+    """FP8 weights, held as bytes for chips without the dtype. Static input scales are loaded but not used: activations are
+    quantized per token."""
     return (
         TensorSpec("weight", ("F8_E4M3",), (OUT, IN), "uint8", rearrange=_FP8 + "as_bytes"),
         _scale_per_row(scale, *_FLOATS, "F8_E8M0"),
@@ -368,7 +370,7 @@ _GPTQ = "vllm_npu_quant.layouts.gptq:"
 
 
 def _gptq(groups: Axis, v2: bool) -> LayoutRow:
-    """GPTQ's tensors. Zero points are unpacked at load, so that shards need not be multiples of a word."""
+    """GPTQ's tensors. Zero points are unpacked at load, so that shards need not be whole words."""
     group = Dim(groups)
     return LayoutRow(
         (
@@ -397,7 +399,7 @@ def _gptq(groups: Axis, v2: bool) -> LayoutRow:
     )
 
 
-#: By members of ``Layout``, and by the names of layouts that extensions register.
+#: All layouts, by ``Layout`` member or by the name that an extension registers.
 LAYOUTS: dict[Layout | str, LayoutRow] = {
     Layout.FLOAT: LayoutRow((), ""),
     Layout.MODELSLIM_INT: _modelslim((OUT, IN)),
@@ -439,10 +441,10 @@ LAYOUTS: dict[Layout | str, LayoutRow] = {
 
 
 def register_layout(name: str, row: LayoutRow) -> None:
-    """Add a layout. The same may be added again.
+    """Register a layout. Registering the same layout again has no effect.
 
     Raises:
-        ValueError: another layout has its name.
+        ValueError: a different layout has this name.
     """
     if name in Layout._value2member_map_ or LAYOUTS.get(name, row) != row:
         raise ValueError(f"a layout named {name} is registered already")
@@ -450,7 +452,7 @@ def register_layout(name: str, row: LayoutRow) -> None:
 
 
 def tensors_of(spec: LayerSpec, listed: frozenset[str] = frozenset()) -> tuple[TensorSpec, ...]:
-    """The tensors of a layer with this spec: the required ones, and the optional ones named in ``listed``."""
+    """Tensors of a layer with this spec: the required ones, and the optional ones named in ``listed``."""
     weight = spec.weight
     bits = weight.bits if weight is not None and 0 < weight.bits <= 32 else 32
     return tuple(
@@ -461,7 +463,7 @@ def tensors_of(spec: LayerSpec, listed: frozenset[str] = frozenset()) -> tuple[T
 
 
 def _unpacked(tensor: TensorSpec, bits: int) -> TensorSpec:
-    """The tensor with the packing of integers of this many bits filled in."""
+    """Replace PER_WORD and DENSE by the packing of integers of this many bits."""
     if all(dim.pack > 0 for dim in tensor.dims):
         return tensor
     common = gcd(32, bits)
@@ -473,8 +475,19 @@ def _unpacked(tensor: TensorSpec, bits: int) -> TensorSpec:
     return replace(tensor, dims=tuple(dims))
 
 
+def stored_weight(spec: LayerSpec) -> WeightSpec:
+    """The weight of a quantized layer's spec.
+
+    Raises:
+        ValueError: the layer is float.
+    """
+    if spec.weight is None:
+        raise ValueError(f"{spec.scheme} is float and has no quantized weight")
+    return spec.weight
+
+
 def group_size_of(spec: LayerSpec) -> int:
-    """Inputs per stored scale of the layer's weight; 0 where a scale covers a whole output channel."""
+    """Inputs per stored scale of the layer's weight; 0 if a scale covers a whole channel."""
     weight = spec.weight
     if weight is None or weight.granularity not in (Granularity.GROUP, Granularity.BLOCK):
         return 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every NPU method class offers: prepare once at load, apply at every forward."""
+"""The base class of NPU method classes: ``prepare`` once at load, ``apply`` at every forward."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ __all__ = [
     "transformed_inputs",
 ]
 
-#: aclFormat number of the tiled weight layout of the cube unit.
+#: aclFormat number of the cube unit's tiled weight layout.
 FRACTAL_NZ = 29
-#: npu_quant_matmul takes at most 65535 elements in the last dimension of either operand.
+#: Limit of npu_quant_matmul on the last dimension of either operand.
 MAX_OUTPUTS = 65535
 
 
 @dataclass(frozen=True)
 class PrepareContext:
-    """What a method needs to know about the layer besides its numbers.
+    """Properties of the layer on this rank, besides its canonical numbers.
 
     Attributes:
         act_dtype: dtype of the layer's input and output, bfloat16 or float16.
         adds_constants: whether this rank adds the terms that do not depend on the input. False on all ranks but one of a
             row-parallel layer, whose partial results are summed.
-        inputs_start: the first of the layer's inputs that this rank has.
-        inputs_whole: K of the layer on all ranks; 0 where it is the K of this rank.
+        inputs_start: index in the whole layer of this rank's first input.
+        inputs_whole: K of the whole layer; 0 if it equals the K of this rank.
     """
 
     act_dtype: torch.dtype
@@ -55,49 +55,49 @@ class PrepareContext:
 
 
 class NpuLinearMethod(ABC):
-    """A Linear layer's arithmetic on an NPU.
+    """Arithmetic of a Linear layer on an NPU.
 
-    A method never reads a config file. One instance serves one layer; it holds no tensors: what ``prepare`` returns is
-    registered on the layer, and ``apply`` reads it from there.
+    A method reads no config. One instance serves one layer and holds no tensors: those that ``prepare`` returns are
+    registered on the layer, and ``apply`` reads them from there.
     """
 
-    #: Whether the layer's own bias is already inside the prepared tensors, so that apply must not add it.
+    #: Whether the prepared tensors include the layer's bias, so that apply must not add it.
     folds_bias: ClassVar[bool] = False
-    #: Whether apply wants the inputs of all ranks of a row-parallel layer; ``prepare`` decides it.
+    #: Whether apply needs the inputs of all ranks of a row-parallel layer; set by ``prepare``.
     gathers_inputs = False
-    #: N of this rank; ``prepare`` sets it.
+    #: N of this rank; set by ``prepare``.
     outputs = 0
-    #: Prepared tensors that ``finish`` casts to FRACTAL_NZ; ``prepare`` sets it.
+    #: Names of prepared tensors that ``finish`` casts to FRACTAL_NZ; set by ``prepare``.
     tiled: tuple[str, ...] = ()
 
     @abstractmethod
     def prepare(self, linear: CanonicalLinear, context: PrepareContext) -> dict[str, torch.Tensor]:
-        """The tensors that ``apply`` needs, in the operators' layout.
+        """Convert canonical numbers to the tensors of ``apply``, in the operators' layout.
 
         Raises:
             NpuQuantError: for values that the scheme does not allow.
         """
 
     def finish(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Cast what ``prepare`` gave to FRACTAL_NZ, in place.
+        """Cast prepared tensors to FRACTAL_NZ; ``tensors`` is updated in place.
 
-        It is called when the checkpoint's own tensors are gone: the cast makes a copy, and a layer never has three.
+        Called after the stored tensors are freed: the cast copies, and a layer never holds three copies.
         """
         for name in self.tiled:
             tensors[name] = to_nz(tensors.pop(name))
 
     def bias_dtype(self, act_dtype: torch.dtype) -> torch.dtype:
-        """The dtype in which the operator takes the layer's bias; it is converted once, after loading."""
+        """Dtype of the operator's bias argument; the bias is converted once, after loading."""
         return act_dtype
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """The layer's output.
+        """Compute the layer's output.
 
-        No tokens give no outputs, as in vLLM's own layers: a rank without work asks for it, and no operator takes an empty
-        tensor. A graph sees only the shape.
+        An empty input gives an empty output, as in vLLM's own layers: ranks without work call it, and no operator accepts
+        an empty tensor. The check depends on the shape only, so that graphs can be captured.
 
         Args:
-            layer: an object that has the prepared tensors as attributes.
+            layer: an object with the prepared tensors as attributes.
             x: [..., K] in the model's dtype.
             bias: [N] in ``bias_dtype``, or None.
 
@@ -114,9 +114,9 @@ class NpuLinearMethod(ABC):
 
 
 def to_nz(weight: torch.Tensor) -> torch.Tensor:
-    """Cast a weight [..., K, N] to FRACTAL_NZ, where its sizes allow it; values and shape stay the same.
+    """Cast a weight [..., K, N] to FRACTAL_NZ if its sizes are multiples of the tile; values and shape do not change.
 
-    NZ tiles are 16 rows by 32 bytes; a matrix that does not fill them stays in its plain layout.
+    NZ tiles are 16 rows by 32 bytes; other matrices keep the plain layout.
     """
     rows, columns = weight.shape[-2:]
     if rows % 16 or (columns * weight.element_size()) % 32:
@@ -125,17 +125,18 @@ def to_nz(weight: torch.Tensor) -> torch.Tensor:
 
 
 def tokens_of(x: torch.Tensor) -> torch.Tensor:
-    """[..., K] as [M, K] in contiguous memory, which the operators ask for; almost always a view."""
+    """Reshape [..., K] to contiguous [M, K], as the operators require; usually a view."""
     return (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
 
 
 def as_shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """[M, N] as [..., N], with the tokens in the places that they have in ``x``; no operation where x is [M, K]."""
+    """Reshape [M, N] to [..., N] with the leading dimensions of ``x``; no operation if x is [M, K]."""
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def split_outputs(outputs: int, limit: int = MAX_OUTPUTS, multiple: int = 64) -> list[tuple[int, int]]:
-    """Cut ``outputs`` columns into [start, stop) pieces that an operator takes, all but the last a multiple of 64 wide."""
+    """Split ``outputs`` columns into pieces [start, stop) of at most ``limit``; the width of all but the last is a multiple
+    of ``multiple``."""
     if outputs <= limit:
         return [(0, outputs)]
     pieces = -(-outputs // limit)
@@ -147,12 +148,12 @@ def split_outputs(outputs: int, limit: int = MAX_OUTPUTS, multiple: int = 64) ->
 
 
 def numbered(name: str, number: int) -> str:
-    """The attribute of a layer that holds a tensor of the piece with this number; the first keeps the plain name."""
+    """Attribute name of a tensor of the piece with this number; the first piece has no suffix."""
     return f"{name}_{number}" if number else name
 
 
 def too_many_inputs(operator: str, inputs: int) -> Finding:
-    """The finding for a layer with more inputs than an operator takes."""
+    """Finding for a layer with more inputs than an operator accepts."""
     return Finding(
         "operator-limit",
         f"{operator} takes at most {MAX_INPUTS} inputs",
@@ -163,7 +164,7 @@ def too_many_inputs(operator: str, inputs: int) -> Finding:
 
 
 def bad_zero_points(what: str) -> Finding:
-    """The finding for zero points in a scheme whose operator has none."""
+    """Finding for zero points in a scheme whose operator has none."""
     return Finding(
         "bad-value",
         f"{what} takes symmetric weights only, and this layer has zero points that are not 0",
@@ -174,7 +175,7 @@ def bad_zero_points(what: str) -> Finding:
 
 
 def permuted_inputs(operator: str) -> Finding:
-    """The finding for a layer whose inputs are permuted, in a scheme that quantizes them."""
+    """Finding for a layer with permuted inputs in a scheme that quantizes activations."""
     return Finding(
         "unsupported-scheme",
         f"permuted inputs (act-order with groups) are served for weight-only schemes, not with {operator}",
@@ -185,7 +186,7 @@ def permuted_inputs(operator: str) -> Finding:
 
 
 def transformed_inputs(what: str) -> Finding:
-    """The finding for a layer whose input is multiplied by matrices first, in a method that has no place for them."""
+    """Finding for a layer with an input transform in a method that does not support one."""
     return Finding(
         "unsupported-scheme",
         f"the checkpoint multiplies the layer's input by matrices, which is not served with {what}",

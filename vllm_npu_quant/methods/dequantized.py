@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that are stored quantized and computed with as floats."""
+"""Quantized weights that are dequantized at load."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["DequantizedLinear"]
 
 
 class DequantizedLinear(NpuLinearMethod):
-    """``y = x @ w.T + bias`` with w in the model's dtype, dequantized at load block of rows by block of rows.
+    """``y = x @ w.T + bias`` with w in the model's dtype, dequantized at load in blocks of rows.
 
-    For layers whose weight must be float, and for number formats that the chip does not have. Inputs that the checkpoint
-    permuted are put back, so that the weight is the model's own.
+    For layers whose weight must be float, and for number formats that the chip does not support. An input permutation is
+    inverted, so that the weight has the model's input order.
     """
 
     def prepare(self, linear: CanonicalLinear, context: PrepareContext) -> dict[str, torch.Tensor]:
@@ -28,7 +28,7 @@ class DequantizedLinear(NpuLinearMethod):
         if linear.transform is not None:
             raise NpuQuantError([transformed_inputs("a weight that is dequantized at load")])
         order = linear.input_permutation
-        kept = None if order is None else (order >= 0).nonzero().flatten()  # the others only fill groups up
+        kept = None if order is None else (order >= 0).nonzero().flatten()  # without padding inputs
         self.outputs = weight.outputs
         inputs = weight.inputs if kept is None else kept.numel()
         device = weight.scale.device

@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The routed experts of a MoE layer: two grouped matrix products, and the chain of operators around them.
+"""Routed experts of a MoE layer: two grouped matrix products and the chain of operators around them.
 
-    routing     npu_moe_init_routing_v2   tokens sorted by expert, quantized per token on the way where w13 takes int8
-    w13         npu_grouped_matmul        gate and up, side by side
-    activation  npu_dequant_swiglu_quant  or npu_swiglu, and the quantization that w2 asks for
+    routing     npu_moe_init_routing_v2   sorts tokens by expert; quantizes per token if w13 takes int8
+    w13         npu_grouped_matmul        gate and up, concatenated
+    activation  npu_dequant_swiglu_quant  or npu_swiglu, and the quantization for w2
     w2          npu_grouped_matmul        down
-    combine     npu_moe_token_unpermute   the sum over a token's experts, weighted
+    combine     npu_moe_token_unpermute   weighted sum over a token's experts
 
-Where the CANN version has no npu_moe_init_routing_v2, its predecessors sort: npu_moe_init_routing and
-npu_moe_compute_expert_tokens, with npu_dynamic_quant after them.
+CANN versions without npu_moe_init_routing_v2 use npu_moe_init_routing and npu_moe_compute_expert_tokens, followed by
+npu_dynamic_quant.
 
-npu_grouped_matmul_swiglu_quant would join the product to the activation. Its kernel goes to int8 through float16, rounding
-twice (grouped_matmul_swiglu_quant_utils.h of ops-transformer), so that integers may differ by 1 from the exact chain: it is
-left alone.
+npu_grouped_matmul_swiglu_quant, which fuses product and activation, is not used: its kernel converts to int8 through
+float16 and rounds twice (grouped_matmul_swiglu_quant_utils.h of ops-transformer), so that integers may differ by 1.
 
-w13 and w2 are two methods that know nothing of each other, so that a layer may mix any two schemes. The combine operator is
-npu_moe_token_unpermute, as in vllm-ascend, which found npu_moe_finalize_routing less accurate.
+w13 and w2 have independent methods, so that a layer may combine any two schemes. As in vllm-ascend, the combine operator is
+npu_moe_token_unpermute rather than the less accurate npu_moe_finalize_routing.
 """
 
 from __future__ import annotations
@@ -37,31 +36,31 @@ from vllm_npu_quant.methods.base import bad_zero_points, permuted_inputs, transf
 __all__ = ["Experts", "FusedExperts", "GroupedMethod", "GroupedSizes", "Input", "Placement", "operators_of"]
 
 
-#: npu_dequant_swiglu_quant takes at most so many outputs of a gate together with the rows of each expert.
+#: Limit of npu_dequant_swiglu_quant on the outputs of the gate, if it is called with the rows of each expert.
 MAX_GROUPED_SWIGLU = 10496
 
 
 class Input(Enum):
-    """What a grouped method multiplies its weights with."""
+    """Input type of a grouped method."""
 
     #: The model's dtype.
     FLOAT = "float"
     #: int8 with a scale per token.
     INT8 = "int8"
-    #: int4 with a scale per token, eight in an int32.
+    #: int4 with a scale per token, eight per int32.
     INT4 = "int4"
 
 
 @dataclass(frozen=True)
 class Experts:
-    """One of the two products, for all experts of this rank.
+    """The weights of one product, for all experts of this rank.
 
     Attributes:
         count: E, the experts of this rank.
-        shards: the weights of an expert: 2 for w13 (gate and up, whose outputs lie side by side), 1 for w2.
+        shards: weights per expert: 2 for w13 (gate and up, whose outputs are concatenated), 1 for w2.
         outputs, inputs: N of one shard, and K.
-        device: where the tensors live.
-        canonical: gives the shards of one expert. They are computed anew at every call: ask once.
+        device: device of the tensors.
+        canonical: returns the shards of one expert; not cached, so call it once per expert.
     """
 
     count: int
@@ -72,11 +71,11 @@ class Experts:
     canonical: Callable[[int], Sequence[CanonicalLinear]]
 
     def zeros(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        """Zeros [E, shards, ...] or, with the shards beside each other in a later dimension, [E, ...]."""
+        """Zeros of shape [E, *shape]."""
         return torch.zeros(self.count, *shape, dtype=dtype, device=self.device)
 
     def __iter__(self) -> Iterator[tuple[int, int, CanonicalLinear]]:
-        """(expert, shard, weight), one expert after the other."""
+        """Yield (expert, shard, canonical weight) for one expert after the other."""
         for expert in range(self.count):
             for shard, linear in enumerate(self.canonical(expert)):
                 yield expert, shard, linear
@@ -84,10 +83,11 @@ class Experts:
 
 @dataclass(frozen=True)
 class GroupedSizes:
-    """The sizes of the operator's weight: those of the layer, filled up with zeros to what the operators ask for.
+    """Sizes of the prepared weight: those of the layer, padded to the operators' multiples.
 
     Attributes:
-        inputs: rows of every expert's weight. outputs: columns of one shard.
+        inputs: rows of each expert's weight.
+        outputs: columns of one shard.
     """
 
     inputs: int
@@ -95,29 +95,29 @@ class GroupedSizes:
 
 
 class GroupedMethod(ABC):
-    """The arithmetic of one grouped product. ``prefix`` ("w13_", "w2_") stands before the names of its tensors.
+    """Arithmetic of one grouped product. ``prefix`` ("w13_", "w2_") is prepended to the names of its tensors.
 
-    Prepared tensors, with W = shards * N columns; a method has those that its product needs:
+    Prepared tensors, with W = shards * N columns; each method has a subset:
 
-    - weight: int8 [E, K, W] (FRACTAL_NZ), int32 [E, K, W/8] with eight int4 in an element, or the model's dtype [E, K, W].
-    - weight_scale: float32 [E, W] for int8 activations on int8 weights; int64 [E, G, W] with float32 bits for int4 weights
-      and quantized activations ([E, W] for W4A4 per channel); the model's dtype [E, W] or [E, G, W] for weight-only.
+    - weight: int8 [E, K, W] (FRACTAL_NZ), int32 [E, K, W/8] with eight int4 per element, or the model's dtype [E, K, W].
+    - weight_scale: float32 [E, W] for W8A8; int64 [E, G, W] with float32 bits for int4 weights and quantized activations
+      ([E, W] for W4A4 per channel); the model's dtype [E, W] or [E, G, W] for weight-only.
     - weight_offset: as weight_scale, for weight-only with zero points; the operator adds it.
-    - scale_bias: float32 [E, W], ``8 * sum_k(w)`` of W4A8.
+    - scale_bias: float32 [E, W], ``8 * sum_k(w)``, for W4A8.
     """
 
     takes: ClassVar[Input]
     #: Inputs and outputs of the prepared weight are multiples of these.
     inputs_multiple: ClassVar[int] = 1
     outputs_multiple: ClassVar[int] = 1
-    #: Whether the product can come as int32, to be scaled by the activation operator.
+    #: Whether ``matmul`` can return int32, to be scaled by the activation operator.
     gives_int32: ClassVar[bool] = False
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
 
     def depth_multiple(self, group_size: int) -> int:
-        """What the inputs of the prepared weight are a multiple of.
+        """The multiple to which the inputs of the prepared weight are padded.
 
         Args:
             group_size: inputs per scale; 0 for one scale per channel.
@@ -126,7 +126,7 @@ class GroupedMethod(ABC):
 
     @abstractmethod
     def prepare(self, experts: Experts, sizes: GroupedSizes, act_dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """The tensors that ``matmul`` needs, named without the prefix.
+        """Convert canonical numbers to the tensors of ``matmul``, named without the prefix.
 
         Raises:
             NpuQuantError: for values that the scheme does not allow.
@@ -140,33 +140,34 @@ class GroupedMethod(ABC):
     def matmul(
         self, layer: Any, x: torch.Tensor, x_scale: torch.Tensor | None, counts: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
-        """The products of sorted rows with their experts' weights.
+        """Multiply sorted rows by the weights of their experts.
 
         Args:
-            layer: an object that has the prepared tensors as attributes.
-            x: [M, K] as ``takes`` says; it may be overwritten.
-            x_scale: float32 [M] where x is quantized.
-            counts: int64 [E], the rows of each expert; together at most M.
-            dtype: of the result.
+            layer: an object with the prepared tensors as attributes.
+            x: [M, K] of the type ``takes``; it may be overwritten.
+            x_scale: float32 [M] if x is quantized, else None.
+            counts: int64 [E], the rows of each expert; their sum is at most M.
+            dtype: dtype of the result.
 
         Returns:
-            [M, shards * N]; rows after the last expert's hold anything.
+            [M, shards * N]; rows after those of the last expert are undefined.
         """
 
     def tensor(self, layer: Any, name: str) -> Any:
-        """A prepared tensor, or None where this layer has none of that name."""
+        """A prepared tensor, or None if the layer does not have it."""
         return getattr(layer, self.prefix + name, None)
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Which experts this rank has.
+    """Placement of the experts of this rank.
 
     Attributes:
-        count: experts of the whole layer.
+        count: experts of the routing operator: all of the layer; with ``to_local``, those of this rank and one more that
+            stands for all others.
         first, last: the range of this rank's experts, last excluded.
-        to_local: int32 [count], for experts that are no range: the number that an expert has on this rank, or a number
-            past the last where it is on another.
+        to_local: int32, the local number of each expert of the whole layer, or ``last`` for experts of other ranks, if this
+            rank's experts are not a range; None if they are.
     """
 
     count: int
@@ -176,7 +177,7 @@ class Placement:
 
     @classmethod
     def of(cls, count: int, expert_map: torch.Tensor | None) -> Placement:
-        """From vLLM's map of expert numbers: int [count], the number on this rank, or -1."""
+        """Build from vLLM's expert map: int [count], the local number of each expert, or -1; None if all are local."""
         if expert_map is None:
             return cls(count, 0, count)
         mapped = expert_map.tolist()
@@ -195,16 +196,18 @@ class Placement:
 
 
 class FusedExperts:
-    """The chain for one layer.
+    """The chain of operators of one MoE layer.
 
     ``y[t] = sum_j topk_weights[t, j] * down(silu(gate(x[t])) * up(x[t]))`` with the weights of expert ``topk_ids[t, j]``,
-    over the experts and the part of the inner dimension that this rank has: ranks sum their results.
+    over this rank's experts and its part of the inner dimension; ranks sum their results.
     """
 
     def __init__(self, w13: GroupedMethod, w2: GroupedMethod, hidden: int, inner: int, groups: tuple[int, int]) -> None:
         """
         Args:
-            hidden: outputs of the layer. inner: outputs of gate and of up on this rank.
+            w13, w2: the methods of the two products.
+            hidden: outputs of the layer.
+            inner: outputs of gate, and of up, on this rank.
             groups: inputs per scale of w13 and w2; 0 for one scale per channel.
         """
         self.w13 = w13
@@ -223,13 +226,14 @@ class FusedExperts:
         topk_weights: torch.Tensor | None,
         topk_ids: torch.Tensor,
     ) -> torch.Tensor:
-        """The layer's output on this rank, not reduced.
+        """Compute the layer's output on this rank, [T, hidden], not reduced over ranks.
 
         Args:
-            layer: has the prepared tensors as attributes.
+            layer: an object with the prepared tensors as attributes.
+            placement: the experts of this rank.
             x: [T, hidden] in float16 or bfloat16.
-            topk_weights: [T, k]; None where they were multiplied into x already, for k = 1.
-            topk_ids: [T, k] expert numbers of the whole layer.
+            topk_weights: [T, k]; None if they are already multiplied into x (k = 1).
+            topk_ids: [T, k], expert numbers of the whole layer.
         """
         tokens, k = topk_ids.shape
         if tokens == 0:
@@ -252,12 +256,13 @@ class FusedExperts:
         counts: torch.Tensor,
         dtype: torch.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """silu(gate) * up of sorted rows, quantized as w2 takes it: [M, inner] and float32 [M], or None.
+        """silu(gate) * up of sorted rows in w2's input type: [M, inner], and float32 [M] or None.
 
         Args:
-            rows: [M, hidden, or more that are 0] in ``dtype``, or in int8 with ``row_scale``.
-            row_scale: float32 [M]; it is not read where w13 takes another input.
+            rows: [M, hidden or padded] in ``dtype``, or in int8 with ``row_scale``.
+            row_scale: float32 [M]; ignored unless w13 takes int8.
             counts: int64 [E], the rows of each expert.
+            dtype: the model's dtype.
         """
         missing = self.w13_sizes.inputs - rows.shape[1]
         if missing:
@@ -278,7 +283,7 @@ class FusedExperts:
         counts: torch.Tensor,
         dtype: torch.dtype,
     ) -> torch.Tensor:
-        """The second product of what ``inner`` gave: [M, hidden]."""
+        """The second product, of the results of ``inner``: [M, hidden]."""
         y = self.w2.matmul(layer, inner, inner_scale, counts, dtype)
         return y[:, : self.hidden].contiguous() if y.shape[1] > self.hidden else y
 
@@ -290,7 +295,7 @@ class FusedExperts:
         counts: torch.Tensor,
         dtype: torch.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """silu(gate) * up, quantized as w2 takes it: [M, inner] and float32 [M]."""
+        """silu(gate) * up in w2's input type: [M, inner], and float32 [M] or None."""
         if self.w2.takes is Input.INT8:
             if self.w13.gives_int32 and self.w13_sizes.outputs <= MAX_GROUPED_SWIGLU:
                 product = self.w13.matmul(layer, rows, None, counts, torch.int32)
@@ -311,28 +316,30 @@ class FusedExperts:
 
 
 def has_routing_v2() -> bool:
-    """Whether this host has npu_moe_init_routing_v2, which older versions of torch_npu and CANN lack."""
+    """Whether this host has npu_moe_init_routing_v2; older versions of torch_npu and CANN do not."""
     return hasattr(torch.ops.npu, "npu_moe_init_routing_v2")
 
 
-#: Rows sorted by expert; int32 [T * k], the row of choice j of token i at i * k + j, -1 where its expert
-#: is on another rank; int64 [E], the rows of each expert of this rank; float32 [T * k]
-#: where the rows are int8, or None.
+#: (rows sorted by expert; int32 [T * k], the row index of choice j of token i at i * k + j, -1 if its expert is on another
+#: rank; int64 [E], the rows of each expert of this rank; float32 [T * k], the scales of int8 rows, or None).
 Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 def _routed(x: torch.Tensor, ids: torch.Tensor, placement: Placement, takes: Input) -> Routed:
-    """The rows by npu_moe_init_routing_v2.
+    """Sort rows by expert with npu_moe_init_routing_v2.
 
     Args:
-        x: [T, K]. ids: int32 [T, k], numbers of the whole layer.
+        x: [T, K].
+        ids: int32 [T, k], expert numbers of the whole layer.
+        placement: the experts of this rank.
+        takes: w13's input type; for int8 the rows are quantized.
     """
     if placement.to_local is not None:
         ids = placement.to_local[ids.to(torch.int64)]
     rows, row_index, counts, row_scale = torch.ops.npu.npu_moe_init_routing_v2(
         x,
         ids.contiguous(),
-        active_num=0,  # all of them; their number would become a constant of a graph
+        active_num=0,  # all rows; an explicit number would become a constant of a captured graph
         expert_num=placement.count,
         expert_tokens_num_type=1,
         expert_tokens_num_flag=True,
@@ -344,14 +351,16 @@ def _routed(x: torch.Tensor, ids: torch.Tensor, placement: Placement, takes: Inp
 
 
 def _routed_by_v1(x: torch.Tensor, ids: torch.Tensor, placement: Placement, takes: Input) -> Routed:
-    """The same by npu_moe_init_routing, not quantized: it knows no range of experts, counts column-major, and gives running
-    totals."""
+    """Sort rows by expert with npu_moe_init_routing; arguments as for ``_routed``.
+
+    The operator does not quantize, has no expert range, numbers rows column-major and returns cumulative counts.
+    """
     tokens, k = ids.shape
     here = placement.last - placement.first
     if placement.to_local is not None:
         ids = placement.to_local[ids.to(torch.int64)]
     elif not placement.whole:
-        # Experts of other ranks sort last, past the rows that are read.
+        # Rows for experts of other ranks are sorted last and are not read.
         absent = (ids < placement.first) | (ids >= placement.last)
         ids = torch.where(absent, here, ids - placement.first)
     numbers = torch.arange(tokens * k, dtype=torch.int32, device=x.device).view(k, tokens).t().contiguous()
@@ -364,7 +373,7 @@ def _routed_by_v1(x: torch.Tensor, ids: torch.Tensor, placement: Placement, take
 
 
 def operators_of(w13: GroupedMethod, w2: GroupedMethod) -> tuple[str, ...]:
-    """The torch_npu operators that the chain calls, in order, where routing is npu_moe_init_routing_v2."""
+    """Names of the torch_npu operators that the chain calls, in order, if npu_moe_init_routing_v2 is available."""
     quantizes = ("npu_dynamic_quant",)
     return (
         "npu_moe_init_routing_v2",
@@ -384,9 +393,9 @@ def _without_absent(
     weights: torch.Tensor | None,
     shape: tuple[int, int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row numbers and weights where some of a token's experts are on other ranks: these read row 0 with the weight 0.
+    """Row indices and weights in which experts of other ranks read row 0 with weight 0.
 
-    Row 0 is anybody's; only where this rank has no row at all nothing was written to it, and 0 * NaN is NaN.
+    Row 0 may belong to another token. If this rank received no rows, it is uninitialized and is zeroed: 0 * NaN is NaN.
     """
     y[:1].masked_fill_(counts.sum() == 0, 0)
     mask = (row_index >= 0).view(shape).to(torch.float32)
@@ -398,10 +407,10 @@ def _up(size: int, multiple: int) -> int:
 
 
 def check_plain(linear: CanonicalLinear, operator: str, *, symmetric: bool = False) -> CanonicalWeight:
-    """The weight of an expert that brings nothing with it for which the chain has no place.
+    """The weight of an expert, checked to have nothing that the chain does not support.
 
     Raises:
-        NpuQuantError: for an input permutation, an input transform, or a bias; for zero points where ``symmetric``.
+        NpuQuantError: for an input permutation, an input transform, or a bias; with ``symmetric``, for zero points.
     """
     if linear.input_permutation is not None:
         raise NpuQuantError([permuted_inputs(operator)])
@@ -415,7 +424,7 @@ def check_plain(linear: CanonicalLinear, operator: str, *, symmetric: bool = Fal
 
 
 def expert_bias() -> Finding:
-    """The finding for experts that have a bias."""
+    """Finding for experts with a bias."""
     return Finding(
         "unsupported-scheme",
         "routed experts with a bias are not served",

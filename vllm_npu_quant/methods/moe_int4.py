@@ -19,7 +19,7 @@ __all__ = ["W4A4DynamicExperts", "W4A8DynamicExperts"]
 
 
 def _group_of(weight: CanonicalWeight, operator: str) -> int:
-    """The group size; 0 for one scale per channel.
+    """Inputs per group; 0 for one scale per channel.
 
     Raises:
         NpuQuantError: operator-limit for odd groups.
@@ -31,7 +31,7 @@ def _group_of(weight: CanonicalWeight, operator: str) -> int:
 
 
 class _Int4Weight(GroupedMethod):
-    """The weight as int32 [E, K, shards * N/8], and scales as int64 [E, G, shards * N] that hold float32 bits."""
+    """Common part of the int4 methods: weight int32 [E, K, shards * N/8], scales int64 [E, G, shards * N] of float32 bits."""
 
     outputs_multiple = INT4_PER_INT32
     inputs_multiple = INT4_PER_INT32
@@ -45,7 +45,12 @@ class _Int4Weight(GroupedMethod):
         sizes: GroupedSizes,
         unit: int,
     ) -> None:
-        """Write one shard of one expert. ``unit``: inputs per scale of the operator."""
+        """Write one shard of one expert into ``tensors``, which is filled with zeros at the first call.
+
+        Args:
+            where: expert and shard.
+            unit: inputs per scale of the operator.
+        """
         expert, shard = where
         groups = sizes.inputs // unit
         if not tensors:
@@ -60,10 +65,12 @@ class _Int4Weight(GroupedMethod):
 class W4A8DynamicExperts(_Int4Weight):
     """``y = sum_g (x_q[g] . w_q[g]) * weight_scale[g] * x_scale``: int4 weights, int8 per token (npu_grouped_matmul).
 
-    With one scale per channel, or per 256 inputs or a multiple of it, the int8 x int4 operator, which takes a multiple of 256
-    inputs; it overwrites its int8 input, which nobody reads after it. It needs ``8 * sum_k(w)``, computed here from this
-    rank's own weights, so that ranks which sum their results count it once. Other even group sizes: the same sum by int4
-    halves of the activation, ``x = 16 * high + low + 8`` with both in [-8, 7], which the int4 x int4 operator takes.
+    One scale per channel, or groups of a multiple of 256: the int8 x int4 operator, with inputs padded to a multiple of 256.
+    It overwrites its int8 input, which is not used afterwards. Its argument ``8 * sum_k(w)`` is computed from this rank's
+    weights, so that ranks which sum their results count it once.
+
+    Other even group sizes: two calls of the int4 x int4 operator, on int4 halves of the activation,
+    ``x = 16 * high + low + 8`` with both in [-8, 7].
     """
 
     takes = Input.INT8
@@ -93,14 +100,15 @@ class W4A8DynamicExperts(_Int4Weight):
             if self.by_halves:
                 magnitudes = unit_sums(weight, sizes.inputs, unit, magnitudes=True).sum(dim=1)
                 largest = max(largest, 8 * float(magnitudes.max()))
-        # float16 rounds the products of the halves less, unless the largest possible one does not fit.
+        # float16 is more precise for the products of the halves, but must hold the largest possible one.
         self.halves_dtype = torch.float16 if largest < torch.finfo(torch.float16).max else torch.bfloat16
         return {**tensors, "weight_scale": tensors["weight_scale"].flatten(2), "scale_bias": assist.flatten(1)}
 
     def matmul(
         self, layer: Any, x: torch.Tensor, x_scale: torch.Tensor | None, counts: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
-        assert x_scale is not None
+        if x_scale is None:
+            raise ValueError("W4A8 needs a scale per token")
         if self.by_halves:
             return self._by_halves(layer, x, x_scale, counts, dtype)
         (y,) = torch.ops.npu.npu_grouped_matmul(

@@ -8,38 +8,41 @@ from typing import Any
 import torch
 
 from vllm_npu_quant.errors import NpuQuantError
-from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight
+from vllm_npu_quant.layouts.canonical import CanonicalWeight, StaticActivation
 from vllm_npu_quant.layouts.int4 import row_blocks
 from vllm_npu_quant.methods.base import to_nz
 from vllm_npu_quant.methods.moe import Experts, GroupedMethod, GroupedSizes, Input, check_plain, expert_bias
 
 __all__ = ["W8A8DynamicExperts", "place_int8"]
 
-#: FRACTAL_NZ tiles of int8 are 16 x 32. With a float32 scale, the operator gives bfloat16 for FRACTAL_NZ weights only.
+#: FRACTAL_NZ tiles of int8 are 16 x 32. With a float32 scale, the operator supports bfloat16 only for FRACTAL_NZ weights.
 NZ_INPUTS = 16
-#: npu_dequant_swiglu_quant takes an inner dimension that 64 divides.
+#: npu_dequant_swiglu_quant requires an inner dimension that is a multiple of 64.
 OUTPUTS_MULTIPLE = 64
 
 
 def place_int8(target: torch.Tensor, first: int, weight: CanonicalWeight) -> None:
-    """Write a weight [N, K] transposed into columns ``first`` and following of int8 [at least K, ...], block by block."""
+    """Write a weight [N, K] transposed into N columns of ``target``, beginning at ``first``, in blocks of rows.
+
+    Args:
+        target: int8 [at least K, at least first + N].
+    """
     for start, stop in row_blocks(weight.outputs, weight.inputs):
         target[: weight.inputs, first + start : first + stop].copy_(weight.rows(start, stop).t())
 
 
-def _check_static(linear: CanonicalLinear, *, whole_inputs: bool) -> None:
-    """Whether the integers of a statically quantized layer are all there is to it, once its input has a scale per token.
+def _check_no_bias(static: StaticActivation, weight: CanonicalWeight, *, whole_inputs: bool) -> None:
+    """Check that quant_bias is only the zero-point correction, ``-offset * sum_k w``.
 
-    Its quant_bias is then the correction for the input's offset, ``-offset * sum_k w``; what is more is a bias.
+    Any remainder is a bias of the expert, which the chain does not support.
 
     Args:
-        whole_inputs: whether the weight has all inputs that quant_bias counts. w2 of a tensor-parallel rank does not.
+        whole_inputs: whether the weight has all inputs that quant_bias covers. w2 of a tensor-parallel rank has not; it is
+            checked only if the offset is 0.
 
     Raises:
         NpuQuantError: unsupported-scheme for a bias.
     """
-    static, weight = linear.static, linear.weight
-    assert static is not None
     if static.quant_bias is None or not (whole_inputs or float(static.offset) == 0):
         return
     sums = torch.cat(
@@ -52,7 +55,7 @@ def _check_static(linear: CanonicalLinear, *, whole_inputs: bool) -> None:
 class W8A8DynamicExperts(GroupedMethod):
     """``y = (x_q . w_q) * weight_scale * x_scale``: int8 per output channel, int8 per token (npu_grouped_matmul).
 
-    Layers with static activation scales come here too, and their input scales are not used: the routing operator knows one
+    It also serves layers with static activation scales, whose input scales are not used: the routing operator takes one
     scale for all experts.
     """
 
@@ -67,7 +70,7 @@ class W8A8DynamicExperts(GroupedMethod):
         for expert, shard, linear in experts:
             weight = check_plain(linear, "npu_grouped_matmul of int8 by int8", symmetric=True)
             if linear.static is not None:
-                _check_static(linear, whole_inputs=experts.shards == 2)
+                _check_no_bias(linear.static, weight, whole_inputs=experts.shards == 2)
             place_int8(stacked[expert], shard * sizes.outputs, weight)
             scale[expert, shard, : weight.outputs] = weight.scale.reshape(-1)
         return {"weight": stacked, "weight_scale": scale.flatten(1)}

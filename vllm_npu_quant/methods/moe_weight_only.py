@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts whose activations stay in the model's dtype: integer weights, and float ones beside quantized layers."""
+"""Experts with activations in the model's dtype: weight-only schemes, and float experts beside quantized ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["FloatExperts", "WeightOnlyExperts", "place_int4"]
 
 
 def place_int4(target: torch.Tensor, shard: int, sizes: GroupedSizes, weight: CanonicalWeight) -> None:
-    """Write a weight [N, K] of 4-bit integers transposed into the columns of a shard of int32 [depth, shards * N/8]."""
+    """Pack a 4-bit weight [N, K], transposed, into the columns of one shard of ``target``, int32 [depth, shards * N/8]."""
     width = sizes.outputs // INT4_PER_INT32
     packed = transposed_int4(weight.rows, 0, weight.outputs, weight.inputs, pairs=weight.pairs)
     first = shard * width
@@ -25,7 +25,7 @@ def place_int4(target: torch.Tensor, shard: int, sizes: GroupedSizes, weight: Ca
 
 
 class _FloatInput(GroupedMethod):
-    """What the methods without activation quantization share."""
+    """Common part of the methods without activation quantization."""
 
     takes = Input.FLOAT
 
@@ -50,10 +50,10 @@ class _FloatInput(GroupedMethod):
 class WeightOnlyExperts(_FloatInput):
     """``y = x @ ((w_q + antiquant_offset) * antiquant_scale)`` (npu_grouped_matmul).
 
-    The operator adds its offset, so it is minus the zero point; scale and offset have the activation's dtype. int8 weights
-    with one scale per channel, and weights of 4 bits and less, packed eight in an int32 along the outputs, with scales per
-    channel or per group. CANN refuses a call without offsets, so that symmetric weights have zeros. The documents allow
-    offsets for scales per channel only; vllm-ascend and SGLang pass them per group, and so do we.
+    The operator adds its offset, which is therefore minus the zero point; scale and offset have the activation's dtype. int8
+    weights have one scale per channel. Weights of 4 bits and less are packed eight per int32 along the outputs and have
+    scales per channel or per group. CANN rejects a call without offsets, so symmetric weights get zeros. Its documentation
+    allows offsets per channel only; vllm-ascend and SGLang pass them per group, as is done here.
     """
 
     outputs_multiple = INT4_PER_INT32
@@ -91,7 +91,7 @@ class WeightOnlyExperts(_FloatInput):
 
 
 class FloatExperts(_FloatInput):
-    """``y = x @ w`` in the model's dtype: for float experts, and for what no grouped operator computes with as stored."""
+    """``y = x @ w`` in the model's dtype: for float experts, and for weights that no grouped operator takes as stored."""
 
     def depth_multiple(self, group_size: int) -> int:
         return self.inputs_multiple

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Input transforms: FlatQuant's matrices and QuaRot's online rotations, in front of the activation's quantization."""
+"""Input transforms before activation quantization: FlatQuant's matrices and QuaRot's online rotations."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ RIGHT = "transform_right"
 
 @dataclass(frozen=True)
 class TransformPlan:
-    """How a rank transforms its input.
+    """The input transform of one rank.
 
     Attributes:
-        left, right: L and M: a token is seen as a matrix [L, M].
-        clip: factor of a token's largest magnitude that gives its scale.
-        start, stop: the transformed inputs that this rank multiplies by its weight.
+        left, right: L and M: a token is viewed as a matrix [L, M].
+        clip: factor applied to a token's largest magnitude to get its scale.
+        start, stop: range of the transformed inputs that this rank multiplies by its weight.
         gathers: whether the transform needs the inputs of all ranks.
     """
 
@@ -39,25 +39,30 @@ class TransformPlan:
 
     @property
     def inputs(self) -> int:
-        """How many inputs the transform takes."""
+        """Inputs of the transform."""
         return self.left * self.right
 
 
 def prepare_transform(
     transform: InputTransform, inputs: int, context: PrepareContext
 ) -> tuple[TransformPlan, dict[str, torch.Tensor]]:
-    """Decide how this rank transforms, and make the matrices: LEFT [L, L] (transposed) and RIGHT [M, M] in the activation's
-    dtype, where there are any.
+    """Plan this rank's transform and prepare its matrices.
 
-    A rank of a row-parallel layer has a part of the inputs. Where L is block diagonal at the ranks' borders, it transforms
-    its own part with its own blocks: msModelSlim's rotations are made so for as many ranks as it was told. Otherwise every
-    rank transforms the inputs of all ranks, and takes its part of the result.
+    A rank of a row-parallel layer has a part of the inputs. If L is block diagonal with respect to the ranks, the rank
+    transforms its part with its own block; msModelSlim makes its rotations so for a chosen number of ranks. Otherwise every
+    rank transforms the inputs of all ranks and takes its part of the result.
 
     Args:
-        transform: the matrices of the whole layer. inputs: K of this rank.
+        transform: the matrices of the whole layer.
+        inputs: K of this rank.
+        context: gives the dtype and this rank's range of inputs.
+
+    Returns:
+        The plan, and the matrices in the activation's dtype: LEFT [L, L] (transposed) and RIGHT [M, M], if the transform
+        has them.
 
     Raises:
-        NpuQuantError: wrong-shape where the matrices do not fit the layer.
+        NpuQuantError: wrong-shape if the matrices do not fit the layer.
     """
     whole = context.inputs_whole or inputs
     left = transform.left.shape[0] if transform.left is not None else 0
@@ -88,20 +93,22 @@ def prepare_transform(
 
 
 def _is_a_block(matrix: torch.Tensor, rows: slice) -> bool:
-    """Whether these rows and columns have nothing to do with the others."""
+    """Whether these rows and the same columns form a diagonal block: all entries that link them to others are 0."""
     outside = torch.ones(matrix.shape[0], dtype=torch.bool, device=matrix.device)
     outside[rows] = False
     return not bool(matrix[rows][:, outside].any()) and not bool(matrix[outside][:, rows].any())
 
 
 def transformed(layer: Any, plan: TransformPlan, tokens: torch.Tensor) -> torch.Tensor:
-    """``L.T @ x @ R`` for every token; each product is rounded to the activation's dtype, as in the producer's own model.
+    """Compute ``L.T @ x @ R`` for every token; each product is rounded to the activation's dtype, as in the producer's model.
 
     Args:
-        tokens: [M, K], of all ranks where ``plan.gathers``.
+        layer: an object with the prepared matrices as attributes.
+        plan: the transform of this rank.
+        tokens: [M, K]; with ``plan.gathers``, the inputs of all ranks.
 
     Returns:
-        [M, K] with the inputs that this rank multiplies by its weight.
+        [M, K], the transformed inputs of this rank.
     """
     matrices = tokens.view(-1, plan.left, plan.right)
     left, right = getattr(layer, LEFT, None), getattr(layer, RIGHT, None)
@@ -114,13 +121,13 @@ def transformed(layer: Any, plan: TransformPlan, tokens: torch.Tensor) -> torch.
 
 
 class TransformingLinear(NpuLinearMethod):
-    """A method whose input may be multiplied by matrices before it is quantized."""
+    """Base class of methods that support an input transform."""
 
     def __init__(self) -> None:
         self.transform: TransformPlan | None = None
 
     def prepare_input(self, linear: CanonicalLinear, context: PrepareContext) -> dict[str, torch.Tensor]:
-        """What ``input_tokens`` needs; empty for a layer without a transform.
+        """Prepare the tensors of ``input_tokens``; none for a layer without a transform.
 
         Raises:
             NpuQuantError: see ``prepare_transform``.
@@ -132,7 +139,7 @@ class TransformingLinear(NpuLinearMethod):
         return matrices
 
     def input_tokens(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
-        """[..., K] as [M, K], transformed."""
+        """Reshape [..., K] to [M, K] and apply the transform, if any."""
         tokens = tokens_of(x)
         return tokens if self.transform is None else transformed(layer, self.transform, tokens)
 

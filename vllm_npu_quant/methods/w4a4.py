@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from vllm_npu_quant.errors import Finding, NpuQuantError
 from vllm_npu_quant.layouts.canonical import CanonicalLinear
 from vllm_npu_quant.layouts.int4 import INT4_PER_INT32, packed_rows, transposed_int4
-from vllm_npu_quant.methods import operators
+from vllm_npu_quant.methods import operators  # noqa: F401  # defines torch.ops.npu_quant.*
 from vllm_npu_quant.methods.base import (
     MAX_INPUTS,
     PrepareContext,
@@ -28,20 +28,18 @@ from vllm_npu_quant.methods.w4a8 import as_int64_bits, grouped_scale, odd_groups
 
 __all__ = ["W4A4DynamicLinear"]
 
-assert operators.NAMESPACE  # importing the module defines the operators
-
-#: npu_kronecker_quant takes matrices of at most this size.
+#: Limit of npu_kronecker_quant on the size of either matrix.
 MAX_KRONECKER = 256
 
 
 class W4A4DynamicLinear(TransformingLinear):
-    """int4 weight, int4 activation per token with a scale from the token itself.
+    """int4 weight, int4 activation with a dynamic scale per token.
 
     ``y[m, n] = sum_g (x_q[m, g] . w_q[n, g]) * weight_scale[n, g] * x_scale[m] + bias[n]`` with
-    ``x_scale[m] = clip * max|x[m]| / 7``. The input may be multiplied by matrices first (FlatQuant, online rotations): then
-    one operator transforms and quantizes, where the matrices' sizes allow it.
+    ``x_scale[m] = clip * max|x[m]| / 7``. With an input transform (FlatQuant, online rotations), one operator transforms and
+    quantizes if it supports the sizes of the matrices.
 
-    One scale per channel: npu_quant_matmul on int4, the weight as [N, K/8] transposed. Scales per group of an even size:
+    One scale per channel: npu_quant_matmul on int4, the weight as [N, K/8] transposed. Groups of an even size:
     npu_grouped_matmul with one group of rows, the weight as [K, N/8].
     """
 
@@ -56,8 +54,8 @@ class W4A4DynamicLinear(TransformingLinear):
         """See the base class.
 
         Raises:
-            NpuQuantError: bad-value for zero points, operator-limit for odd group sizes or too many inputs, cannot-shard for
-                a transform over all ranks whose result cannot be cut at this rank's border.
+            NpuQuantError: bad-value for zero points; operator-limit for odd group sizes or too many inputs; cannot-shard if
+                the result of a transform over all ranks cannot be split at this rank's bounds.
         """
         weight = linear.weight
         if weight.zero is not None:
@@ -104,7 +102,7 @@ class W4A4DynamicLinear(TransformingLinear):
         return matrices
 
     def _quantized(self, layer: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """int32 [M, K/8] and float32 [M]: this rank's part of the tokens."""
+        """Transform and quantize the input: int32 [M, K/8] and float32 [M], K of this rank."""
         plan = self.transform
         if plan is not None and self.kronecker:
             packed, scale = torch.ops.npu_quant.kronecker_quant_int4(

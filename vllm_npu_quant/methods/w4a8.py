@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from vllm_npu_quant.errors import Finding, NpuQuantError
 from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight
 from vllm_npu_quant.layouts.int4 import INT4_PER_INT32, row_blocks, transposed_int4
-from vllm_npu_quant.methods import operators
+from vllm_npu_quant.methods import operators  # noqa: F401  # defines torch.ops.npu_quant.*
 from vllm_npu_quant.methods.base import (
     MAX_INPUTS,
     PrepareContext,
@@ -27,21 +27,19 @@ from vllm_npu_quant.methods.transforms import TransformingLinear
 
 __all__ = ["GROUP_SIZE", "MAX_DEPTH", "W4A8DynamicLinear", "as_int64_bits", "grouped_scale", "zero_filled"]
 
-#: The int8 x int4 operator takes one scale per channel or per 256 inputs, 256 divides the inputs, of which there are at
-#: most 18432 (aclnnGroupedMatmulV5).
+#: Limits of the int8 x int4 operator (aclnnGroupedMatmulV5): one scale per channel or per 256 inputs; a multiple of 256
+#: inputs, at most 18432.
 GROUP_SIZE = 256
 MAX_DEPTH = 18432
 
-assert operators.NAMESPACE  # importing the module defines the operators
-
 
 def as_int64_bits(scale: torch.Tensor) -> torch.Tensor:
-    """float32 as the operators for int4 take it: its bits in the low words of int64, the high words 0."""
+    """Encode float32 for the int4 operators: its bits in the low 32 bits of int64, the high 32 bits 0."""
     return scale.to(torch.float32).contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
 
 
 def zero_filled(weight: CanonicalWeight, multiple: int) -> int:
-    """K rounded up to whole groups and to a multiple; the inputs after K are zeros, which change nothing."""
+    """K rounded up to whole groups and to a multiple of ``multiple``; the weights of inputs after K are zero."""
     step = multiple
     if weight.group_size:
         step = step * weight.group_size // gcd(step, weight.group_size)
@@ -49,20 +47,23 @@ def zero_filled(weight: CanonicalWeight, multiple: int) -> int:
 
 
 def grouped_scale(weight: CanonicalWeight, depth: int, group: int) -> torch.Tensor:
-    """The scales of groups of ``group`` inputs, which divides the checkpoint's groups, as float32 [depth / group, N]."""
+    """Scales for groups of ``group`` inputs, float32 [depth / group, N]; ``group`` divides the weight's group size."""
     own = weight.group_size or depth
     scale = weight.scale.expand(weight.outputs, -1).to(torch.float32)
     if own != group:
         scale = scale.repeat_interleave(own // group, dim=1)
     groups = depth // group
-    # Groups after the last input have no numbers; their scale is of no account.
+    # Padding groups: the scale is never read.
     return F.pad(scale, (0, max(groups - scale.shape[1], 0)))[:, :groups].t()
 
 
 def unit_sums(weight: CanonicalWeight, depth: int, unit: int, *, magnitudes: bool = False) -> torch.Tensor:
-    """``sum_k(w)`` of every row over each run of ``unit`` inputs, float32 [N, depth / unit]; ``unit`` divides the groups.
+    """``sum_k(w)`` over each run of ``unit`` inputs of each row, float32 [N, depth / unit].
 
     Args:
+        weight: the canonical weight.
+        depth: K after padding.
+        unit: inputs per sum; it divides the group size.
         magnitudes: sum ``|w|`` instead.
     """
     sums = torch.empty(weight.outputs, depth // unit, dtype=torch.float32, device=weight.scale.device)
@@ -74,15 +75,14 @@ def unit_sums(weight: CanonicalWeight, depth: int, unit: int, *, magnitudes: boo
 
 
 class W4A8DynamicLinear(TransformingLinear):
-    """int4 weight, int8 activation per token with a scale from the token itself.
+    """int4 weight, int8 activation with a dynamic scale per token.
 
     ``y[m, n] = sum_g (x_q[m, g] . w_q[n, g]) * weight_scale[n, g] * x_scale[m] + bias[n]`` with
     ``x_scale[m] = max|x[m]| / 127`` (npu_dynamic_quant, npu_grouped_matmul with one group of rows).
 
-    One scale per channel, or per 256 inputs or a multiple of it: the int8 x int4 operator, over inputs filled up with zeros
-    to a multiple of 256, in parts of at most 18432. It needs ``8 * sum_k(w)``, which is computed here from this rank's own
-    weights; what checkpoints store of it holds for some numbers of ranks only. Other even group sizes: the same sum by int4
-    halves of the activation. Both keep the weight packed.
+    One scale per channel, or groups of a multiple of 256: the int8 x int4 operator, with inputs padded to a multiple of 256,
+    in parts of at most 18432. Its argument ``8 * sum_k(w)`` is computed from this rank's weights, because the stored one is
+    valid for some numbers of ranks only. Other even group sizes: int4 halves of the activation. Both keep the weight packed.
     """
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ class W4A8DynamicLinear(TransformingLinear):
         """See the base class.
 
         Raises:
-            NpuQuantError: bad-value for zero points, operator-limit for odd group sizes or too many inputs.
+            NpuQuantError: bad-value for zero points; operator-limit for odd group sizes or too many inputs.
         """
         weight = linear.weight
         if weight.zero is not None:
@@ -117,7 +117,7 @@ class W4A8DynamicLinear(TransformingLinear):
         scale = grouped_scale(weight, depth, unit if group else depth)
         totals = unit_sums(weight, depth, unit)
         if self.by_halves:
-            # float16 rounds the products of the halves less, unless the largest possible one does not fit.
+            # float16 is more precise for the products of the halves, but must hold the largest possible one.
             largest = 8 * unit_sums(weight, depth, unit, magnitudes=True).sum(dim=1).max()
             self.halves_dtype = torch.float16 if float(largest) < torch.finfo(torch.float16).max else torch.bfloat16
         tensors = self.prepare_input(linear, context)
@@ -156,7 +156,7 @@ class W4A8DynamicLinear(TransformingLinear):
 
 
 def odd_groups(operator: str, group: int) -> Finding:
-    """The finding for a group size that no int4 operator takes."""
+    """Finding for an odd group size, which no int4 operator supports."""
     return Finding(
         "operator-limit",
         f"{operator} takes groups of an even number of inputs",

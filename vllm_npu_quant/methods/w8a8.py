@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from vllm_npu_quant.errors import Finding, NpuQuantError
-from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight, StaticActivation
-from vllm_npu_quant.layouts.compressed_tensors import row_sums
+from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight, StaticActivation, row_sums
 from vllm_npu_quant.layouts.int4 import transposed_int8
 from vllm_npu_quant.methods import operators  # noqa: F401  # defines torch.ops.npu_quant.*
 from vllm_npu_quant.methods.base import (
@@ -28,14 +27,14 @@ __all__ = ["W8A8DynamicAsymmetricLinear", "W8A8DynamicGroupedLinear", "W8A8Dynam
 
 
 class _Int8Linear(TransformingLinear):
-    """What the int8 methods share: the weight as [K, N] int8 in pieces of at most 65535 outputs."""
+    """Common part of the int8 methods: the weight as int8 [K, N] in pieces of at most 65535 outputs."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pieces: list[tuple[int, int]] = []
 
     def prepare_weight(self, linear: CanonicalLinear, scale: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The pieces and their scales, one per output channel."""
+        """Prepare the pieces and their scales, one per channel."""
         if linear.weight.zero is not None:
             raise NpuQuantError([bad_zero_points("npu_quant_matmul")])
         tensors = self.prepare_pieces(linear, linear.weight.inputs)
@@ -45,7 +44,7 @@ class _Int8Linear(TransformingLinear):
         return tensors
 
     def prepare_pieces(self, linear: CanonicalLinear, depth: int) -> dict[str, torch.Tensor]:
-        """The pieces as int8 [depth, n]; inputs after K are zeros."""
+        """Prepare the pieces as int8 [depth, n]; inputs after K are zero."""
         weight = linear.weight
         if weight.inputs > MAX_INPUTS:
             raise NpuQuantError([too_many_inputs("npu_quant_matmul", weight.inputs)])
@@ -59,7 +58,7 @@ class _Int8Linear(TransformingLinear):
         }
 
     def matmul(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None, **options: Any) -> torch.Tensor:
-        """npu_quant_matmul over the pieces; x int8 [M, K] -> [M, N]."""
+        """Call npu_quant_matmul for each piece; x int8 [M, K] -> [M, N]."""
         parts = []
         for number, (start, stop) in enumerate(self.pieces):
             if bias is not None:
@@ -70,7 +69,7 @@ class _Int8Linear(TransformingLinear):
 
 
 class W8A8DynamicLinear(_Int8Linear):
-    """int8 weight per output channel, int8 activation per token with a scale from the token itself.
+    """int8 weight per channel, int8 activation with a dynamic scale per token.
 
     ``y[m, n] = (x_q[m] . w_q[n]) * weight_scale[n] * x_scale[m] + bias[n]`` with ``x_scale[m] = max|x[m]| / 127``
     (npu_dynamic_quant, npu_quant_matmul).
@@ -91,12 +90,12 @@ class W8A8DynamicLinear(_Int8Linear):
 
 
 class W8A8DynamicAsymmetricLinear(_Int8Linear):
-    """int8 weight per output channel, int8 activation per token with a scale and an offset from the token itself.
+    """int8 weight per channel, int8 activation with a dynamic scale and offset per token.
 
     ``x[m] = (x_q[m] - offset[m]) * x_scale[m]``, so ``y[m, n] = (x_q[m] . w_q[n] - offset[m] * sum_k w_q[n, k])
-    * weight_scale[n] * x_scale[m] + bias[n]`` (npu_dynamic_quant_asymmetric, npu_quant_matmul). The product comes as int32
-    and the offset's term is taken off in float32: both may be large where the result is small. Ranks of a row-parallel
-    layer sum over their own inputs, with offsets of their own.
+    * weight_scale[n] * x_scale[m] + bias[n]`` (npu_dynamic_quant_asymmetric, npu_quant_matmul). The product is int32 and the
+    offset's term is subtracted in float32, because both may be much larger than the difference. Ranks of a row-parallel
+    layer have their own offsets and sums.
     """
 
     def prepare(self, linear: CanonicalLinear, context: PrepareContext) -> dict[str, torch.Tensor]:
@@ -122,12 +121,12 @@ class W8A8DynamicAsymmetricLinear(_Int8Linear):
 
 
 class W8A8DynamicGroupedLinear(_Int8Linear):
-    """int8 weight with scales per group of inputs or with zero points, int8 activation per token with a scale from the token.
+    """int8 weight with scales per group or with zero points, int8 activation with a dynamic scale per token.
 
     ``y[m, n] = sum_g (x_q[m, g] . w_q[n, g] - zero[n, g] * sum_k x_q[m, g, k]) * weight_scale[n, g] * x_scale[m] + bias[n]``
-    with ``x_scale[m] = max|x[m]| / 127``. No operator of A2 and A3 multiplies int8 by int8 in groups, so each group's
-    products are exact int32 (npu_dynamic_quant, and npu_quant_matmul with the groups as its batch), and are scaled and
-    summed in float32.
+    with ``x_scale[m] = max|x[m]| / 127``. A2 and A3 have no int8 x int8 operator with groups, so the products of each group
+    are computed as exact int32 (npu_dynamic_quant, npu_quant_matmul with the groups as its batch), and scaled and summed in
+    float32.
     """
 
     def prepare(self, linear: CanonicalLinear, context: PrepareContext) -> dict[str, torch.Tensor]:
@@ -163,11 +162,11 @@ class W8A8DynamicGroupedLinear(_Int8Linear):
 
 
 class W8A8StaticLinear(_Int8Linear):
-    """int8 weight per output channel, int8 activation with one scale and offset from calibration.
+    """int8 weight per channel, int8 activation with a static scale and offset.
 
     ``y = (clamp(round(x / input_scale + input_offset), -128, 127) @ w_q + quant_bias) * deq_scale`` (npu_quantize,
-    npu_quant_matmul). ``quant_bias`` holds the layer's bias and the zero-point correction; see ``_constant`` for
-    row-parallel layers. For float16 outputs the operator keeps 19 bits of ``deq_scale``; it is converted here once.
+    npu_quant_matmul). ``quant_bias`` includes the layer's bias and the zero-point correction; see ``_constant`` for
+    row-parallel layers. For float16 outputs the operator uses 19 bits of ``deq_scale``, which is converted once at load.
     """
 
     folds_bias = True
@@ -183,8 +182,8 @@ class W8A8StaticLinear(_Int8Linear):
                 ]
             )
         inputs = linear.weight.inputs
-        # npu_quantize multiplies by one scale per input channel, in the input's own dtype. Rounding the reciprocal to that
-        # dtype changes the step between integers by up to 0.4 %; the output scale takes the step that is really used.
+        # npu_quantize multiplies by a reciprocal scale per input, in the input's dtype. Rounding the reciprocal changes the
+        # quantization step by up to 0.4 %, so the output scale is computed from the rounded step.
         reciprocal = (1.0 / static.scale).to(context.act_dtype)
         used_step = 1.0 / reciprocal.to(torch.float32)
         scale = static.deq_scale.to(torch.float32) * (used_step / static.scale)
@@ -210,15 +209,21 @@ class W8A8StaticLinear(_Int8Linear):
 def _constant(
     weight: CanonicalWeight, static: StaticActivation, used_step: torch.Tensor, adds_constants: bool
 ) -> torch.Tensor | None:
-    """The integers that this rank adds to its products, int32 [N]; None if it adds nothing.
+    """Constant that this rank adds to its products, int32 [N]; None if it adds nothing.
 
-    They are counted in units of the output scale, which follows the step that ``npu_quantize`` takes. The zero-point
-    correction is a number of integers and stays as it is; the bias is a real number and is divided by the new unit.
+    Its unit is the output scale, which is computed from the rounded step of npu_quantize. The zero-point correction is a sum
+    of integers and does not depend on the unit; the bias is a real number and is converted to the new unit.
 
     A stored ``quant_bias`` without ``correction`` is the sum of both, ``bias - offset * sum_k w`` over the inputs of all
-    ranks, so no rank of a row-parallel layer can tell the bias. The change of unit is linear, though: the first rank
-    changes that of ``quant_bias``, every rank that of ``offset * sum_k w`` of its own inputs, and the sum of the changes is
-    the bias's. Each rank rounds once, so the bias is exact to half a unit per rank.
+    ranks, so a rank of a row-parallel layer cannot separate the bias. The conversion is linear, so it is split: one rank
+    converts ``quant_bias``, every rank converts ``offset * sum_k w`` of its own inputs, and the sum converts the bias. Each
+    rank rounds once, so the bias is exact to half a unit per rank.
+
+    Args:
+        weight: the canonical weight of this rank.
+        static: the static activation quantization.
+        used_step: float32 [1], the quantization step after rounding.
+        adds_constants: see ``PrepareContext``.
     """
     bias = static.quant_bias if adds_constants else None
     constant = bias

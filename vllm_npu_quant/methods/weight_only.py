@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Integer weights, activations in the model's dtype."""
+"""Weight-only schemes: integer weights, activations in the model's dtype."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from vllm_npu_quant.methods.base import (
 
 __all__ = ["Grouping", "WeightOnlyLinear", "antiquant_parameters", "fit_groups"]
 
-#: antiquant_group_size is a multiple of this, and smaller than K.
+#: antiquant_group_size must be a multiple of this and smaller than K.
 GROUP_MULTIPLE = 32
 
 
 @dataclass(frozen=True)
 class Grouping:
-    """How a weight's groups of inputs become groups that the operator takes.
+    """Mapping of a weight's groups to groups that the operator supports.
 
     Attributes:
-        size: inputs per group for the operator; 0 for one scale per channel.
+        size: inputs per group of the operator; 0 for one scale per channel.
         depth: inputs of the rearranged weight.
-        columns: for every group of the operator, the group of the checkpoint that it takes its scale from.
-        positions: int64 [K], the place of each input among ``depth``; None where nothing moves. Places that no input
-            takes hold zeros.
+        columns: int64, for each group of the operator the index of the weight's group whose scale it uses; None for the
+            identity.
+        positions: int64 [K], the position of each input among ``depth``; None if no input moves. Other positions are zero.
     """
 
     size: int
@@ -51,13 +51,13 @@ class Grouping:
 
 
 def fit_groups(weight: CanonicalWeight) -> Grouping | None:
-    """Arrange a weight's groups so that each is a multiple of 32 inputs, without changing a number; None if it costs
-    more than twice the weight's memory.
+    """Rearrange a weight's groups so that the size of each is a multiple of 32, without changing values. None if that more
+    than doubles the memory.
 
-    - One group that covers all inputs is a channel.
-    - A rank of a tensor-parallel layer may begin and end inside a group; its scales are then repeated for a common
-      divisor of group and part. Such runs are joined again, with zeros in front of the first.
-    - Otherwise every group is filled up with zeros to the next multiple of 32.
+    - A single group that covers all inputs is a channel.
+    - A tensor-parallel rank may begin and end inside a group; its group size is then a common divisor of group and part, and
+      scales repeat. Such runs are merged again, with zeros before the first.
+    - Otherwise every group is padded with zeros to the next multiple of 32.
     """
     group, inputs = weight.group_size, weight.inputs
     groups = weight.scale.shape[1]
@@ -87,7 +87,7 @@ def fit_groups(weight: CanonicalWeight) -> Grouping | None:
 
 
 def _changes(weight: CanonicalWeight) -> list[int]:
-    """The inputs at which scale or zero point changes."""
+    """Indices of the inputs at which the scale or zero point changes."""
     differ = (weight.scale[:, 1:] != weight.scale[:, :-1]).any(dim=0)
     if weight.zero is not None:
         differ = differ | (weight.zero[:, 1:] != weight.zero[:, :-1]).any(dim=0)
@@ -97,13 +97,15 @@ def _changes(weight: CanonicalWeight) -> list[int]:
 def antiquant_parameters(
     weight: CanonicalWeight, columns: torch.Tensor | None, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """antiquant_scale and antiquant_offset, [G, N] in the activation's dtype; no offset where all zero points are 0.
+    """antiquant_scale and antiquant_offset, [G, N] in the activation's dtype; no offset if all zero points are 0.
 
     Args:
-        columns: for every group of the operator, the group of the checkpoint that it takes its scale from.
+        weight: the canonical weight.
+        columns: see ``Grouping``.
+        dtype: the activation's dtype.
 
     Raises:
-        NpuQuantError: operator-limit for scales, bad-value for zero points that the dtype does not hold.
+        NpuQuantError: operator-limit for scales, bad-value for zero points, that the dtype cannot represent.
     """
     scale, zero = weight.scale, weight.zero
     if columns is not None:
@@ -111,7 +113,7 @@ def antiquant_parameters(
         zero = None if zero is None else zero[:, columns]
     rounded = scale.to(dtype)
     findings = []
-    # float16 has too little range for some scales; a scale rounded in its last bit is what the operator works with.
+    # Rounding of the last bits is expected; scales outside the range of float16 are not.
     error = torch.linalg.vector_norm(rounded.to(torch.float32) - scale)
     if not bool(error <= 2**-7 * torch.linalg.vector_norm(scale)):
         findings.append(_bad_scale(scale, dtype))
@@ -127,17 +129,17 @@ def antiquant_parameters(
 class WeightOnlyLinear(NpuLinearMethod):
     """``y = x @ ((w_q + antiquant_offset) * antiquant_scale).T + bias`` (npu_weight_quant_batchmatmul).
 
-    The operator adds its offset, so it is minus the zero point; scale and offset have the activation's dtype.
+    The operator adds its offset, which is therefore minus the zero point; scale and offset have the activation's dtype.
 
-    int8 weights are [K, N], in FRACTAL_NZ where they fit. Weights of 4 bits and less are int32 [K, N/8] and stay in the
-    plain layout: with FRACTAL_NZ the operator takes packed weights only for groups of 64 or 128, and only in graphs. N is
-    rounded up to a multiple of 8 with outputs that are cut off again.
+    int8 weights are [K, N], in FRACTAL_NZ if their sizes allow it. Weights of 4 bits and less are int32 [K, N/8] in the plain
+    layout: the operator supports packed FRACTAL_NZ weights only for groups of 64 or 128, and only in graphs. Their outputs
+    are padded to a multiple of 8, and the padding is dropped from the result.
     """
 
     def __init__(self) -> None:
         self.group_size = 0
         self.pieces: list[tuple[int, int]] = []
-        #: Which of the tensors that not every layer has this one has: a Module takes long to say that it lacks one.
+        # Presence of optional tensors; Module.__getattr__ is slow for missing names.
         self.gathers_columns = self.has_offset = False
         self.filled = False
 
@@ -145,9 +147,9 @@ class WeightOnlyLinear(NpuLinearMethod):
         """See the base class.
 
         Raises:
-            NpuQuantError: operator-limit for more than 65535 inputs, for groups that cannot be brought to a multiple of
-                32 within twice the memory, and for scales that float16 does not hold; bad-value for zero points that the
-                activation's dtype does not hold.
+            NpuQuantError: operator-limit for more than 65535 inputs, for groups that cannot be padded to a multiple of 32
+                within twice the memory, and for scales that float16 cannot represent; bad-value for zero points that the
+                activation's dtype cannot represent.
         """
         weight = linear.weight
         if linear.transform is not None:
@@ -171,7 +173,7 @@ class WeightOnlyLinear(NpuLinearMethod):
             else:
                 tensors[numbered("weight", number)] = transposed_int8(*arranged)
             fill = -(stop - start) % INT4_PER_INT32 if packed else 0
-            # Outputs that only fill up have the weight 0 and the scale 0.
+            # Padding outputs have weight 0 and scale 0.
             tensors[numbered("weight_scale", number)] = F.pad(scale[:, start:stop], (0, fill)).contiguous()
             if offset is not None:
                 tensors[numbered("weight_offset", number)] = F.pad(offset[:, start:stop], (0, fill)).contiguous()
@@ -183,8 +185,8 @@ class WeightOnlyLinear(NpuLinearMethod):
         return tensors
 
     def _gather(self, linear: CanonicalLinear, grouping: Grouping) -> torch.Tensor | None:
-        """int64 [depth]: for every row of the prepared weight the column of x that multiplies it. The column after x's last
-        holds zeros."""
+        """Index for gathering x, int64 [depth]: for each row of the prepared weight, the column of x that multiplies it. The
+        index of padding rows is the column after the last, which ``compute`` fills with zeros. None if x is used as it is."""
         index = linear.input_permutation
         if index is None and grouping.positions is None:
             return None
@@ -212,7 +214,7 @@ class WeightOnlyLinear(NpuLinearMethod):
             part_bias = bias
             if bias is not None and (fill or len(self.pieces) > 1):
                 part_bias = F.pad(bias[start:stop], (0, fill))
-            # By position: torch takes several microseconds more to match names.
+            # Positional arguments: matching keywords takes torch several microseconds.
             part = torch.ops.npu.npu_weight_quant_batchmatmul.default(
                 tokens,
                 getattr(layer, numbered("weight", number)),
