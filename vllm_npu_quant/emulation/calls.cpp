@@ -127,7 +127,8 @@ const at::Tensor &tensor_of(const c10::IValue &value) {
     return (value.isTensor() ? value : value.toListRef()[0]).toTensor();
 }
 
-// The (expert, first row, end) of every group that is not empty, as group_bounds of reference/grouped_matmul.py; false where it would refuse.
+// The (expert, first row, end) of every group that is not empty, as group_bounds of reference/grouped_matmul.py; false where
+// that refuses.
 bool group_bounds(const at::Tensor &list, i64 type, i64 rows, std::vector<i64> &bounds) {
     const i64 *numbers = list.const_data_ptr<i64>();
     i64 start = 0, before = 0, experts = list.size(0);

@@ -8,9 +8,9 @@ numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -91,6 +91,31 @@ class Origin:
     shard: str = ""
 
 
+@dataclass(frozen=True)
+class _Naming:
+    """A context that names a layer in the errors that leave it; every error passes as itself."""
+
+    layer: str
+    file: str
+    what: str
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, NpuQuantError):
+            raise NpuQuantError(
+                replace(finding, layer=finding.layer or self.layer, file=finding.file or self.file)
+                for finding in error.findings
+            ) from error
+        if isinstance(error, Exception):
+            note = f"{self.layer}: {self.what}"
+            if (add_note := getattr(error, "add_note", None)) is not None:
+                add_note(note)
+            else:  # Python 3.10
+                logger.error("%s", note)
+
+
 @dataclass
 class Receiver:
     """The stored tensors of one layer of the model on one rank.
@@ -110,24 +135,13 @@ class Receiver:
     file: str
     coverage: dict[str, Coverage] = field(default_factory=dict)
 
-    @contextmanager
-    def naming(self, what: str, layer: str = "") -> Iterator[None]:
-        """Name the layer in errors: in findings that have no layer, and in a note on every other exception."""
-        try:
-            yield
-        except NpuQuantError as error:
-            where = layer or self.layer
-            raise NpuQuantError(
-                replace(finding, layer=finding.layer or where, file=finding.file or self.file)
-                for finding in error.findings
-            ) from error
-        except Exception as error:
-            note = f"{layer or self.layer}: {what}"
-            if (add_note := getattr(error, "add_note", None)) is not None:
-                add_note(note)
-            else:  # Python 3.10
-                logger.error("%s", note)
-            raise
+    def naming(self, what: str, layer: str = "") -> _Naming:
+        """Name the layer in errors: in findings that have no layer, and in a note on every other exception.
+
+        Args:
+            what: what failed, for the note. layer: a more exact name than the receiver's.
+        """
+        return _Naming(layer or self.layer, self.file, what)
 
     def receive(self, tensor: TensorSpec, stored: torch.Tensor, origin: Origin) -> torch.Tensor:
         """Compare a stored tensor with its layer, and bring it into the form that the parameter holds.
