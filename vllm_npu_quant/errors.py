@@ -65,6 +65,8 @@ CODES: dict[str, str] = {
     "VLLM_PLUGINS is set: vLLM then loads only the plugins whose entry points it names.",
     "host-conflict": "Installed packages are not compatible with each other, or a setting does not have its apparent effect. "
     "`vllm-npu-quant doctor` reports it.",
+    "engine-failed": "vLLM's engine stopped with an error of its own while a command ran it, such as too little memory. The "
+    "finding has the type and the text of that error; the checkpoint may be fine.",
     "kv-cache-not-quantized": "The checkpoint holds scales for a quantized KV cache. The weights are served; the KV cache "
     "has the model's dtype, and the scales are dropped.",
 }

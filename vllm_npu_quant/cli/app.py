@@ -401,7 +401,7 @@ def _engine_output() -> Iterator[None]:
         raise NpuQuantError(
             [
                 Finding(
-                    "unreadable-file",
+                    "engine-failed",
                     "vLLM could not run the model",
                     found=f"{type(error).__name__}: {text}",
                     fix="run `vllm-npu-quant check` on it, and read vLLM's lines above (VLLM_LOGGING_LEVEL=INFO for more)",
