@@ -78,7 +78,8 @@ class NpuQuantConfig(QuantizationConfig):
         self.resolver: LayerResolver | None = None
         self.tied_embeddings = False
         self.hidden_layers: int | None = None
-        self.host: Host | None = None
+        self.host = Host()
+        self.host_checked = False
         self.is_read_copy = False
         # vllm-ascend reads this attribute without a guard; it wants the keys of norm biases.
         self.quant_description: dict[str, Any] = {}
@@ -166,7 +167,8 @@ class NpuQuantConfig(QuantizationConfig):
         # What is wrong with the files comes first: much of the rest follows from it.
         findings = check_checkpoint(described, checkpoint) + list(described.findings)
         specs = ((entry.spec, 1) for _, entry in described.stored_layers())
-        findings += requantized_findings(specs, Host.read(), described.source)
+        self.host = Host.read()
+        findings += requantized_findings(specs, self.host, described.source)
         for finding in findings:
             if finding.severity is Severity.WARNING:
                 logger.warning("%s", finding.render())
@@ -243,9 +245,10 @@ class NpuQuantConfig(QuantizationConfig):
         Raises:
             NpuQuantError: where the host's configuration does not go with quantized layers.
         """
-        if self.host is None:
+        if not self.host_checked:
             raise_findings(platforms.host_findings())
-            self.host = Host.read(latent_attention=_uses_mla(), kv_consumer=_is_kv_consumer())
+            self.host = replace(self.host, latent_attention=_uses_mla(), kv_consumer=_is_kv_consumer())
+            self.host_checked = True
         served = decide(kind, spec, self.host, layer=prefix)
         told = served.difference or (served.row.remark if served.row is not None else "")
         if told:

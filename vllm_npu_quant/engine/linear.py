@@ -242,9 +242,6 @@ class NpuQuantLinearMethod(LinearMethodBase):
                 packed weight has room for are meant.
         """
         tensors = {tensor.name: getattr(layer, name).data for name, tensor in self.receiver.tensors.items()}
-        if self.method.folds_bias and "bias" not in tensors and getattr(layer, "bias", None) is not None:
-            # The files were not known when the layer was made, so that vLLM's own parameter holds the bias.
-            tensors["bias"] = layer.bias.data.to(torch.float32)
         canonical = self.receiver.canonical(tensors)
         order, wanted = canonical.input_permutation, self.receiver.part.sizes.inputs
         inputs = canonical.weight.inputs if order is None else int((order >= 0).sum())

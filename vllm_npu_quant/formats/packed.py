@@ -19,13 +19,13 @@ from vllm_npu_quant.formats import common
 from vllm_npu_quant.formats.described import FLOAT_ENTRY, Described, LayerEntry, StoredTensor
 from vllm_npu_quant.formats.index import index_layers, is_embedding, stored_layers_of
 from vllm_npu_quant.layouts.tables import LAYOUTS
+from vllm_npu_quant.serving.cost import MIN_GROUP
 from vllm_npu_quant.spec import Granularity, LayerSpec, Layout, NumberKind, WeightSpec
 
 __all__ = [
     "BITS",
     "FLOAT_BITS",
     "MAX_PROBLEMS",
-    "MIN_GROUP",
     "Configured",
     "GroupSize",
     "ModuleNames",
@@ -36,9 +36,6 @@ __all__ = [
     "producer_of",
     "unsupported",
 ]
-
-#: Groups smaller than this cannot be filled up to the operator's 32 within twice the memory.
-MIN_GROUP = 16
 
 #: Bits per weight that the operators hold; schemes of 16 bits and more mean float.
 BITS = (2, 3, 4, 8)

@@ -18,7 +18,7 @@ from vllm_npu_quant.inspection.model import Model, open_model
 from vllm_npu_quant.inspection.overview import dtype_of
 from vllm_npu_quant.inspection.parallel import parallel_findings
 from vllm_npu_quant.serving import dispatch
-from vllm_npu_quant.serving.decide import Host, expert_findings, requantized_findings
+from vllm_npu_quant.serving.decide import expert_findings, requantized_findings
 from vllm_npu_quant.spec import LayerKind
 
 __all__ = ["CheckReport", "check"]
@@ -90,7 +90,7 @@ def check(
     layers = layers_of(opened)
     findings += served_findings(layers, described)
     findings += difference_findings(layers, described.source)
-    findings += requantized_findings(((layer.stored, layer.count) for layer in layers), Host.read(), described.source)
+    findings += requantized_findings(((layer.stored, layer.count) for layer in layers), opened.host, described.source)
     findings += fused_findings(described)
     findings += parallel_findings(opened, layers, tp=tp, ep=ep)
     reported = {finding.layer for finding in described.findings if finding.code == "operator-limit"}

@@ -117,8 +117,7 @@ def layers_of(model: Model) -> list[Layer]:
     Raises:
         NpuQuantError: the format could not be detected.
     """
-    host = Host.read(latent_attention=bool(model.size("kv_lora_rank")))
-    return _layers(model.require_described(), model.checkpoint, host)
+    return _layers(model.require_described(), model.checkpoint, model.host)
 
 
 def _layers(described: Described, checkpoint: Checkpoint, host: Host) -> list[Layer]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from vllm_npu_quant.checkpoint import Checkpoint, open_checkpoint
@@ -13,6 +14,7 @@ from vllm_npu_quant.errors import Finding, NpuQuantError, Severity
 from vllm_npu_quant.formats.described import Described
 from vllm_npu_quant.formats.detect import Detection
 from vllm_npu_quant.formats.open import describe_checkpoint, detect_checkpoint
+from vllm_npu_quant.serving.decide import Host
 
 __all__ = ["Model", "open_model"]
 
@@ -59,6 +61,11 @@ class Model:
             if type(value) is int and 0 < value < 1 << 40:
                 return value
         return 0
+
+    @cached_property
+    def host(self) -> Host:
+        """What the serving decision depends on besides the layers: settings, read once, and the model's attention."""
+        return Host.read(latent_attention=bool(self.size("kv_lora_rank")))
 
     def require_described(self) -> Described:
         """The format.
