@@ -32,8 +32,8 @@ def platform() -> str | None:
 def register() -> None:
     """Register the quantization methods with vLLM. Called in every vLLM process, any number of times.
 
-    An exception here would stop vLLM for every model, so none leaves: it is logged, and the plugin stays off. Nothing is
-    registered by halves: see ``registration.register_all``.
+    An exception here would stop vLLM for every model, so it is logged instead, and the plugin stays off. Registration is all
+    or nothing: see ``registration.register_all``.
     """
     try:
         from vllm_npu_quant.engine.environment import declare_settings

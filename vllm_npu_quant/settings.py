@@ -28,20 +28,20 @@ __all__ = [
     "w4a8_mode",
 ]
 
-#: auto: active on Ascend hosts and on CPU builds of vLLM. 1: the same, said explicitly. 0: off.
+#: auto: active on Ascend hosts and on CPU builds of vLLM. 1: the same. 0: off.
 MODE = "VLLM_NPU_QUANT"
 #: 1: on an Ascend host, serve also the checkpoints that vllm-ascend serves itself.
 TAKEOVER = "VLLM_NPU_QUANT_TAKEOVER"
-#: What FP8 weights become on chips without FP8. int8 (the default): one byte per weight. bf16: the model's dtype, two bytes.
+#: FP8 weights on chips without FP8. int8 (the default): one byte per weight. bf16: the model's dtype, two bytes.
 FP8 = "VLLM_NPU_QUANT_FP8"
-#: How layers with 4-bit weights and 8-bit activations are computed. int8 (the default): as the checkpoint says. w4a16: with
-#: activations in the model's dtype, which is another scheme, and said in one line.
+#: How layers with 4-bit weights and 8-bit activations are computed. int8 (the default): as stored. w4a16: with activations
+#: in the model's dtype, a different scheme, which is reported.
 W4A8 = "VLLM_NPU_QUANT_W4A8"
-#: Which kernels emulate the operators. fast (the default): compiled ones. reference: plain torch. Same numbers.
+#: Kernels that emulate the operators. fast (the default): compiled ones. reference: plain torch. Same numbers.
 EMULATION = "VLLM_NPU_QUANT_EMULATION"
-#: Folder of the emulation's compiled kernels, and of what the demo, the tests and the benchmarks download.
+#: Folder of the emulation's compiled kernels, and of downloads of the demo, the tests and the benchmarks.
 CACHE = "VLLM_NPU_QUANT_CACHE"
-#: All of them.
+#: All variables.
 VARIABLES = (MODE, TAKEOVER, FP8, W4A8, EMULATION, CACHE)
 
 #: Spellings of the values 1 and 0, in any case.
@@ -123,7 +123,7 @@ def emulation_mode() -> str:
 def cache_dir() -> Path:
     """The cache folder, absolute: VLLM_NPU_QUANT_CACHE, else vllm-npu-quant in XDG_CACHE_HOME or ~/.cache.
 
-    It is not created, nor checked.
+    It is neither created nor checked.
 
     Raises:
         RuntimeError: if the user has no home directory, and one is needed.
@@ -135,10 +135,10 @@ def cache_dir() -> Path:
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings that have values, read at one time.
+    """All settings but the cache folder, read together.
 
     Attributes:
-        mode: "auto", "1" or "0". takeover: whether to serve what vllm-ascend would. fp8: "int8" or "bf16".
+        mode: "auto", "1" or "0". takeover: whether to serve vllm-ascend's checkpoints. fp8: "int8" or "bf16".
         w4a8: "int8" or "w4a16". emulation: "fast" or "reference".
     """
 

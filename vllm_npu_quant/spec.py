@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The vocabulary that formats, the serving decision and method classes share. Standard library only.
 
-A format describes each checkpoint layer by one ``LayerSpec``: what is stored, nothing else. ``serving.decide`` turns it into
-what this host computes with, and ``serving.dispatch`` finds the NPU method class for that. ``layouts.tables`` lists the
-tensors that hold a layout's numbers.
+A format describes each checkpoint layer by one ``LayerSpec``: what is stored, nothing else. ``serving.decide`` derives the
+spec that this host computes with, and ``serving.dispatch`` finds its NPU method class. ``layouts.tables`` lists the tensors
+that hold a layout's numbers.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Granularity(str, Enum):
 
 
 class Layout(str, Enum):
-    """How a format stores a layer's integers, scales and zero points; ``layouts.tables`` lists the tensors of each."""
+    """Storage of a layer's integers, scales and zero points; ``layouts.tables`` lists the tensors of each layout."""
 
     FLOAT = "float"
     #: int8 [N, K] with weight_scale and weight_offset, one integer per byte.
@@ -71,11 +71,11 @@ class Layout(str, Enum):
     CT_STATIC = "ct_static"
     #: compressed-tensors, 32 // bits integers per int32 along K, zero points packed along N.
     CT_PACKED = "ct_packed"
-    #: The same as compressed-tensors 0.18 and later write it, a stream of bits: another thing for 3 bits only.
+    #: Dense bit stream (compressed-tensors 0.18 and later); differs from CT_PACKED for 3 bits only.
     CT_PACKED_DENSE = "ct_packed_dense"
     #: The same with activation order: weight_g_idx says which group each input belongs to.
     CT_PACKED_ACT_ORDER = "ct_packed_act_order"
-    #: The two as releases before 0.9 wrote them: zero points int8 [N, G], one per byte.
+    #: CT_PACKED and CT_PACKED_ACT_ORDER before compressed-tensors 0.9: zero points int8 [N, G], one per byte.
     CT_PACKED_PLAIN_ZERO = "ct_packed_plain_zero"
     CT_PACKED_PLAIN_ZERO_ACT_ORDER = "ct_packed_plain_zero_act_order"
     #: compressed-tensors and ModelSlim: E4M3 [N, K] with weight_scale per tensor, channel or block.
@@ -86,7 +86,7 @@ class Layout(str, Enum):
     AWQ_GEMM = "awq_gemm"
     #: GPTQ: integers packed along K, zero points along N and stored minus one.
     GPTQ = "gptq"
-    #: The same with the zero points as they are.
+    #: The same with unmodified zero points.
     GPTQ_V2 = "gptq_v2"
     #: GPTQ with activation order: g_idx says which group each input belongs to.
     GPTQ_ACT_ORDER = "gptq_act_order"
@@ -99,7 +99,8 @@ class WeightSpec:
 
     Attributes:
         bits: bits per element.
-        granularity: what shares a scale: TENSOR, CHANNEL (an output row), GROUP (``group_size`` inputs of a row), BLOCK.
+        granularity: the elements that share a scale: TENSOR, CHANNEL (an output row), GROUP (``group_size`` inputs of a
+            row), BLOCK.
         group_size: elements along the input dimension per group or block; 0 unless the granularity is GROUP or BLOCK.
         symmetric: whether every zero point is 0 (in two's complement).
         block_rows: output rows per block; 0 unless the granularity is BLOCK.
@@ -115,7 +116,7 @@ class WeightSpec:
 
 @dataclass(frozen=True)
 class ActivationSpec:
-    """The input of a layer, where it is quantized.
+    """The quantized input of a layer.
 
     Attributes:
         bits: bits per element.
@@ -136,8 +137,8 @@ class TransformSpec:
     """Matrices that the layer's input is multiplied by before it is quantized: with x as [L, M], L.T @ x @ R.
 
     Attributes:
-        left: L's size; 0 where there is none.
-        right: R's size, that is M; 0 where there is none.
+        left: L's size; 0 if there is none.
+        right: R's size, that is M; 0 if there is none.
         clip: whether the largest magnitude of a token is multiplied by a ratio before it gives the scale.
     """
 
@@ -152,7 +153,7 @@ class LayerSpec:
 
     Attributes:
         scheme: the producer's name for it, for messages ("W8A8_DYNAMIC").
-        layout: how the numbers lie in the files: a member of ``Layout``, or the name of a registered layout.
+        layout: the storage of the numbers: a member of ``Layout``, or the name of a registered layout.
         weight: None for a float layer (it runs in the model's dtype).
         activation: None if the input is not quantized.
         transform: the matrices that the layer's input is multiplied by first (FlatQuant, online rotations); None if none.

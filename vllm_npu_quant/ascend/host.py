@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vllm-ascend tells about the host: the chip, its settings for weights, and settings that cannot be served.
+"""The host according to vllm-ascend: the chip, its settings for weights, and settings that cannot be served.
 
 Nothing in this module touches the device: vLLM forks or spawns its workers, and a process that has initialized the NPU
 must not fork.

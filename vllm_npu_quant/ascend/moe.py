@@ -2,8 +2,8 @@
 """The routed experts of a MoE layer inside vllm-ascend: its routing and its communication, this project's products.
 
     prepare    vllm-ascend   tokens padded, split or gathered
-    routing    vllm-ascend   its select_experts, or done before us
-    dispatch   vllm-ascend   all-gather, all-to-all or MC2; int8 tokens with their scales where w13 takes int8
+    routing    vllm-ascend   its select_experts, or done already
+    dispatch   vllm-ascend   all-gather, all-to-all or MC2; int8 tokens with their scales if w13 takes int8
     products   this project  w13, activation, w2: any two schemes
     combine    vllm-ascend
     finalize   vllm-ascend   reduced over ranks
@@ -14,8 +14,8 @@ release to release. It is probed by signature, never by version:
 - It takes a ``quant_method`` and asks it for the products (0.30).
 - It calls its own method ``_apply_mlp`` for them (0.23): a stand-in for ``self`` replaces that one. Weight-only experts with
   zero points go through vllm-ascend's own W4A16 path, which computes the same.
-- Anything else: this project's whole chain with torch_npu's operators, which is right where every rank holds all tokens,
-  that is with tensor parallelism and all-gather expert parallelism, and refused with any other communication.
+- Anything else: this project's whole chain with torch_npu's operators, which is correct if every rank holds all tokens, that
+  is with tensor parallelism and all-gather expert parallelism, and refused with any other communication.
 
 Read in the sources of these releases, and run with their code on a host without an NPU (tests/ascend).
 """
@@ -37,13 +37,13 @@ from vllm_npu_quant.methods.moe import FusedExperts, Input, Placement
 
 __all__ = ["AscendExperts", "Contract", "contract", "findings"]
 
-#: Where build_fused_experts_input is: since 0.27, and before.
+#: Modules of build_fused_experts_input: since 0.27, and before.
 _BUILDERS = ("vllm_ascend.ops.fused_moe.dataclass.fused_experts", "vllm_ascend.ops.fused_moe.moe_runtime_args")
 
 
 @dataclass(frozen=True)
 class Contract:
-    """What the installed vllm-ascend's ``fused_experts`` wants.
+    """Interface of the installed vllm-ascend's ``fused_experts``.
 
     Attributes:
         build: its build_fused_experts_input. takes: the names of that function's arguments.
@@ -57,13 +57,13 @@ class Contract:
     base: Any
 
 
-#: Arguments of build_fused_experts_input that may be required, all of which we have.
+#: Arguments of build_fused_experts_input that may be required and are available here.
 _KNOWN = frozenset({"hidden_states", "topk_weights", "topk_ids", "layer", "quant_type", "dynamic_eplb", "w1", "w2"})
 
 
 @lru_cache(maxsize=1)
 def contract() -> Contract | None:
-    """The contract of the installed vllm-ascend, or None where it is not one of those that are known."""
+    """The contract of the installed vllm-ascend, or None if it is not a known one."""
     build = next(filter(None, (host.attribute(module, "build_fused_experts_input") for module in _BUILDERS)), None)
     base = host.attribute("vllm_ascend.ops.fused_moe.moe_comm_method", "MoECommMethod")
     quant_type = host.attribute("vllm_ascend.quantization.quant_type", "QuantType")
@@ -112,19 +112,19 @@ class AscendExperts:
         topk_ids: torch.Tensor | None,
         given: dict[str, Any],
     ) -> Any:
-        """What vllm-ascend's MoE layer wants from its quantization method.
+        """Compute the experts, as vllm-ascend's MoE layer asks of its quantization method.
 
         Args:
-            layer: has the prepared tensors as attributes, and since 0.27 the rest of what is ``given`` before.
+            layer: holds the prepared tensors, and since 0.27 values that earlier releases pass in ``given``.
             x: [T, hidden].
-            topk_weights, topk_ids: [T, k], where vllm-ascend has routed.
-            given: its other arguments; among them the router's logits, where it leaves the routing to us.
+            topk_weights, topk_ids: [T, k], if vllm-ascend has routed.
+            given: its other arguments; among them the router's logits if the routing is left to us.
 
         Returns:
             vllm-ascend's FusedExpertsResult.
 
         Raises:
-            NpuQuantError: where the communication is one that these experts cannot take part in.
+            NpuQuantError: if these experts do not support the communication.
         """
         if topk_weights is None or topk_ids is None:
             topk_weights, topk_ids = self._routed(layer, x, given)
@@ -148,7 +148,7 @@ class AscendExperts:
         return type(communication).fused_experts(_OwnProducts(communication, products), fused_experts_input=asked)
 
     def _routed(self, layer: Any, x: torch.Tensor, given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """vllm-ascend's routing, where it leaves it to the quantization method: as its own methods do it."""
+        """Route as vllm-ascend's own methods do, if it leaves the routing to the quantization method."""
         from vllm_ascend.ops.fused_moe.experts_selector import select_experts
 
         logits = given["router_logits"]
@@ -166,13 +166,13 @@ class AscendExperts:
                 **asked,
             )
         if given.get("enable_force_load_balance"):
-            # A profile run: the tokens spread over all experts, as they would with real prompts.
+            # A profile run: spread the tokens over all experts, as with real prompts.
             spread = torch.rand(ids.shape[0], logits.shape[1], device=ids.device).argsort(dim=1)
             ids = spread[:, : ids.shape[1]].to(ids.dtype)
         return weights.to(x.dtype), ids.to(torch.int32)
 
     def _gate_beside(self, layer: Any) -> Any:
-        """vllm-ascend's record of a routing that ran beside the shared experts, where that is switched on."""
+        """vllm-ascend's record of a routing that ran beside the shared experts, if that is enabled."""
         if not getattr(layer, "multistream_overlap_gate", False):
             return None
         return import_module("vllm_ascend.flash_common3_context").get_flash_common3_context()
@@ -184,7 +184,7 @@ class AscendExperts:
         from vllm_ascend.quantization.quant_type import QuantType
 
         w13, w2 = self.chain.w13, self.chain.w2
-        # What the dispatch does with the tokens. What the products do with them is ours.
+        # These control how tokens are dispatched; the products are this project's own.
         takes_int8 = w13.takes is Input.INT8
 
         def said(name: str, attribute: str, default: Any) -> Any:
@@ -214,7 +214,7 @@ class AscendExperts:
         }
 
     def _as_theirs(self, layer: Any) -> bool:
-        """Whether vllm-ascend's W4A16 path computes these products: float inputs, offsets in both, no rows filled up."""
+        """Whether vllm-ascend's W4A16 path computes these products: float inputs, offsets in both, no padded rows."""
         products = (self.chain.w13, self.chain.w2)
         plain = (self.chain.w13_sizes.inputs, self.chain.w2_sizes.outputs) == (self.chain.hidden, self.chain.hidden)
         return plain and all(
@@ -230,7 +230,7 @@ class AscendExperts:
         given: dict[str, Any],
         context: Any,
     ) -> Any:
-        """The whole chain by ourselves, for a vllm-ascend that is not known."""
+        """Run this project's whole chain, for an unknown vllm-ascend."""
         kind = getattr(context, "moe_comm_type", None)
         if kind is not None and kind.name != "ALLGATHER":
             raise NpuQuantError([_no_communication(layer, kind.name)])
@@ -243,7 +243,7 @@ class AscendExperts:
 
 
 class _Products:
-    """What vllm-ascend asks of a quantization method between dispatch and combine."""
+    """The products that vllm-ascend asks of a quantization method between dispatch and combine."""
 
     def __init__(self, chain: FusedExperts, layer: Any, dtype: torch.dtype) -> None:
         self.chain = chain
@@ -254,7 +254,7 @@ class _Products:
         return True  # silu; another one was refused when the layer was made
 
     def apply_gmm1_act_quant(self, given: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """gate, up, silu(gate) * up, and what w2 asks for: [M, inner] and its scale [M], or None."""
+        """gate, up, silu(gate) * up, quantized if w2 needs it: [M, inner] and its scale [M], or None."""
         counts = _counts(given.group_list, given.group_list_type)
         return self.chain.inner(self.layer, given.hidden_states, given.dynamic_scale, counts, self.dtype)
 
@@ -276,7 +276,7 @@ class _OwnProducts:
         return getattr(self._communication, name)
 
     def _apply_mlp(self, given: Any) -> tuple[torch.Tensor, None]:
-        """Returns the products, and no event: the shared experts then do not wait for w2."""
+        """Return the products, and no event: the shared experts then do not wait for w2."""
         inner, scale = self._products.apply_gmm1_act_quant(given)
         return self._products.apply_gmm2(given, inner, scale), None
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether vllm-ascend serves a checkpoint itself, so that this plugin leaves it alone on an Ascend host.
+"""Ownership of checkpoints on an Ascend host: this plugin or vllm-ascend.
 
-vllm-ascend has fused paths that look for its own classes. A checkpoint goes to it where its registry has every scheme of
+vllm-ascend has fused paths that look for its own classes. A checkpoint goes to it if its registry has every scheme of
 the checkpoint; otherwise the whole checkpoint is this plugin's. Read in vllm-ascend's source, not run on an NPU.
 """
 
@@ -14,7 +14,7 @@ from vllm_npu_quant.ascend import host
 
 __all__ = ["serves_compressed_tensors", "unserved"]
 
-#: vllm-ascend 0.23's registry for A2/A3, for where it cannot be asked: (scheme, "linear" or "moe").
+#: vllm-ascend 0.23's registry for A2/A3, used if it cannot be queried: (scheme, "linear" or "moe").
 KNOWN: frozenset[tuple[str, str]] = frozenset(
     {
         (scheme, "linear")
@@ -24,7 +24,7 @@ KNOWN: frozenset[tuple[str, str]] = frozenset(
 )
 
 
-#: In the registry of some releases, and not computed as the checkpoint says: vllm-ascend 0.23 leaves the activations of
+#: Registered in some releases, and not computed as stored: vllm-ascend 0.23 leaves the activations of
 #: W4A8 Linear layers in the model's dtype, and drops their bias.
 NOT_AS_SAID: frozenset[tuple[str, str]] = frozenset({("W4A8_DYNAMIC", "linear")})
 
@@ -36,7 +36,7 @@ def _registry() -> Callable[[str, str], Any]:
 
 
 def unserved(schemes: Iterable[tuple[str, str]]) -> str:
-    """Those of the (scheme, "linear" or "moe") pairs that vllm-ascend has no class for, in words; empty if it has all."""
+    """The (scheme, "linear" or "moe") pairs that vllm-ascend has no class for, in words; empty if it has all."""
     lookup = _registry()
     missing = sorted(pair for pair in set(schemes) if pair in NOT_AS_SAID or not lookup(*pair))
     return ", ".join(f"{scheme} for {layer} layers" for scheme, layer in missing)

@@ -11,7 +11,7 @@ from vllm_npu_quant.errors import Finding, NpuQuantError
 
 __all__ = ["linear", "moe"]
 
-#: Where the method of float experts is: since 0.30, and before.
+#: Modules of the method for float experts: since 0.30, and before.
 _EXPERTS = ("vllm_ascend.ops.fused_moe.routed_experts", "vllm_ascend.ops.fused_moe.fused_moe")
 
 

@@ -159,7 +159,7 @@ class _Cached(Checkpoint):
 
 
 def _open_cached(model: str, revision: str | None, download_dir: str | Path | None) -> Checkpoint | None:
-    """What the local caches hold of one commit of a model."""
+    """The files of one commit of a model in the local caches."""
     places = [None] if download_dir is None else [Path(download_dir), None]
     folders = [folder for place in places if (folder := find_local(model, revision=revision, cache_dir=place))]
     if not folders:
@@ -447,7 +447,7 @@ def _cut(chunks: Iterable[bytes], status: int, start: int, stop: int) -> bytes:
 
 
 def _hub_errors() -> tuple[type[Exception], ...]:
-    """What the hubs' libraries raise for a hub that refuses or cannot be reached.
+    """The errors that the hubs' libraries raise for a hub that refuses or cannot be reached.
 
     Errors of requests are OSErrors. Those of the client that huggingface_hub has used since version 1 (httpx, then httpx2)
     are not; huggingface_hub's own error names their base.

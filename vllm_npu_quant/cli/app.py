@@ -109,7 +109,7 @@ def inspect(
     revision: RevisionOption = None,
     follow_links: LinksOption = False,
 ) -> None:
-    """What a checkpoint is: format, schemes, and the NPU method class and operators of its layers."""
+    """Show a checkpoint's format, schemes, and the NPU method class and operators of its layers."""
     from vllm_npu_quant.inspection.overview import inspect as inspect_model
 
     with _refusals("inspect", as_json):
@@ -138,7 +138,7 @@ def check(
     revision: RevisionOption = None,
     follow_links: LinksOption = False,
 ) -> None:
-    """Everything that could go wrong with a checkpoint, at once. Exit code 1 where something would."""
+    """Check a checkpoint for everything that could go wrong, at once. Exit code 1 if something would."""
     from vllm_npu_quant.inspection.checks import check as run_check
 
     _known_device(device)
@@ -186,7 +186,8 @@ def plan(
     revision: RevisionOption = None,
     follow_links: LinksOption = False,
 ) -> None:
-    """Does a checkpoint fit, how many tokens beside it, and what may its schemes gain. Exit code 1 where it does not fit."""
+    """Estimate whether a checkpoint fits, with how many tokens, and the gain of its schemes. Exit code 1 if it does not
+    fit."""
     from vllm_npu_quant.inspection.planning import plan as make_plan
 
     _known_device(device)
@@ -217,7 +218,7 @@ def plan(
 
 @app.command()
 def matrix(as_json: JsonOption = False) -> None:
-    """What is served where: format, scheme, layer kind and chip, as a page of Markdown."""
+    """Print the support matrix: format, scheme, layer kind and chip, as a page of Markdown."""
     from vllm_npu_quant.inspection.support_matrix import matrix as make_matrix
 
     with _refusals("matrix", as_json):
@@ -234,7 +235,7 @@ def matrix(as_json: JsonOption = False) -> None:
 
 @app.command()
 def doctor(as_json: JsonOption = False) -> None:
-    """What is installed on this host, which platform vLLM will choose, and what is in the way. For bug reports, too."""
+    """Show what is installed on this host, the platform that vLLM will choose, and problems. For bug reports, too."""
     from vllm_npu_quant.inspection.host import doctor as examine_host
 
     with _refusals("doctor", as_json):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators of torch_npu on a CPU, with the real schemas, the documented arithmetic and the device's argument rules.
 
-``register()`` defines them as ``torch.ops.npu.*`` where torch_npu is absent. Nothing here was measured on an NPU: the
+``register()`` defines them as ``torch.ops.npu.*`` if torch_npu is absent. Nothing here was measured on an NPU: the
 arithmetic follows Huawei's documents, tests and kernels, and each function names its source.
 
 An operator is up to three modules of the same name: ``rules/`` has its arguments, what is refused, and the shapes and dtypes

@@ -25,7 +25,7 @@
 #include <utility>
 #include <vector>
 
-// Forms that a thread knows at most: those of a few thousand numbers of tokens, for each shape of a model's layers.
+// The most forms that a thread knows: those of a few thousand numbers of tokens, for each shape of a model's layers.
 extern "C" {
 int64_t nq_most_forms = 1 << 16;
 }
@@ -53,7 +53,7 @@ struct Hash {
     }
 };
 
-// Appends what a rule may look at; false for a value of another kind.
+// Appends the properties that a rule may use; false for a value of another kind.
 bool append(Form &form, const c10::IValue &value) {
     if (value.isNone()) {
         form.push_back(0);
@@ -90,7 +90,7 @@ bool append(Form &form, const c10::IValue &value) {
 
 // The addresses at the head of native.c's Product that calls name, in its order.
 enum { X, WEIGHT, SCALE, BIAS_INT32, BIAS_FLOAT, TOKEN_SCALE, ANTIQUANT_SCALE, ANTIQUANT_OFFSET, OPERANDS };
-// How an operand becomes what native.c takes.
+// Conversion of an operand for native.c.
 enum { AS_IT_IS, TO_FLOAT, FLOAT_BITS };
 
 // As calls.py packs it. `constants` are native.c's: depth, width, ..., the code of the output's dtype in the fifth place.
@@ -127,7 +127,7 @@ const at::Tensor &tensor_of(const c10::IValue &value) {
     return (value.isTensor() ? value : value.toListRef()[0]).toTensor();
 }
 
-// The (expert, first row, end) of every group that is not empty, as group_bounds of reference/grouped_matmul.py; false where
+// The (expert, first row, end) of every group that is not empty, as group_bounds of reference/grouped_matmul.py; false if
 // that refuses.
 bool group_bounds(const at::Tensor &list, i64 type, i64 rows, std::vector<i64> &bounds) {
     const i64 *numbers = list.const_data_ptr<i64>();
@@ -153,7 +153,7 @@ void fill_garbage(const at::Tensor &tensor) {
         std::memset(tensor.mutable_data_ptr(), GARBAGE, tensor.nbytes());
 }
 
-// An operand as native.c takes it: of the experts that have rows, where these are few.
+// An operand as native.c takes it: only the experts that have rows, if these are few.
 at::Tensor converted(const at::Tensor &given, i64 conversion, bool of_experts, const std::vector<i64> &bounds) {
     at::ScalarType dtype = conversion == TO_FLOAT ? at::kFloat : at::kInt;
     if (!of_experts || 2 * static_cast<i64>(bounds.size() / 3) >= given.size(0)) return given.to(dtype);
@@ -162,7 +162,7 @@ at::Tensor converted(const at::Tensor &given, i64 conversion, bool of_experts, c
     return chosen;
 }
 
-// A computed product, or nothing where Python has to look at the call.
+// A computed product, or nothing if Python has to handle the call.
 std::optional<at::Tensor> compute(const Known &known, Arguments arguments) {
     static constexpr at::ScalarType DTYPES[] = {at::kBFloat16, at::kHalf, at::kFloat, at::kInt};
     const ProductCall &call = known.product;
@@ -191,7 +191,7 @@ std::optional<at::Tensor> compute(const Known &known, Arguments arguments) {
     native[OPERANDS + 1] = reinterpret_cast<i64>(bounds.data());
     native[OPERANDS + 2] = static_cast<i64>(bounds.size() / 3);
     std::copy(std::begin(call.constants), std::end(call.constants), native.begin() + OPERANDS + 3);
-    if (!bounds.empty() && !run_product(native.data())) return std::nullopt; // no memory: Python says so
+    if (!bounds.empty() && !run_product(native.data())) return std::nullopt; // no memory: Python reports it
     if (grouped) {
         i64 covered = bounds.empty() ? 0 : bounds.back();
         if (covered < call.rows) fill_garbage(out.narrow(0, covered, call.rows - covered));
@@ -283,8 +283,8 @@ void nq_use_kernels(void *product, void *dynamic_quant) {
     run_dynamic_quant = reinterpret_cast<decltype(run_dynamic_quant)>(dynamic_quant);
 }
 
-// Defines an operator for a Python kernel, and makes an Entry before it the CPU kernel of another of the same schema. What is
-// made is never freed: at the end of a process the dispatcher may be gone first. They return 0, or 1 where torch refuses.
+// Defines an operator for a Python kernel, and makes an Entry before it the CPU kernel of another of the same schema.
+// Nothing is freed: at process exit the dispatcher may be destroyed first. They return 0, or 1 if torch refuses.
 int nq_define(const char *space, const char *schema) {
     try {
         auto *library = new torch::Library(torch::Library::FRAGMENT, space, std::nullopt, __FILE__, __LINE__);

@@ -62,13 +62,13 @@ def flags() -> tuple[str, ...]:
     )
 
 
-#: Where calls are recorded; None before ``library`` loaded it, and where it cannot be built.
+#: The library that records calls; None before ``library`` loaded it, and if it cannot be built.
 _listener: ctypes.CDLL | None = None
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The library, built at the first call together with native.c's; None where either cannot be built."""
+    """The library, built at the first call together with native.c's; None if either cannot be built."""
     global _listener
     if not native.supported():
         return None
@@ -147,7 +147,7 @@ def remember_product(
             be absent. A scale or bias in another dtype than native.c takes is converted in every call.
         rows: of x, M.
         group_list: the tensor of the argument ``group_list``. group_list_type: as in npu_grouped_matmul.
-        spoils_x: x holds garbage afterwards. nz_weight: the weight, where it has to be FRACTAL_NZ and was checked.
+        spoils_x: x holds garbage afterwards. nz_weight: the weight, if it has to be FRACTAL_NZ and was checked.
     """
     if _listener is None:
         return

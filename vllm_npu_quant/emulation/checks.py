@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arguments of an operator's call, and the checks that its rules are written with.
+"""The arguments of an operator's call, and the checks that its rules use.
 
 Every refusal is a RuntimeError, as torch_npu's own are, and names the operator, the argument, what was expected and what
 was found.
@@ -23,8 +23,8 @@ class Arguments:
     """The arguments of one call.
 
     Subclasses are dataclasses whose fields are the arguments of the operator's schema: the same names, order and
-    defaults. (Dtypes arrive as numbers: ``numerics.DTYPE_OF_CODE``.) Properties derive the rest. Rules look at shapes,
-    dtypes, strides and numbers, never at the contents of tensors, so that they serve fake tensors too.
+    defaults. (Dtypes arrive as numbers: ``numerics.DTYPE_OF_CODE``.) Properties derive the rest. Rules use shapes, dtypes,
+    strides and numbers, never the contents of tensors, so that they serve fake tensors too.
     """
 
     operator: ClassVar[str]
@@ -53,7 +53,7 @@ class Arguments:
 
         Args:
             argument: its name; a remark in parentheses may follow.
-            found: what is reported in the place of its value.
+            found: reported in place of its value.
         """
         if found is _VALUE:
             found = getattr(self, argument.partition(" ")[0])
@@ -65,25 +65,25 @@ class Arguments:
             self.refuse(argument, expected, found)
 
     def given(self, argument: str, expected: str = "a tensor") -> Any:
-        """The value of an argument, refused where it is absent."""
+        """The value of an argument, refused if it is absent."""
         value = getattr(self, argument)
         if value is None or (isinstance(value, (list, tuple)) and not value):
             self.refuse(argument, expected, None)
         return value
 
     def require_absent(self, reason: str, *arguments: str) -> None:
-        """The arguments must be None; an empty list is as good."""
+        """Require that the arguments are None or empty lists."""
         for argument in arguments:
             value = getattr(self, argument)
             if value is not None and not (isinstance(value, (list, tuple)) and not value):
                 self.refuse(argument, f"None ({reason})")
 
     def require_value(self, argument: str, *allowed: Any) -> None:
-        """The argument has one of the values."""
+        """Require one of the values."""
         if getattr(self, argument.partition(" ")[0]) not in allowed:
             self.refuse(argument, " or ".join(repr(item) for item in allowed))
 
-    # The checks below look at a tensor, or at every tensor of a list, and accept an absent argument.
+    # The checks below apply to a tensor, or to every tensor of a list, and accept an absent argument.
 
     def require_dtype(self, argument: str, *dtypes: torch.dtype) -> None:
         for tensor in self._tensors(argument):
@@ -91,19 +91,19 @@ class Arguments:
                 self.refuse(argument, " or ".join(dtype_name(dtype) for dtype in dtypes), tensor)
 
     def require_dim(self, argument: str, low: int, high: int | None = None) -> None:
-        """The number of dimensions lies in [low, high]; it is ``low`` if ``high`` is None."""
+        """Require a number of dimensions in [low, high]; exactly ``low`` if ``high`` is None."""
         high = low if high is None else high
         for tensor in self._tensors(argument):
             if not low <= tensor.dim() <= high:
                 self.refuse(argument, f"{low}-D" if low == high else f"{low} to {high} dimensions", tensor)
 
     def require_shape(self, argument: str, *shapes: Sequence[Any]) -> None:
-        """The shape is one of ``shapes``."""
+        """Require one of ``shapes``."""
         for tensor in self._tensors(argument):
             self.require_shape_of(argument, tensor, *shapes)
 
     def require_shape_of(self, argument: str, tensor: torch.Tensor, *shapes: Sequence[Any]) -> None:
-        """The shape of one tensor of a list is one of ``shapes``."""
+        """Require one of ``shapes`` for one tensor of a list."""
         if not any(_has_shape(tensor, shape) for shape in shapes):
             self.refuse(argument, "shape " + " or ".join(str(list(shape)) for shape in shapes), tensor)
 

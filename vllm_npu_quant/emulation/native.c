@@ -4,13 +4,13 @@
 // Weights are read as the operators take them, [K, N] with N innermost, so nothing is kept twice. A task is a range of
 // columns of one group of rows (an expert; a dense product is one group), or a range of inputs (int8_by_inputs):
 //
-//   few rows    the weight streams past once; integer sums stay in the first cache, float sums in registers
+//   few rows    the weight streams past once; integer sums stay in the L1 cache, float sums in registers
 //   many rows   a panel of the weight is put into cache (int8: the four inputs of a column side by side; else dequantized
 //               to float32) and multiplied by tiles of registers
 //
-// int8 products are exact: vpmaddubsw adds |w| * +-x of two inputs in 16 bits, which holds 2 * 128 * 127, and an input of -128
-// is made up for afterwards. Everything after the integer sum is one rounding per written operation (-ffp-contract=off), in
-// the order of the reference, so results are equal bit for bit. Float products are fused and may differ in the order of
+// int8 products are exact: vpmaddubsw adds |w| * +-x of two inputs in 16 bits, which holds 2 * 128 * 127, and an input of
+// -128 is corrected afterwards. Everything after the integer sum is one rounding per written operation (-ffp-contract=off),
+// in the order of the reference, so results are equal bit for bit. Float products are fused and may differ in the order of
 // their sum.
 
 #include <immintrin.h>
@@ -30,9 +30,9 @@ enum { BF16 = 0, F16 = 1, F32 = 2, I32 = 3 };
 
 #define LANES 32         // columns of integers that are interleaved at a time
 #define FEW_INTEGERS 16  // rows of integers that are "few"
-#define FEW_SUMS 8192    // their sums in a task: a first cache
+#define FEW_SUMS 8192    // their sums in a task: an L1 cache
 #define BY_INPUTS 2      // rows of integers whose weight may be cut along its inputs
-#define LEAST_INPUTS 64  // of a thread for each row then, or it spends its time on its sums
+#define LEAST_INPUTS 64  // of a thread for each row then: with fewer, its sums dominate
 #define TILE 12          // rows of an integer tile: a register of sums for each
 #define BLOCK 128        // columns of an integer panel
 #define CHUNK 640        // inputs of an integer panel, at most
@@ -67,7 +67,7 @@ ALWAYS_INLINE float load1(const void *p, i64 at, int dtype) {
     return value;
 }
 
-// float32 -> bfloat16, half to even, in the high half; the low half holds anything. NaN stays NaN.
+// float32 -> bfloat16, half to even, in the high half; the low half is undefined. NaN stays NaN.
 ALWAYS_INLINE __m256i rounded_high(__m256 v) {
     __m256i bits = _mm256_castps_si256(v);
     __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -248,7 +248,7 @@ ALWAYS_INLINE __m128i weights_tail(const uint8_t *row, i64 j, int int4, i64 n) {
 
 // --------------------------------------------------------------------------------------------------------------- integers
 
-#if defined(DOT4) // a test brings its own
+#if defined(DOT4) // a test defines its own
 #elif defined(__AVX512VNNI__) && defined(__AVX512VL__)
 #define DOT4 _mm256_dpbusd_epi32
 #elif defined(__AVXVNNI__)
@@ -319,12 +319,12 @@ ALWAYS_INLINE void interleaved(const uint8_t *row, i64 row_bytes, i64 depth, i64
 // ----------------------------------------------------------------------------------------------------- integers, few rows
 
 // sums[m * stride + j] += x[m * x_stride ...] @ weight[:, first + j] for 32 columns at a time, in the order of `interleaved`.
-// The weight streams past once; the sums stay in the first cache.
+// The weight streams past once; the sums stay in the L1 cache.
 ALWAYS_INLINE void stream_int(const int8_t *x, i64 x_stride, const uint8_t *weight, i64 row_bytes, i64 depth, i64 first,
                               i64 cols, i64 n, i64 rows, int32_t *sums, i64 stride) {
     enum { STEP = 8, AHEAD = 16384 };
-    // The next rows are fetched in the order of the memory where that is possible and they fit into half of a first cache; or
-    // else a line of each, because a row may be a page away from the one before.
+    // The next rows are prefetched in memory order if they are contiguous and fit into half of an L1 cache; else a line of
+    // each, because a row may be a page away from the one before.
     const int in_order = row_bytes - cols < LANES && STEP * row_bytes <= AHEAD;
     for (i64 k = 0; k < depth; k += STEP) {
         const char *ahead = (const char *)weight + (k + STEP) * row_bytes + first;
@@ -414,7 +414,7 @@ ALWAYS_INLINE void tile_int(const int8_t *x, i64 stride, const int8_t *panel, i6
     }
 }
 
-// Rows are done four at a time at least: x and sums have room for that. A tile's inputs stay in the first cache while the
+// Rows are done four at a time at least: x and sums have room for that. A tile's inputs stay in the L1 cache while the
 // panel streams past.
 ALWAYS_INLINE void block_int(const int8_t *x, i64 stride, const int8_t *panel, i64 depth, int32_t *sums, i64 rows, i64 cols,
                              int small, int fresh) {
@@ -457,7 +457,7 @@ static int copy_inputs(const int8_t *x, i64 depth, int8_t *to) {
     return any;
 }
 
-// What `copy_inputs` left out of the sums of one row: its -128 count once more.
+// Corrects the sums of one row for the inputs of -128 that `copy_inputs` replaced.
 static void add_least_inputs(const int8_t *x, const Expert *e, i64 depth, i64 first, i64 cols, int32_t *sums) {
     for (const int8_t *at = x; (at = memchr(at, 0x80, x + depth - at)); at++) {
         const int8_t *row = (const int8_t *)e->weight + (at - x) * e->row_bytes + first;
@@ -480,7 +480,7 @@ ALWAYS_INLINE __m256 scaled(const Product *p, const Expert *e, __m256i sums, __m
 
 // out[row][first..first + cols) from the exact sums of one row.
 static void finish_int8(const Product *p, const Expert *e, const int32_t *sums, i64 row, i64 first, i64 cols) {
-    const Product call = *p; // copies: a store to `out` might change what p and e point to, for all that the compiler knows
+    const Product call = *p; // copies: the compiler has to assume that a store to `out` changes *p and *e
     const Expert of = *e;
     const int dtype = call.out_dtype == I32 ? F32 : (int)call.out_dtype;
     const __m256 token_scale = call.token_scale ? _mm256_set1_ps(call.token_scale[row]) : _mm256_setzero_ps();
@@ -511,7 +511,7 @@ typedef struct {
     void *panel;   // int8 [CHUNK * BLOCK], or float [KF][MAX_COLS]
     int32_t *sums; // [2 * MOST_ROWS][BLOCK]; float [MOST_ROWS][MAX_COLS] for products of floats
     float *totals; // [2 * MOST_ROWS][BLOCK]
-    void *x;       // what `get_scratch` was asked for
+    void *x;       // of the size that `get_scratch` got
 } Scratch;
 
 _Static_assert(KF * MAX_COLS * 4 <= CHUNK * BLOCK && MAX_COLS <= 2 * BLOCK, "products of floats use the same memory");
@@ -525,7 +525,7 @@ static int has_scratch_key;
 
 static void make_scratch_key(void) { has_scratch_key = !pthread_key_create(&scratch_key, free); }
 
-// NULL where memory is short.
+// NULL if memory is short.
 static Scratch *get_scratch(i64 x_bytes) {
     const i64 panel = CHUNK * BLOCK, sums = 2 * MOST_ROWS * BLOCK * 4;
     i64 bytes = panel + 2 * sums + (x_bytes + 127) / 64 * 64;
@@ -547,7 +547,7 @@ static Scratch *get_scratch(i64 x_bytes) {
     return &scratch;
 }
 
-// Bytes of a row of int8 inputs: not a multiple of the page, whose rows would share one place in the first cache.
+// Bytes of a row of int8 inputs: not a multiple of the page, whose rows would share one set of the L1 cache.
 static i64 stride_of(i64 depth) { return (depth + 63) / 64 * 64 + 64; }
 
 // ------------------------------------------------------------------------------------------------------------ int8 x int8
@@ -575,7 +575,7 @@ static int int8_few(const Product *p, const Expert *e, i64 start, i64 rows, i64 
 }
 
 // One or two rows of one group: every thread goes through whole rows of its part of the weight, because reading half of each
-// row wastes what the processor fetches beyond it. Returns 0 where memory is short.
+// row wastes the processor's prefetches. Returns 0 if memory is short.
 static int int8_by_inputs(const Product *p, const Expert *e, i64 start, i64 rows, int threads) {
     i64 wide = (p->width + LANES - 1) / LANES * LANES, whole = p->width / LANES * LANES, stride = stride_of(p->depth);
     Scratch *s = get_scratch(rows * (stride + threads * wide * 4));
@@ -749,7 +749,7 @@ ALWAYS_INLINE __m256 dequantized(__m128i eight, __m256 scale, __m256 offset, int
 
 ALWAYS_INLINE void weight_only_few(const Product *p, const Expert *e, const float *const *x, i64 start, i64 first, i64 cols,
                                    const int rows, int dtype, int int4, int has_offset) {
-    enum { STRIPE = 64, DEPTH = 128 }; // a stripe's lines stay in the first cache while its columns are gone through
+    enum { STRIPE = 64, DEPTH = 128 }; // a stripe's lines stay in the L1 cache while its columns are processed
     for (i64 stripe = 0; stripe < cols; stripe += STRIPE) {
         i64 wide = MIN(cols - stripe, STRIPE);
         float sums[FEW][STRIPE];
@@ -810,7 +810,7 @@ ALWAYS_INLINE void transposed(const uint8_t *row, i64 row_bytes, __m256i *to) {
     for (int i = 0; i < 16; i++) {
         a[i] = _mm256_loadu_si256((const __m256i *)row);
         row += row_bytes;
-        __asm__("" : "+r"(row)); // else there are sixteen offsets, on the stack
+        __asm__("" : "+r"(row)); // keeps the compiler from putting sixteen offsets on the stack
     }
 #pragma GCC unroll 4
     for (int stage = 0; stage < 4; stage++) {
@@ -959,7 +959,7 @@ static void in_lookup_order(const float *x, i64 depth, float *to) {
         for (int i = 0; i < 16; i++) to[k + i] = x[k + order[i]];
 }
 
-// Whether a row is computed by `int4_row`: from 32 inputs to a scale on, where its tables save clearly more than they cost.
+// Whether a row is computed by `int4_row`: from 32 inputs per scale on, for which its tables clearly pay off.
 static int looks_up(const Product *p, i64 rows) {
     return rows == 1 && p->kind == WEIGHT_ONLY && p->int4 && p->x_dtype == BF16 && p->depth % 16 == 0 &&
            p->group_size % 16 == 0 && p->group_size >= 32;
@@ -1122,7 +1122,7 @@ static i64 columns_per_task(i64 width, i64 most, i64 tile, i64 groups, i64 threa
 // The parts of at most MOST_ROWS rows, and of nearly equal size, into which a group's rows are cut.
 static i64 parts_of(const i64 *group) { return (group[2] - group[1] + MOST_ROWS - 1) / MOST_ROWS; }
 
-// Returns 1, or 0 where memory is short.
+// Returns 1, or 0 if memory is short.
 i64 nq_product(const Product *p) {
     i64 most_rows = 0, parts = 0;
     double work = 0;

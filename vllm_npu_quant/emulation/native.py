@@ -78,8 +78,8 @@ class Kind:
     INT4 = 3
 
 
-#: ``Product`` of native.c, field for field: what changes from call to call (ten addresses, the number of groups), and what
-#: does not.
+#: ``Product`` of native.c, field for field: the part that changes from call to call (ten addresses, the number of groups),
+#: and the constants.
 _ADDRESSES: Final = struct.Struct("10Qq")
 _CONSTANTS: Final = struct.Struct("8q")
 
@@ -131,7 +131,7 @@ def _compile(compiler: str, source: Path, flags: Sequence[str], target: Path) ->
     descriptor, unfinished = tempfile.mkstemp(suffix=".so", dir=target.parent)
     os.close(descriptor)
     try:
-        # The libraries of the flags are looked for in what stands before them.
+        # Libraries in the flags have to follow the source that uses them.
         command = [compiler, str(source), "-o", unfinished, *flags]
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILER_SECONDS, check=False)
         if done.returncode:
@@ -144,7 +144,7 @@ def _compile(compiler: str, source: Path, flags: Sequence[str], target: Path) ->
 
 
 def _cpu() -> str:
-    """What -march=native depends on, because different machines may share a cache."""
+    """The CPU properties that -march=native depends on: different machines may share a cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -199,7 +199,7 @@ def supported() -> bool:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The library, built at the first call; None where it cannot be built or does not reproduce the reference."""
+    """The library, built at the first call; None if it cannot be built or does not reproduce the reference."""
     if not supported():
         return None
     try:
@@ -259,7 +259,7 @@ def reproduces_the_reference(found: ctypes.CDLL) -> bool:
 
 
 class DynamicQuant:
-    """``dynamic_quant`` of inputs of one shape and dtype; what follows from these is computed once."""
+    """``dynamic_quant`` for one shape and dtype; values that depend on these only are computed once."""
 
     def __init__(self, x: torch.Tensor, found: ctypes.CDLL | None = None) -> None:
         found = found or _loaded()
@@ -295,7 +295,7 @@ def bias(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 class Product:
-    """``product`` of operands of one combination of shapes and dtypes; what follows from these is computed once."""
+    """``product`` for one combination of shapes and dtypes; values that depend on these only are computed once."""
 
     def __init__(
         self,
@@ -382,7 +382,7 @@ def product(
 
     Args:
         x: int8, bfloat16 or float16 [M, K]; INT4: int32 [M, K/8].
-        weight: int8 [K, N] or [E, K, N]; int4 as int32, N/8 in the place of N.
+        weight: int8 [K, N] or [E, K, N]; int4 as int32, N/8 in place of N.
         group_size: inputs per scale; 0 for all of them.
         scale: float32, [1], [N] or [E, N]; INT8_INT4 and INT4: [E, G, N] for G groups of inputs.
         antiquant_scale, antiquant_offset: x's dtype, [N], [G, N], [E, N] or [E, G, N]; or one number.
@@ -391,7 +391,7 @@ def product(
         token_scale: float32 [M].
 
     Returns:
-        [M, N] in ``out_dtype``; rows that no group covers hold anything.
+        [M, N] in ``out_dtype``; rows that no group covers are undefined.
     """
     scales = antiquant_scale if scale is None else scale
     prepared = Product(kind, x, weight, out_dtype, scales, group_size, found)

@@ -47,7 +47,7 @@ INT8: Final = (-128, 127)
 INT4: Final = (-8, 7)
 INT4_PER_INT32: Final = 8
 
-#: What an ``int`` dtype argument means. A torch.dtype that is passed for an ``int`` argument of a schema reaches the
+#: Meaning of an ``int`` dtype argument. A torch.dtype that is passed for an ``int`` argument of a schema reaches the
 #: kernel as its ScalarType number; torch_npu's own constants (torch_npu.int4 = 285, ...) lie above 256.
 DTYPE_OF_CODE: Final[dict[int, torch.dtype]] = {
     0: torch.uint8,
@@ -106,7 +106,7 @@ def pack_quant_param(scale_bits: torch.Tensor, offset: torch.Tensor | None) -> t
 
 
 def split_quant_param(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scale, offset) as float32: what the matrix unit reads of a fix-pipe parameter, 19 bits and 9 bits."""
+    """(scale, offset) as float32: as the matrix unit reads them from a fix-pipe parameter, 19 bits and 9 bits."""
     scale = keep_19_bits((packed & 0xFFFFFFFF).to(torch.int32).view(torch.float32))
     offset = (packed >> 37) & 0x1FF
     return scale, torch.where(offset >= 256, offset - 512, offset).to(torch.float32)

@@ -73,7 +73,7 @@ class Operator:
     Attributes:
         arguments: its rules.
         compute: its arithmetic in plain torch, of checked arguments.
-        fast: a second CPU kernel with the same results, or None where the reference is as good.
+        fast: a second CPU kernel with the same results, or None if the reference is fast enough.
     """
 
     arguments: type[Arguments]
@@ -176,11 +176,11 @@ def _implement(namespace: str, name: str, kernel: Kernel) -> torch.library.Libra
 
 
 def build_kernels() -> None:
-    """Build what the fast kernels use, and let repeated calls of the operators in CALLED_MOST bypass Python.
+    """Build the libraries of the fast kernels, and let repeated calls of the operators in CALLED_MOST bypass Python.
 
-    It takes 13 s with two cores where the user's cache lacks the built files, else 0.1 s. Without this, the first call of a
-    fast kernel builds what it needs, and all calls go through Python, with the same results. No effect where the operators
-    are not emulated, in the mode ``reference``, or the second time. Must not run while operators are called.
+    It takes 13 s with two cores if the user's cache lacks the built files, else 0.1 s. Without this, the first call of a
+    fast kernel builds what it needs, and all calls go through Python, with the same results. No effect if the operators are
+    not emulated, in the mode ``reference``, or the second time. Must not run while operators are called.
     """
     with _building:
         while _replaceable and calls.library() is not None:
@@ -191,7 +191,7 @@ def build_kernels() -> None:
                 logger.warning("calls of %s go through Python, which takes longer: torch refuses %s", name, python)
                 continue
             _implement(_PYTHON_NAMESPACE, name, kernel)
-            # torch has no public way to take a kernel back; a second one in its place would make it warn.
+            # torch has no public way to remove a kernel, and warns if a second one replaces it.
             library._destroy()  # type: ignore[attr-defined]
             if not calls.install(NAMESPACE, name, python):
                 logger.warning("calls of %s go through Python, which takes longer: torch refuses another kernel", name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that knows vLLM's classes. Names are resolved lazily: spawned processes unpickle from here first."""
+"""The code that depends on vLLM's classes. Names are resolved lazily: spawned processes unpickle from here first."""
 
 from __future__ import annotations
 

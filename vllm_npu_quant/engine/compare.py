@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A quantized model against its float reference, and single runs, through the real engine in this process.
+"""Comparison of a quantized model with its float reference, and single runs, by an engine in this process.
 
-Both models see the same token ids. One engine runs at a time; what the first one gave waits on disk.
+Both models see the same token ids. One engine runs at a time; the first one's log-probabilities are kept on disk.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["Comparison", "LayerError", "RunReport", "compare", "run"]
 LAYER_TOKENS = 32
 #: Limit of the log-probabilities that are kept on disk.
 MAX_BYTES = 16 << 30
-#: The fewest tokens that give figures at all.
+#: Fewest tokens that are scored.
 MIN_TOKENS = 16
 
 
@@ -37,7 +37,7 @@ class LayerError:
 
     Attributes:
         layer: its name in vLLM's model. method: the NPU method class, or the class of a float layer's method.
-        own: with the reference's input; None where the layer cannot run alone (experts).
+        own: with the reference's input; None if the layer cannot run alone (experts).
         accumulated: in the model, with the errors of all layers before it.
     """
 
@@ -49,15 +49,15 @@ class LayerError:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model against its reference.
+    """Measured differences between a model and its reference.
 
     Attributes:
         model, reference: as the user named them.
-        tokens: how many predictions were compared.
+        tokens: number of compared predictions.
         perplexity, reference_perplexity: exp of the mean negative log-probability of the text's tokens.
         kl: mean over the tokens of KL(reference || model), in nats.
         kl_99: its 99th percentile.
-        agreement: share of the tokens where both think the same token likeliest.
+        agreement: fraction of the tokens for which both models rank the same token first.
         operators: where the quantized operators ran.
         layers: worst first; empty unless asked for.
     """
@@ -76,7 +76,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class RunReport:
-    """What a model answered.
+    """Answers of a model.
 
     Attributes:
         model: as the user named it. operators: where the quantized operators ran.
@@ -91,7 +91,7 @@ class RunReport:
 
 @dataclass
 class _Recording:
-    """What one engine gave: a log-softmax per window, and inputs and outputs of layers."""
+    """Recorded values of one engine: a log-softmax per window, and inputs and outputs of layers."""
 
     logits: list[torch.Tensor] = field(default_factory=list)
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -117,18 +117,18 @@ def compare(
     progress: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Comparison:
-    """Perplexity of both models, the divergence between them, and with ``layers`` the error of each layer.
+    """Measure both models' perplexity, the divergence between them and, with ``layers``, the error of each layer.
 
     Args:
         model: a folder or hub id of a quantized model. reference: of its float original.
-        text: what is scored; Python's help topics where None.
-        tokens: how many tokens of the text are used at most. window: tokens that are scored together.
+        text: the text to score; None for Python's help topics.
+        tokens: the most tokens of the text to use. window: tokens that are scored together.
         layers: measure every Linear and MoE layer, too.
         progress: called with one line per step.
         options: further arguments of ``vllm.LLM``.
 
     Raises:
-        NpuQuantError: where the two cut the text into different tokens, or the text is too short.
+        NpuQuantError: if the models tokenize the text differently, or the text is too short.
     """
     say = progress or (lambda _: None)
     text = default_text() if text is None else text
@@ -155,7 +155,7 @@ def compare(
 
 @dataclass
 class _Scored:
-    """What one model gave.
+    """Measurements of one model.
 
     Attributes:
         ids: the text's tokens. loss: -log p of each that has a prediction. files: log-probabilities, one per window.
@@ -227,12 +227,12 @@ def _refused(message: str, model: str, expected: str) -> Finding:
 
 @contextlib.contextmanager
 def _engine(model: str, window: int, options: dict[str, Any]) -> Iterator[Any]:
-    """An engine in this process; everything of it is gone afterwards."""
+    """An engine in this process, shut down and freed on exit."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM
 
-    # The window and the one token that generate() insists on; cached prompt tokens would come without logits.
+    # generate() needs room for one token after the window; cached prompt tokens have no logits.
     arguments = {
         "max_model_len": window + 1,
         "max_num_batched_tokens": max(window + 1, 2048),
@@ -254,13 +254,13 @@ def _engine(model: str, window: int, options: dict[str, Any]) -> Iterator[Any]:
 
 
 def _window(llm: Any, recording: _Recording, ids: list[int]) -> torch.Tensor:
-    """float32 [len(ids) - 1, vocabulary]: the log-probabilities of what follows each token but the last."""
+    """float32 [len(ids) - 1, vocabulary]: log-probabilities of the token after each one but the last."""
     from vllm import SamplingParams
 
     recording.logits.clear()
     sampling = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
     llm.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
-    # The engine asks for the logits of the last token, to sample, and for those of the prompt.
+    # The engine computes the logits of the last token, for sampling, and those of the prompt.
     found = [logits for logits in recording.logits if logits.shape[0] == len(ids) - 1]
     if not found:
         raise NpuQuantError(
@@ -270,7 +270,7 @@ def _window(llm: Any, recording: _Recording, ids: list[int]) -> torch.Tensor:
 
 
 def _record(llm: Any, recording: _Recording, layers: bool) -> None:
-    """Note all logits that a model computes, and the first inputs and outputs of its layers."""
+    """Record all logits that a model computes, and the first inputs and outputs of its layers."""
 
     def attach(model: torch.nn.Module) -> None:
         original = model.compute_logits
@@ -320,7 +320,7 @@ def _hook(recording: _Recording, name: str) -> Callable[..., None]:
     def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         value = output[0] if isinstance(output, tuple) else output
         x = args[0] if args else kwargs.get("hidden_states")
-        # The engine's warm-up has run before; a sampled token comes alone.
+        # The engine's warm-up ran before this hook; a single row is a sampled token.
         if x is None or name in recording.outputs or not torch.is_tensor(value) or value.shape[0] < 2:
             return
         recording.inputs[name] = x[:LAYER_TOKENS].detach().clone()
@@ -366,7 +366,7 @@ def run(model: str, prompts: Sequence[str], *, max_tokens: int = 32, **options: 
     """Continue prompts greedily.
 
     Args:
-        model: a folder or hub id. prompts: what to continue. max_tokens: of each answer.
+        model: a folder or hub id. prompts: texts to continue. max_tokens: of each answer.
         options: further arguments of ``vllm.LLM``.
     """
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

@@ -43,15 +43,15 @@ __all__ = ["NpuQuantConfig", "config_class", "config_classes"]
 logger = init_logger("vllm.npu_quant.config")
 
 
-#: A key of ``quant_description`` whose value keeps vllm-ascend from fusing norms with the quantization after them: its
-#: pattern does not look at that operator's dst_type, and would put int8 in the place of int4.
+#: A key of ``quant_description`` that keeps vllm-ascend from fusing norms with the quantization after them: its pattern
+#: ignores that operator's dst_type, and would replace int4 by int8.
 INT4_ACTIVATIONS = "vllm_npu_quant.int4_activations"
 
 
 class NameSet:
-    """A set of tensor names in the place of a regular expression, for vLLM's WeightsMapper.
+    """A set of tensor names in place of a regular expression, for vLLM's WeightsMapper.
 
-    The mapper asks every rule about every tensor; one rule per layer would make that quadratic in the model's depth.
+    The mapper tries every rule on every tensor; one rule per layer would make that quadratic in the model's depth.
     """
 
     def __init__(self, names: frozenset[str], suffix: str, replacement: str) -> None:
@@ -81,7 +81,7 @@ class NpuQuantConfig(QuantizationConfig):
         self.host = Host()
         self.host_checked = False
         self.is_read_copy = False
-        # vllm-ascend reads this attribute without a guard; it wants the keys of norm biases.
+        # vllm-ascend reads this attribute unconditionally, for the keys of norm biases.
         self.quant_description: dict[str, Any] = {}
         self.enable_fa_quant = False
         self.enable_c8_quant = False
@@ -92,7 +92,7 @@ class NpuQuantConfig(QuantizationConfig):
         return f"{type(self).__name__}({self.described.source if self.described else 'no checkpoint yet'})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Leave config.json's part out of copies and pickles of a config that was read: it may be a whole description."""
+        """Omit config.json's part from copies and pickles of a config that was read: it may be a whole description."""
         state = dict(self.__dict__)
         if self.resolver is not None:
             state |= {"raw": {}, "is_read_copy": True}
@@ -102,7 +102,7 @@ class NpuQuantConfig(QuantizationConfig):
         return self.declaration.method_name
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """What the NPU's quantized operators take. float32 checkpoints run as bfloat16 unless a dtype is asked for."""
+        """Dtypes of the NPU's quantized operators. float32 checkpoints run as bfloat16 unless the user gives a dtype."""
         return [torch.bfloat16, torch.float16]
 
     @classmethod
@@ -121,7 +121,7 @@ class NpuQuantConfig(QuantizationConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Answer vLLM, which asks every method whether it takes a checkpoint; ours are asked before the built-in ones."""
+        """Return this method if it serves the checkpoint. vLLM asks ours before the built-in ones."""
         declaration = cls.declaration
         method = declaration.method_name
         if not settings.plugin_enabled() or not isinstance(hf_quant_cfg, Mapping):
@@ -139,7 +139,7 @@ class NpuQuantConfig(QuantizationConfig):
         return method
 
     def _detection(self, checkpoint: Checkpoint) -> Detection:
-        """Which file describes the quantization: config.json's own part, as vLLM gave it, or a file beside it.
+        """Find the file that describes the quantization: config.json's own part, as vLLM gave it, or a file beside it.
 
         Raises:
             NpuQuantError: unreadable-file if no file describes it in this format.
@@ -150,12 +150,12 @@ class NpuQuantConfig(QuantizationConfig):
         detection = detect_checkpoint(checkpoint)
         if find_format(detection.format) is not declaration:
             raise NpuQuantError([_wrong_method(declaration, checkpoint, detection)])
-        return replace(detection, asks=False)  # vLLM has been told
+        return replace(detection, asks=False)  # vLLM knows the method already
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Read the checkpoint's quantization, and check its files against it before any weight is read.
 
-        A copy of a config that did so has its results already.
+        A copy made afterwards has the results already.
 
         Raises:
             NpuQuantError: with every problem that was found.
@@ -164,7 +164,7 @@ class NpuQuantConfig(QuantizationConfig):
             return
         checkpoint = open_model_checkpoint(model_name, revision)
         self.described = described = describe_checkpoint(checkpoint, self._detection(checkpoint))
-        # What is wrong with the files comes first: much of the rest follows from it.
+        # Problems of the files come first: many others follow from them.
         findings = check_checkpoint(described, checkpoint) + list(described.findings)
         specs = ((entry.spec, 1) for _, entry in described.stored_layers())
         self.host = Host.read()
@@ -186,7 +186,7 @@ class NpuQuantConfig(QuantizationConfig):
             self.resolver.add_mapper(hf_to_vllm_mapper._map_name)
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]
-        """Names under which the checkpoint's tensors find their parameters."""
+        """The mapping from the checkpoint's tensor names to the parameters'."""
         from vllm.model_executor.models.utils import WeightsMapper
 
         if self.described is None:
@@ -201,7 +201,7 @@ class NpuQuantConfig(QuantizationConfig):
         )
 
     def get_cache_scale_mapper(self) -> WeightsMapper | None:  # type: ignore[override]
-        """Where vLLM has no hook for the names of all tensors (before 0.30), it applies this one to all of them."""
+        """The same for vLLM before 0.30, which has no hook for all names and applies this one to all tensors."""
         theirs = super().get_cache_scale_mapper()
         if hasattr(QuantizationConfig, "get_checkpoint_weight_mapper"):
             return theirs
@@ -240,10 +240,10 @@ class NpuQuantConfig(QuantizationConfig):
         return method(resolved, served, resolver.described.source)
 
     def _decide(self, kind: LayerKind, spec: LayerSpec, prefix: str) -> Served:
-        """Decide what a stored layer becomes on this host. The host is looked at once, before the first quantized layer.
+        """Decide how a stored layer is served. The host is checked once, before the first quantized layer.
 
         Raises:
-            NpuQuantError: where the host's configuration does not go with quantized layers.
+            NpuQuantError: if the host's configuration is incompatible with quantized layers.
         """
         if not self.host_checked:
             raise_findings(platforms.host_findings())
@@ -309,7 +309,7 @@ class NpuQuantConfig(QuantizationConfig):
 
 
 def _uses_mla() -> bool:
-    """Whether the model's attention is the latent one, for which vLLM takes the weight of kv_b_proj apart."""
+    """Whether the model uses multi-head latent attention, for which vLLM splits the weight of kv_b_proj."""
     config = get_current_vllm_config_or_none()
     model_config = getattr(config, "model_config", None)
     return bool(getattr(model_config, "use_mla", False))
@@ -323,7 +323,7 @@ def _is_kv_consumer() -> bool:
 
 
 def _lost_bias(resolved: ResolvedLayer, source: str) -> Finding:
-    """vLLM drops a bias without a word where the model class has none. Asymmetric smoothing gives such a bias to layers."""
+    """The finding for a bias that vLLM silently drops: the model class has none. Asymmetric smoothing adds one."""
     return Finding(
         "unsupported-scheme",
         "the checkpoint gives this float layer a bias, which the model class does not have: its effect would be lost",
@@ -338,7 +338,7 @@ def _lost_bias(resolved: ResolvedLayer, source: str) -> Finding:
 
 
 def _wrong_method(declaration: Format, checkpoint: Checkpoint, detection: Detection) -> Finding:
-    """The finding for a format that the user named, and whose description no file holds."""
+    """The finding for a format that the user named and that no file describes."""
     return Finding(
         "unreadable-file",
         f"quantization={declaration.method_name} needs {declaration.title or declaration.name}'s description of the weights",
@@ -365,7 +365,7 @@ def config_class(declaration: Format) -> type[NpuQuantConfig]:
 
 
 def _restore(name: str, state: dict[str, Any]) -> NpuQuantConfig:
-    """Make a config object from a pickle: its class is made by ``config_class``, and no pickle can name it."""
+    """Recreate a config from a pickle, which cannot name a class that ``config_class`` makes at run time."""
     declaration = require_format(name, "")
     restored = object.__new__(config_class(declaration))
     restored.__dict__.update(state)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which parts of a parameter have received data.
+"""Record of the parts of a parameter that have received data.
 
 vLLM's loaders cut checkpoint tensors for tensor and expert parallelism and copy the parts into parameters. They do not
 report whether every part arrived, and some copy less than a full part without an error. So the copies are observed: while a
@@ -26,7 +26,7 @@ _WRITES = frozenset({"aten::copy_", "aten::fill_", "aten::zero_"})
 
 
 def box_of(part: torch.Tensor, whole: torch.Tensor) -> Box | None:
-    """The box of ``whole`` (contiguous) that the view ``part`` covers; None where it is not a box.
+    """The box of ``whole`` (contiguous) that the view ``part`` covers; None if it is not a box.
 
     A part of fewer dimensions comes from indexing; its missing dimensions have length 1.
     """

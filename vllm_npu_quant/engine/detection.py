@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which quantization method a model gets where config.json does not say, and how the engine opens its checkpoint."""
+"""Detection of the quantization method if config.json names none, and access to the engine's checkpoint."""
 
 from __future__ import annotations
 
@@ -23,22 +23,21 @@ logger = init_logger("vllm.npu_quant")
 
 @dataclass(frozen=True)
 class _HubAccess:
-    """What the user gave vLLM for a hub: ``--hf-token`` and ``--download-dir``."""
+    """The user's settings for a hub: ``--hf-token`` and ``--download-dir``."""
 
     token: str | bool | None = None
     download_dir: str | None = None
 
 
-#: By model, for this process: vLLM hands neither to ``maybe_update_config``.
+#: By model, for this process: vLLM passes neither to ``maybe_update_config``.
 _ACCESS: dict[str, _HubAccess] = {}
 
 
 def detect_quantization(args: Any) -> str | None:
-    """The quantization method for the model of an ``EngineArgs``: what it asks for, or ours where the checkpoint says so.
+    """The quantization method for an ``EngineArgs``: the requested one, or ours if the checkpoint calls for it.
 
     Raises:
-        NpuQuantError: contradictory-evidence where a ModelSlim description and config.json, or what was asked for, name
-            two formats.
+        NpuQuantError: contradictory-evidence if a ModelSlim description contradicts config.json or the requested method.
     """
     _ACCESS[args.model] = _HubAccess(args.hf_token, args.download_dir)
     return _detect(args.model, args.revision, args.quantization)
@@ -47,7 +46,7 @@ def detect_quantization(args: Any) -> str | None:
 def open_model_checkpoint(model: str, revision: str | None, *, headers: bool = True) -> Checkpoint:
     """A model's checkpoint, with the token and the download folder that vLLM was started with.
 
-    Draft models do not come through ``EngineArgs``: theirs are those of the engine that is being built.
+    Draft models have no ``EngineArgs``: they use the settings of the engine that is being built.
 
     Raises:
         NpuQuantError: unreadable-file, as in ``checkpoint.open_checkpoint``.
@@ -78,7 +77,7 @@ def _detect(model: str, revision: str | None, asked: str | None) -> str | None:
     if not beside[0].decisive:
         return _named_beside(checkpoint, model, asked)
     declaration, name = beside
-    # config.json is read only beside a description: it is vLLM's to read otherwise.
+    # config.json is read only beside a description; otherwise vLLM reads it.
     config = quantization_config(checkpoint.read_json("config.json")) if "config.json" in checkpoint.names else None
     if config is not None and declaration.serves(config):
         return asked
@@ -107,7 +106,7 @@ def _detect(model: str, revision: str | None, asked: str | None) -> str | None:
 
 
 def _list(model: str, revision: str | None) -> Checkpoint | None:
-    """A model's files, without their headers; None where vLLM has to find out by itself whether it can load the model."""
+    """A model's files, without their headers; None if only vLLM can tell whether the model can be loaded."""
     if not os.path.isdir(model) and is_path(model):
         return None  # one file, a bucket, a path that does not exist
     try:
@@ -119,9 +118,9 @@ def _list(model: str, revision: str | None) -> Checkpoint | None:
 
 
 def _named_beside(checkpoint: Checkpoint, model: str, asked: str | None) -> str | None:
-    """What was asked for, or our method if config.json is silent and a file beside it describes the quantization.
+    """The requested method, or ours if config.json is silent and a file beside it describes the quantization.
 
-    vLLM does not look for these files; with quantization="gptq" it would take its own method, without asking ours.
+    vLLM does not look for these files; with quantization="gptq" it would use its own method.
     """
     detection = detect_files(checkpoint.names, checkpoint.read_json)
     declaration = find_format(detection.format)

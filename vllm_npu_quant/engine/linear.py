@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantized Linear layers and lm_head in vLLM.
 
-The checkpoint's own tensors are registered as parameters, so that vLLM's loaders shard them. After loading they become
-canonical numbers, and those the tensors of the NPU method class.
+The checkpoint's own tensors are registered as parameters, so that vLLM's loaders shard them. After loading they are
+converted to canonical numbers, and these to the tensors of the NPU method class.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ _SHARD_NUMBERS: dict[Any, int] = {"q": 0, "k": 1, "v": 2, "index_q": 3, "index_k
 
 @register_weight_loader_v2_supported_method
 class NpuQuantLinearMethod(LinearMethodBase):
-    """One quantized layer: where its tensors come from, and the NPU method class that computes with them."""
+    """One quantized layer: the source of its tensors, and the NPU method class that computes with them."""
 
     def __init__(self, resolved: ResolvedLayer, served: Served, source: str) -> None:
         """
         Args:
             resolved: the checkpoint layers that fill this layer.
-            served: what they become.
+            served: how they are served.
             source: the file that describes them.
         """
         self.resolved = resolved
@@ -115,14 +115,14 @@ class NpuQuantLinearMethod(LinearMethodBase):
             param = _parameter(tensor.as_loaded(), part.sizes, self._loader(layer, receiver, name, loader))
             receiver.coverage[name] = Coverage(param.shape)
             if hasattr(layer, "tp_rank"):  # lm_head has none before vLLM 0.30
-                # A layer may be cut over another group than the tensor-parallel one, which the parameter took its rank from.
+                # A layer may be sharded over another group than the tensor-parallel one, whose rank the parameter has.
                 param.tp_rank, param.tp_size = layer.tp_rank, layer.tp_size
             layer.register_parameter(name, param)
 
     def _loader(self, layer: nn.Module, receiver: Receiver, name: str, load: Callable[..., Any]) -> Callable[..., Any]:
-        """vLLM's loader, with the tensor checked before it and the writes observed."""
+        """Wrap vLLM's loader: check the tensor before it, and observe the writes."""
         tensor = receiver.tensors[name]
-        # Fused shards have the same inputs: what belongs to the inputs is loaded for each, and must be equal.
+        # Fused shards have the same inputs: a tensor along the inputs is loaded for each, and must be equal.
         shared = tensor.dims == (IN,) and not tensor.optional
 
         def weight_loader(param: torch.Tensor, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -169,7 +169,7 @@ class NpuQuantLinearMethod(LinearMethodBase):
         return Origin(name, specs.pop(), outputs, "" if shard is None else str(shard))
 
     def _vocabulary_loader(self, layer: nn.Module, tensor: TensorSpec, load: Callable[..., Any]) -> Callable[..., Any]:
-        """vLLM's loader of a vocabulary's part, which pads along the first dimension, for outputs in any dimension."""
+        """vLLM's loader for one rank's part of a vocabulary, which pads the first dimension, for any output dimension."""
         kept = tensor.as_loaded()
         dim = kept.axis_of(Axis.OUT)
         if dim is None:
@@ -197,10 +197,10 @@ class NpuQuantLinearMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Check that everything arrived, and replace the checkpoint's tensors by the operators' ones.
 
-        vLLM and vllm-ascend may call this again; a layer that is prepared already is left alone.
+        vLLM and vllm-ascend may call this again; a prepared layer is left unchanged.
 
         Raises:
-            NpuQuantError: not-filled, or what the scheme's values do not allow.
+            NpuQuantError: not-filled; or values that the method class refuses.
         """
         receiver = self.receiver
         if not receiver.coverage:
@@ -217,13 +217,13 @@ class NpuQuantLinearMethod(LinearMethodBase):
         for name, value in prepared.items():
             layer.register_parameter(name, nn.Parameter(value, requires_grad=False))
         self._finish_bias(layer, bias)
-        # vllm-ascend's operators of other parallel groups have kept the bias that the layer was made with.
+        # vllm-ascend's operators for other parallel groups still hold the bias that the layer was created with.
         custom = getattr(layer, "custom_op", None)
         if custom is not None:
             custom.bias = getattr(layer, "bias", None)
 
     def _finish_bias(self, layer: nn.Module, stored: torch.Tensor | None) -> None:
-        """Leave ``layer.bias`` as the method wants it: in the operator's dtype, or None where it is folded already."""
+        """Set ``layer.bias`` for the method: in the operator's dtype, or None if it is folded into other tensors."""
         bias = stored if stored is not None else getattr(layer, "bias", None)
         if bias is None:
             return
@@ -238,8 +238,8 @@ class NpuQuantLinearMethod(LinearMethodBase):
         """The canonical numbers of the loaded tensors.
 
         Raises:
-            NpuQuantError: what the layout's conversion refuses; wrong-shape if nothing says how many of the inputs that the
-                packed weight has room for are meant.
+            NpuQuantError: values that the layout's conversion refuses; wrong-shape if the packed weight has room for more
+                inputs than the layer, and no tensor gives their number.
         """
         tensors = {tensor.name: getattr(layer, name).data for name, tensor in self.receiver.tensors.items()}
         canonical = self.receiver.canonical(tensors)
@@ -286,7 +286,7 @@ class NpuQuantLinearMethod(LinearMethodBase):
 
 
 def _stored_outputs(layer: Any, partitions: list[int], outputs: int) -> tuple[list[int], int]:
-    """The outputs of each shard of vLLM's layer over all ranks, and how often the checkpoint's may be repeated in them.
+    """The outputs of each shard of vLLM's layer over all ranks, and the most repetitions of the checkpoint's in them.
 
     A vocabulary is padded in memory, not on disk; the heads of keys and values are repeated in memory. Fused layers with a
     loader of their own may repeat any shard on ranks.
@@ -302,8 +302,8 @@ def _stored_outputs(layer: Any, partitions: list[int], outputs: int) -> tuple[li
 
 
 def _parameter(tensor: TensorSpec, sizes: LayerSizes, weight_loader: Callable[..., Any]) -> BasevLLMParameter:
-    """vLLM's parameter class that shards this tensor the way its dimensions say."""
-    # A bias is 0 where a shard of a fused layer has none; everything else is overwritten in full.
+    """The parameter of the vLLM class that shards this tensor along its dimensions."""
+    # The bias of a fused shard without one is 0; all other tensors are overwritten in full.
     make = torch.zeros if tensor.name == "bias" else torch.empty
     out, inputs, groups = (tensor.axis_of(axis) for axis in (Axis.OUT, Axis.IN, Axis.GROUP))
     along = inputs if inputs is not None else groups if sizes.group_size else None

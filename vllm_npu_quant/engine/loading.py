@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks after loading that vLLM does not make for a quantized checkpoint: float parameters without data, lost norm biases.
+"""Checks after loading that vLLM omits for a quantized checkpoint: float parameters without data, lost norm biases.
 
-Quantized layers record what arrives themselves (engine.coverage). vLLM checks the other parameters of float models only, and
+Quantized layers record their received tensors (engine.coverage). vLLM checks the other parameters of float models only, and
 silently drops a bias that no parameter takes.
 """
 
@@ -30,7 +30,7 @@ __all__ = ["check_loaded", "with_check"]
 
 
 def with_check(load_model: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """``BaseModelLoader.load_model`` that runs ``check_loaded`` once per model, before the layers are prepared.
+    """Wrap ``BaseModelLoader.load_model`` to run ``check_loaded`` once per model, before the layers are prepared.
 
     If the operators are emulated, their kernels are built before a model is loaded.
     """
@@ -45,8 +45,7 @@ def with_check(load_model: Callable[..., nn.Module]) -> Callable[..., nn.Module]
             emulation.build_kernels()
         if vllm_config.load_config.load_format in UNWITNESSED_LOADS:
             return load_model(self, vllm_config, *args, **kwargs)
-        # vLLM's own check counts every parameter of a quantized layer as one that the checkpoint must hold. If the user
-        # asked for it, it stays.
+        # vLLM's own check expects every parameter of a quantized layer in the checkpoint. It stays if the user enabled it.
         replaced = platforms.default_load_check(self)
         if replaced:
             self.enable_weights_track = True
@@ -60,16 +59,16 @@ def with_check(load_model: Callable[..., nn.Module]) -> Callable[..., nn.Module]
 
 
 def check_loaded(config: NpuQuantConfig, model: nn.Module, loaded: set[str] | None, quantized: bool = True) -> None:
-    """Check what the loader filled.
+    """Check that the loader filled the float parameters and norm biases.
 
     Args:
         config: the model's quantization.
         model: one rank's model, or one pipeline stage of it.
-        loaded: the names of the parameters that were loaded; None where the model does not say.
+        loaded: the names of the parameters that were loaded; None if the model does not report them.
 
     Raises:
-        NpuQuantError: not-filled for float parameters and norm biases without data, unexpected-tensor for norm biases
-            without a place.
+        NpuQuantError: not-filled for float parameters and norm biases without data, unexpected-tensor for norm biases that
+            no module takes.
     """
     findings = _lost_biases(config, model)
     if loaded is not None:
@@ -78,7 +77,7 @@ def check_loaded(config: NpuQuantConfig, model: nn.Module, loaded: set[str] | No
 
 
 def _not_filled(config: NpuQuantConfig, model: nn.Module, loaded: set[str]) -> list[Finding]:
-    """Float parameters that got nothing: the ones that vLLM checks in float models, and embeddings."""
+    """Findings for float parameters without data: those that vLLM checks in float models, and embeddings."""
     exempt: set[int] = set()
     for module in model.modules():
         method = getattr(module, "quant_method", None)
@@ -110,7 +109,7 @@ def _is_embedding(module: nn.Module) -> bool:
 
 
 def _lost_biases(config: NpuQuantConfig, model: nn.Module) -> list[Finding]:
-    """Norm biases of the checkpoint that belong to this part of the model, and that no module has taken."""
+    """Findings for norm biases that belong to this part of the model and that no module took."""
     described, resolver = config.described, config.resolver
     if described is None or resolver is None or not described.norm_biases:
         return []

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Routed experts in vLLM.
 
-The checkpoint's tensors are registered with a dimension of this rank's experts in front and loaded with loaders of their own:
-vLLM's loader copies tensors that are too small, and drops names that it does not know. After loading they become the tensors
-of the two grouped methods. w13 and w2 are independent.
+The checkpoint's tensors are registered with a leading dimension of this rank's experts. Their loaders replace vLLM's, which
+copies tensors that are too small and drops unknown names. After loading they are converted to the tensors of the two grouped
+methods. w13 and w2 are independent.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def fused_experts(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.T
     """Compute a MoE layer as one operator: the emulation counts tokens in Python, which a graph cannot capture.
 
     Args:
-        x: [T, hidden]. topk_weights: [T, k]. topk_ids: [T, k]. key: which layer.
+        x: [T, hidden]. topk_weights: [T, k]. topk_ids: [T, k]. key: the layer's.
 
     Returns:
         [T, hidden] in x's dtype, not reduced.
@@ -61,7 +61,7 @@ def _(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, key: 
 
 
 def _register(layer: nn.Module, prefix: str) -> str:
-    """A key for the layer: its name, with a number where another living layer has that name (a draft model's)."""
+    """A key for the layer: its name, with a number if another live layer has that name (a draft model's)."""
     key, number = prefix, 1
     while _layers.get(key, layer) is not layer:
         key, number = f"{prefix}#{number}", number + 1
@@ -70,7 +70,7 @@ def _register(layer: nn.Module, prefix: str) -> str:
 
 
 class _Product:
-    """w13 or w2: what is stored of it, and the parameters that receive it."""
+    """w13 or w2: its stored tensors, and the parameters that receive them."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class _Product:
         """
         Args:
             name: "w13" or "w2".
-            served: what it becomes.
+            served: how it is served.
             entries: of its shards. layers: the checkpoint's names of its shards, with * for the expert.
             act_dtype: the model's dtype.
         """
@@ -106,7 +106,7 @@ class _Product:
             prefix, source: vLLM's name of the layer, and the file that describes it.
 
         Returns:
-            Why it cannot be cut.
+            Findings if it cannot be cut.
         """
         self.rank, self.outputs = rank, (outputs,)
         axis = None if ranks == 1 else Axis.OUT if self.name == "w13" else Axis.IN
@@ -119,7 +119,7 @@ class _Product:
 
     @property
     def group_size(self) -> int:
-        """Inputs per scale on this rank; 0 where one scale serves a whole output channel."""
+        """Inputs per scale on this rank; 0 for one scale per output channel."""
         sizes = self.receiver.part.sizes
         return sizes.group_size if sizes.groups > 1 else 0
 
@@ -127,7 +127,7 @@ class _Product:
         """Register the parameters [E, shards, ...] that receive the checkpoint's tensors."""
         sizes, count = self.receiver.part.sizes, (experts, len(self.shards))
         for name, tensor in self.receiver.tensors.items():
-            # A tensor that is not loaded still needs a name: vLLM looks the parameter up before it asks its loader.
+            # A tensor that is not loaded needs a parameter too: vLLM looks it up before it calls the loader.
             shape = (*count, *tensor.as_loaded().shape(sizes)) if tensor.loaded else (0,)
             param = nn.Parameter(torch.empty(shape, dtype=getattr(torch, tensor.load_dtype)), requires_grad=False)
             param.weight_loader = loader(self, name)  # type: ignore[attr-defined]
@@ -156,7 +156,7 @@ class _Product:
         """The stored tensors that should have filled a box of a parameter.
 
         Args:
-            number: from this rank's number of an expert to the checkpoint's.
+            number: maps this rank's number of an expert to the checkpoint's.
         """
         (first, last), shards = box
         return [
@@ -202,11 +202,11 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
     ) -> None:
         """
         Args:
-            served: what w13 and w2 become.
+            served: how w13 and w2 are served.
             tid2eid: vllm-ascend's table of experts by token id, for models that route by it.
 
         Raises:
-            NpuQuantError: for what cannot be served, from the description alone.
+            NpuQuantError: if the described layer cannot be served.
         """
         super().__init__(layer.moe_config)
         self.resolved = resolved
@@ -278,7 +278,7 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
 
     @property
     def scheme(self) -> str:
-        """The producer's name for the scheme; "w13 + w2" where the two differ."""
+        """The producer's name for the scheme; "w13 + w2" if the two differ."""
         return " + ".join(dict.fromkeys(product.scheme for product in self.products))
 
     @property
@@ -318,7 +318,7 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
         self.key = _register(layer, self.prefix)
 
     def _loader(self, layer: nn.Module, product: _Product, name: str) -> Callable[..., bool | None]:
-        """What vLLM calls for each expert's tensor. Its arguments keep the names of vLLM's own loader."""
+        """The loader that vLLM calls for each expert's tensor, with the argument names of vLLM's own."""
 
         def weight_loader(
             param: torch.Tensor,
@@ -341,7 +341,7 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
         """Check that everything arrived, and replace the checkpoint's tensors by the operators' ones. Idempotent.
 
         Raises:
-            NpuQuantError: not-filled, or what the schemes' values do not allow.
+            NpuQuantError: not-filled; or values that a method class refuses.
         """
         if not all(product.receiver.coverage for product in self.products):
             return

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The RMSNorm bias that asymmetric smoothing leaves in ModelSlim checkpoints.
 
-vLLM's RMSNorm has no bias, and its loaders drop one without a word. vLLM's official hook for out-of-tree operators puts
-this class in RMSNorm's place. It is RMSNorm itself unless the active quantization lists norm biases; then every norm gets
-a bias parameter, because a norm does not know its name, and after loading those that received none drop it again.
+vLLM's RMSNorm has no bias, and its loaders silently drop one. vLLM's official hook for out-of-tree operators replaces
+RMSNorm by this class. It behaves like RMSNorm unless the active quantization lists norm biases; then every norm gets a bias
+parameter, because a norm does not know its name, and after loading those that received none drop it again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["BiasedRMSNorm", "register_norm"]
 
 
 class NormBiasMethod(QuantizeMethodBase):
-    """Drops the bias of a norm that received none. vLLM calls it for every module after loading."""
+    """Drop the bias of a norm that received none. vLLM calls it for every module after loading."""
 
     def create_weights(self, layer: nn.Module, *weight_args: Any, **extra_weight_attrs: Any) -> None:
         bias = nn.Parameter(torch.zeros_like(layer.weight), requires_grad=False)
@@ -70,6 +70,6 @@ class BiasedRMSNorm(RMSNorm):
 
 
 def register_norm() -> None:
-    """Put BiasedRMSNorm in RMSNorm's place, once. Another package's substitute is left alone."""
+    """Replace RMSNorm by BiasedRMSNorm, once. Another package's replacement is kept."""
     if "RMSNorm" not in op_registry_oot:
         CustomOp.register_oot(name="RMSNorm")(BiasedRMSNorm)

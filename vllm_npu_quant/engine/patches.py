@@ -2,7 +2,7 @@
 """The internals of vLLM, vllm-ascend, torch and Python that this package replaces, adds to or reads, in one table.
 
 They are not documented interfaces, so any release may change them. ``check`` refuses to register the plugin if one of vLLM's
-is gone, before anything is installed; tests/engine/test_patches.py looks at every entry. vLLM is imported only to resolve a
+is gone, before anything is installed; tests/engine/test_patches.py checks every entry. vLLM is imported only to resolve a
 target.
 """
 
@@ -20,7 +20,7 @@ from vllm_npu_quant.errors import Finding, raise_findings
 
 __all__ = ["CREATE_MODEL_CONFIG", "INTERNALS", "LOAD_MODEL", "Internal", "Kind", "check", "problem", "wrap"]
 
-#: Attribute of our wrappers.
+#: Attribute that marks our wrappers.
 MARK = "_npu_quant"
 
 CREATE_MODEL_CONFIG = "vllm.engine.arg_utils:EngineArgs.create_model_config"
@@ -34,11 +34,11 @@ _TORCH = "torch 2.13"
 
 
 class Kind(str, Enum):
-    """How an internal is used."""
+    """Kinds of use of an internal."""
 
     #: Replaced by a function that calls it (``wrap``).
     WRAPS = "wraps"
-    #: A table that gets entries of ours.
+    #: A table to which entries are added.
     EXTENDS = "extends"
     #: Called or read.
     USES = "uses"
@@ -52,7 +52,7 @@ class Internal:
         target: "module:qualname".
         kind: how it is used.
         by: the module or package below vllm_npu_quant that does it, and the function for wrappers and additions.
-        why: what it is needed for.
+        why: its purpose.
         seen: the releases that have it.
         parameters: the leading parameters that are relied on, with ``self``.
         attributes: instance attributes of the target, or of the class that holds it, that are read or set.
@@ -68,7 +68,7 @@ class Internal:
 
     @property
     def required(self) -> bool:
-        """Whether the plugin stays off without it: internals of vLLM. The others are looked for where they are used."""
+        """Whether the plugin stays off without it: true of vLLM's internals. The others are looked up when they are used."""
         return self.target.startswith("vllm.")
 
 
@@ -209,7 +209,7 @@ INTERNALS = (
 
 
 def _resolve(target: str) -> tuple[Any, str]:
-    """The object at a target, and ""; None, and what is missing, if there is none."""
+    """The object at a target and ""; or None and the missing part."""
     module, _, qualname = target.partition(":")
     try:
         found: Any = import_module(module)
@@ -223,7 +223,7 @@ def _resolve(target: str) -> tuple[Any, str]:
 
 
 def problem(internal: Internal) -> str:
-    """How the installed release differs from an entry; "" if it does not."""
+    """The difference between the installed release and an entry; "" if there is none."""
     found, missing = _resolve(internal.target)
     if found is None:
         return missing

@@ -62,7 +62,7 @@ def default_load_check(loader: Any) -> bool:
 
 
 def ascend_norm_bias(module: nn.Module) -> bool | None:
-    """Whether a norm of vllm-ascend received a bias, which its ``bias_loaded`` tells; None for any other module."""
+    """Whether a norm of vllm-ascend received a bias (its ``bias_loaded``); None for any other module."""
     loaded = getattr(module, "bias_loaded", None)
     return None if loaded is None else bool(loaded)
 
@@ -79,8 +79,8 @@ def unquantized_linear() -> QuantizeMethodBase:
 
 
 def float_experts_crash(layer: Any) -> bool:
-    """Whether vLLM's own method for float experts cannot serve this layer and ours can: its CPU kernel does not look at the
-    map of experts of an expert-parallel run, and reads past the weights."""
+    """Whether vLLM's own method for float experts cannot serve this layer and ours can: its CPU kernel ignores the expert
+    map of an expert-parallel run, and reads past the weights."""
     if on_npu() or not layer.moe_config.moe_parallel_config.use_ep:
         return False
     return getattr(layer.activation, "value", layer.activation) == "silu"

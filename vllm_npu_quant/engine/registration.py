@@ -17,8 +17,8 @@ _done = False
 def register_all() -> None:
     """Register everything that a vLLM process needs. Idempotent.
 
-    What may be missing in an unknown vLLM is looked up before anything is installed, and the quantization methods, which
-    claim checkpoints, come last: on an error no checkpoint is claimed and vLLM's functions are as they were.
+    Internals that an unknown vLLM may lack are looked up before anything is installed, and the quantization methods, which
+    claim checkpoints, come last: after an error no checkpoint is claimed and vLLM is unchanged.
 
     Raises:
         NpuQuantError: host-conflict, if internals of vLLM are not what the plugin relies on; bad-config, for a setting.
@@ -48,9 +48,9 @@ def register_all() -> None:
 
 
 def with_detection(create_model_config: Callable[..., Any]) -> Callable[..., Any]:
-    """``EngineArgs.create_model_config`` that finds the quantization method of a checkpoint if the user named none.
+    """Wrap ``EngineArgs.create_model_config`` to find the quantization method of a checkpoint if the user named none.
 
-    vLLM looks for a quantization config in config.json only, where msModelSlim writes nothing.
+    vLLM looks for a quantization config in config.json only; msModelSlim writes none there.
     """
 
     def detecting(self: Any, *args: Any, **kwargs: Any) -> Any:

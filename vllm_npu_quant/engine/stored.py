@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Receiving stored tensors, for Linear layers, lm_head and experts alike.
 
-A receiver knows which tensors a layer of the model needs and what of them arrived. It compares every stored tensor with the
-checkpoint layer that it comes from, brings it into the form that parameters hold, and turns the parameters into canonical
+A receiver knows which tensors a layer of the model needs and which parts of them arrived. It checks every stored tensor
+against its checkpoint layer, converts it to the form of the parameter, and converts the filled parameters to canonical
 numbers.
 """
 
@@ -57,7 +57,7 @@ _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 #: Load formats that fill parameters without their weight loaders.
 UNWITNESSED_LOADS = frozenset({"dummy", "sharded_state"})
 
-#: Tensors, or parts of a parameter, that one finding names.
+#: The most tensors, or parts of a parameter, that one finding names.
 _NAMED = 4
 
 
@@ -79,9 +79,9 @@ class Origin:
 
     Attributes:
         name: its name in the checkpoint.
-        spec: what the checkpoint stores of it.
-        outputs: the numbers of outputs that it may have over all ranks, the largest first: one, unless a loader of vLLM's
-            decides itself whether ranks cut a shard or repeat it.
+        spec: its stored spec.
+        outputs: the allowed numbers of outputs over all ranks, the largest first: one, unless vLLM's loader decides whether
+            ranks cut or repeat a shard.
         shard: for messages, the shard of vLLM's layer that it fills; empty if it fills all of it.
     """
 
@@ -93,7 +93,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class _Naming:
-    """A context that names a layer in the errors that leave it; every error passes as itself."""
+    """A context that names a layer in the errors raised inside it; their types do not change."""
 
     layer: str
     file: str
@@ -120,13 +120,13 @@ class _Naming:
 class Receiver:
     """The stored tensors of one layer of the model on one rank.
 
-    Made in ``create_weights`` from what does not change, so that a layer that is to be loaded again takes a new one.
+    Created in ``create_weights``; a layer that is loaded again gets a new one.
 
     Attributes:
         part: this rank's part of the layer.
-        tensors: the name of each parameter, and the stored tensor that fills it.
+        tensors: parameter name -> the stored tensor that fills it.
         layer: vLLM's name of the layer. file: where the checkpoint describes it.
-        coverage: the name of each parameter that is registered, and what of it has been written; empty after ``drop``.
+        coverage: name of a registered parameter -> its written parts; empty after ``drop``.
     """
 
     part: RankPart
@@ -139,15 +139,15 @@ class Receiver:
         """Name the layer in errors: in findings that have no layer, and in a note on every other exception.
 
         Args:
-            what: what failed, for the note. layer: a more exact name than the receiver's.
+            what: the failed step, for the note. layer: a more exact name than the receiver's.
         """
         return _Naming(layer or self.layer, self.file, what)
 
     def receive(self, tensor: TensorSpec, stored: torch.Tensor, origin: Origin) -> torch.Tensor:
-        """Compare a stored tensor with its layer, and bring it into the form that the parameter holds.
+        """Check a stored tensor against its layer, and convert it to the form of the parameter.
 
         Args:
-            tensor: what it should be.
+            tensor: its expected spec.
             stored: the tensor of one checkpoint layer, of all ranks.
             origin: that checkpoint layer.
 
@@ -156,7 +156,7 @@ class Receiver:
             rank, in a dtype that the parameter holds exactly.
 
         Raises:
-            NpuQuantError: wrong-dtype; wrong-shape; unsupported-scheme after ``drop``; what a rearrangement refuses.
+            NpuQuantError: wrong-dtype; wrong-shape; unsupported-scheme after ``drop``; or from ``rearrange``.
         """
         if not self.coverage:
             message = "this layer's weights are prepared already, and loading them again is not supported"
@@ -179,7 +179,7 @@ class Receiver:
         groups = kept.axis_of(Axis.GROUP)
         group = self.part.sizes.group_size
         if groups is not None and sizes.groups != (fitted := replace(sizes, group_size=group)).groups:
-            # The last group may be shorter than the others, so that the last repetitions have no inputs.
+            # The last group may be shorter: its last repetitions then have no inputs.
             repeats = -(-fitted.groups // sizes.groups) if not sizes.group_size else sizes.group_size // group
             if fitted.groups <= repeats * adapted.shape[groups] < fitted.groups + repeats:
                 adapted = adapted.repeat_interleave(repeats, dim=groups).narrow(groups, 0, fitted.groups)
@@ -206,10 +206,10 @@ class Receiver:
         )
 
     def finish(self, layer: nn.Module, names_of: Callable[[str, Box], list[str]]) -> list[Finding]:
-        """Report parameters that are not filled; where the load format brings no tensors, fill in placeholders.
+        """Report parameters that are not filled; if the load format brings no tensors, fill in placeholders.
 
         Args:
-            layer: has the parameters.
+            layer: the module with the parameters.
             names_of: the stored tensors that should have filled a box of a parameter.
         """
         if load_is_checked():
@@ -234,10 +234,10 @@ class Receiver:
         return findings
 
     def _fill_placeholder(self, name: str, param: torch.Tensor) -> None:
-        """Numbers that every scheme allows. ``name``: the tensor's name in its layout."""
+        """Fill a parameter with numbers that every scheme allows. ``name``: the tensor's name in its layout."""
         weight, group = self.part.spec.weight, group_size_of(self.part.spec)
         if name == "qzeros" and weight is not None:
-            param.fill_(1 << (weight.bits - 1))  # the zero of symmetric integers without a sign
+            param.fill_(1 << (weight.bits - 1))  # the zero point of unsigned symmetric integers
         elif name.endswith("g_idx") and group:
             param.copy_(torch.arange(param.shape[-1]) // group)
         elif name == "weight_shape":
@@ -249,7 +249,7 @@ class Receiver:
         """The canonical numbers of loaded tensors, which are named as in the layout.
 
         Raises:
-            NpuQuantError: what the layout's conversion refuses.
+            NpuQuantError: values that the layout's conversion refuses.
         """
         return load_object(LAYOUTS[self.part.spec.layout].to_canonical)(tensors, self.part.spec)
 
@@ -261,7 +261,7 @@ class Receiver:
 
 
 def _fits(stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Whether a stored shape is the wanted one. Producers leave out dimensions of length 1 at the end of a scale."""
+    """Whether a stored shape is the expected one. Producers omit trailing dimensions of length 1 of a scale."""
     missing = (1,) * (len(wanted) - len(stored))
     return len(stored) <= len(wanted) and all(
         a in (b, ANY_LENGTH) for a, b in zip(wanted, stored + missing, strict=True)

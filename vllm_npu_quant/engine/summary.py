@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each layer of a running model became."""
+"""Summary of a running model's layers: schemes, method classes, operators."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class LayerGroup:
 
     Attributes:
         kind: layer kind ("linear", "fused_moe"). scheme: the producer's name for the scheme, "FLOAT" for float layers.
-        method: the method class; of experts that mix two, "of w13 + of w2". operators: the torch_npu operators it calls, in
-            order. count: how many layers.
+        method: the method class; for experts that mix two, w13's + w2's. operators: the torch_npu operators it calls, in
+            order. count: number of layers.
     """
 
     kind: str
@@ -54,5 +54,5 @@ def layer_groups(model: nn.Module) -> list[LayerGroup]:
 
 
 def layer_summary(llm: Any) -> list[LayerGroup]:
-    """The groups of a running ``vllm.LLM``, of its first rank."""
+    """The groups on the first rank of a running ``vllm.LLM``."""
     return llm.apply_model(layer_groups)[0]

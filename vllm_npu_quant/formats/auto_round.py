@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """AutoRound checkpoints (``quant_method: auto-round``).
 
-``packing_format`` says whose layout the weights have: GPTQ's with zero points minus one (auto_round:auto_gptq), GPTQ's with
+``packing_format`` names the layout of the weights: GPTQ's with zero points minus one (auto_round:auto_gptq), GPTQ's with
 zero points as they are (auto_round, auto_round:gptqmodel), AWQ's (auto_round:auto_awq), or FP8 in blocks or per output.
 Layers under ``block_name_to_quantize`` have the scheme of the config; ``extra_config`` overrides fields of single layers by
 name, and of others by regular expressions found anywhere in their names, the first that matches; 16 bits mean float.
@@ -53,7 +53,7 @@ _PACKINGS = {
     "auto_round:awq": Layout.AWQ_GEMM,
 }
 
-#: What makes a key of extra_config a regular expression and not a name.
+#: Characters that make a key of extra_config a regular expression.
 _SPECIAL = frozenset("*+?^$()[]{}|\\")
 
 #: Names of E4M3 in data_type.
@@ -61,7 +61,7 @@ _FP8_TYPES = ("fp", "fp8", "fp8_e4m3")
 
 
 class LayerScheme(BaseModel):
-    """Fields of one layer's scheme; None where they are inherited."""
+    """Fields of one layer's scheme; None if they are inherited."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -79,14 +79,13 @@ class LayerScheme(BaseModel):
         return (self.bits or 0) >= FLOAT_BITS
 
     def over(self, base: LayerScheme) -> LayerScheme:
-        """This scheme, with what it leaves open taken from another."""
+        """This scheme, with unset fields taken from another."""
         own = {name: value for name in LayerScheme.model_fields if (value := getattr(self, name)) is not None}
         return base.model_copy(update=own)
 
 
 class AutoRoundConfig(BaseModel):
-    """``quantization_config`` of an AutoRound checkpoint. Fields that producers add are accepted, and reported where they
-    are not known."""
+    """``quantization_config`` of an AutoRound checkpoint. Unknown fields are accepted and reported."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -157,7 +156,7 @@ def read(
     source: str = "config.json",
     checkpoint: Checkpoint | None = None,
 ) -> Described:
-    """Describe the layers of an AutoRound checkpoint. Raises nothing: what is wrong is in ``findings``.
+    """Describe the layers of an AutoRound checkpoint. Raises nothing: problems are in ``findings``.
 
     Args:
         config: config.json's ``quantization_config``.
@@ -168,7 +167,7 @@ def read(
     described, found = Described("auto-round", source), FindingLimit()
     parsed = parse_config(AutoRoundConfig, config, source, found)
     if parsed is not None:
-        # AutoRound takes every key that is not a layer's name for a regular expression.
+        # AutoRound treats every key that is not a layer's name as a regular expression.
         names = {name.rpartition(".")[0] for name in tensors} | {"lm_head"}
         keys = [key for key in parsed.extra_config if key not in names or not _SPECIAL.isdisjoint(key)]
         patterns = PatternSet(keys, mode="search", file=source, where="extra_config")
@@ -201,7 +200,7 @@ def _configured(config: AutoRoundConfig, patterns: PatternSet) -> Callable[[str]
 
 
 def _named(layer: str, schemes: Mapping[str, LayerScheme]) -> LayerScheme | None:
-    """The scheme under a layer's name, or under its end: keys may leave out what a multimodal model puts in front."""
+    """The scheme under a layer's name, or under its last components: keys may omit a multimodal model's prefix."""
     name = layer
     while name:
         if name in schemes:
@@ -272,7 +271,7 @@ def _unsupported_part(scheme: LayerScheme, packing: str) -> tuple[str, str, str]
 
 
 def _unsupported_fp8(scheme: LayerScheme) -> tuple[str, str, str] | None:
-    """The same for FP8 weights."""
+    """``_unsupported_part`` for FP8 weights."""
     if isinstance(scheme.group_size, tuple) and min(scheme.group_size) > 0:
         return None
     if scheme.act_bits != 8:

@@ -38,8 +38,7 @@ __all__ = ["FORMAT", "AwqConfig", "read"]
 
 
 class AwqConfig(BaseModel):
-    """``quantization_config`` of an AWQ checkpoint. Fields that producers add are accepted, and reported where they are not
-    known."""
+    """``quantization_config`` of an AWQ checkpoint. Unknown fields are accepted and reported."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -78,7 +77,7 @@ def read(
     source: str = "config.json",
     checkpoint: Checkpoint | None = None,
 ) -> Described:
-    """Describe the layers of an AWQ checkpoint. Raises nothing: what is wrong is in ``findings``.
+    """Describe the layers of an AWQ checkpoint. Raises nothing: problems are in ``findings``.
 
     Args:
         config: config.json's ``quantization_config``, or the object of quant_config.json.

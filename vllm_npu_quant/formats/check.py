@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Do the weight files hold what the quantization config promises? From headers alone: no weight is read."""
+"""Check of the weight files against the quantization config, from headers alone: no weight is read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["check_checkpoint", "check_layer"]
 
 
 class StoredCheckpoint(Protocol):
-    """What a check needs to know of a checkpoint; ``checkpoint.Checkpoint`` has it."""
+    """The part of ``checkpoint.Checkpoint`` that a check needs."""
 
     @property
     def tensors(self) -> Mapping[str, StoredTensor]: ...
@@ -35,12 +35,12 @@ class StoredCheckpoint(Protocol):
 
 @dataclass
 class _Forms:
-    """The layers of one entry, as far as they have been compared with their layout.
+    """The tensors of one entry's layers, and the forms of them that were compared with the layout.
 
     Attributes:
         entry: the entry, held so that no other object gets its id.
         names: last name components of its tensors.
-        faultless: dtypes and shapes of these tensors with which nothing was wrong.
+        faultless: dtypes and shapes of these tensors that had no findings.
     """
 
     entry: LayerEntry
@@ -49,7 +49,7 @@ class _Forms:
 
 
 def check_checkpoint(described: Described, checkpoint: StoredCheckpoint) -> list[Finding]:
-    """Everything that is wrong with the files, and between the files and the config.
+    """Find the problems of the files, and the contradictions between the files and the config.
 
     Linear in the number of layers. Layers that have the same entry and tensors of the same dtypes and shapes, the experts of
     a model above all, are compared with their layout once.
@@ -79,9 +79,9 @@ def check_checkpoint(described: Described, checkpoint: StoredCheckpoint) -> list
 def check_layer(
     layer: str, entry: LayerEntry, tensors: Mapping[str, StoredTensor], source: str, *, near: bool = True
 ) -> list[Finding]:
-    """Compare one layer's stored tensors with its layout: which there are, their dtypes and shapes.
+    """Compare one layer's stored tensors with its layout: presence, dtypes and shapes.
 
-    ``near`` asks for the names nearest to those that are missing, which means a look at every stored name.
+    ``near`` adds the stored names nearest to the missing ones, which takes a search of all stored names.
     """
     wanted = tensors_of(entry.spec, entry.tensors)
     weight = tensors.get(f"{layer}.{wanted[0].name}")
@@ -128,7 +128,7 @@ def check_layer(
 
 
 def _sizes(spec: LayerSpec, tensor: TensorSpec, weight: StoredTensor) -> LayerSizes | None:
-    """The layer's sizes as its weight tells them; None where the weight has not the layout's dimensions."""
+    """The layer's sizes from its weight; None if its number of dimensions differs from the layout's."""
     if len(weight.shape) != len(tensor.dims) or 0 in weight.shape:
         return None
     lengths = {dim.axis: dim.elements(length) for dim, length in zip(tensor.dims, weight.shape, strict=True)}
@@ -145,8 +145,7 @@ def _sizes(spec: LayerSpec, tensor: TensorSpec, weight: StoredTensor) -> LayerSi
 def _exact_inputs(
     sizes: LayerSizes, layer: str, wanted: Sequence[TensorSpec], tensors: Mapping[str, StoredTensor]
 ) -> LayerSizes:
-    """The sizes with the inputs that an unpacked tensor or the groups tell, where the packed weight has room for a few
-    more."""
+    """The sizes with the exact inputs, from an unpacked tensor or the groups: a packed weight may have room for more."""
     packed = next((dim for dim in wanted[0].dims if dim.axis is Axis.IN and dim.pack > 1), None)
     for tensor in wanted if packed is not None else ():
         stored = tensors.get(f"{layer}.{tensor.name}")
@@ -165,7 +164,7 @@ def _exact_inputs(
 
 
 def _same_shape(tensor: TensorSpec, wanted: tuple[int, ...], stored: tuple[int, ...]) -> bool:
-    """Whether a stored shape is the wanted one. Producers leave out dimensions of length 1 at the end of a scale."""
+    """Whether a stored shape is the expected one. Producers omit trailing dimensions of length 1 of a scale."""
     if tensor.axis_of(Axis.SHARD) is None and tensor.axis_of(Axis.ROWS) is None:
         return len(stored) == len(wanted) and all(a in (b, ANY_LENGTH) for a, b in zip(wanted, stored, strict=True))
     shorter = len(wanted) - len(stored)

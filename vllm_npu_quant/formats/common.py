@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the readers of several formats share: limits, findings, names of KV-cache tensors."""
+"""Common code of the format readers: limits, findings, names of KV-cache tensors."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from vllm_npu_quant.spec import LayerSpec
 #: safetensors dtypes of weights that are not quantized.
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
-#: Entries of lists and dictionaries in a config at most: real lists have a few per decoder layer.
+#: The most entries of a list or dictionary in a config: real lists have a few per decoder layer.
 MAX_RULES = 200_000
 _MAX_SHOWN = 20
 
-#: Last name components of layers that producers leave unquantized without saying so: heads and routers.
+#: Last name components of layers that producers leave unquantized without listing them: heads and routers.
 FLOAT_BY_CONVENTION = frozenset({"lm_head", "gate", "shared_expert_gate", "router"})
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -37,7 +37,7 @@ KV_CACHE_TENSORS = (
     "q_zero_point",
     "prob_output_scale",
 )
-#: The same of layers that make keys and values, where their outputs are quantized for the cache.
+#: The same beside layers that compute keys and values, if their outputs are quantized for the cache.
 KV_OUTPUTS = ("output_scale", "output_zero_point")
 _KV_LAYERS = frozenset({"q_proj", "k_proj", "v_proj", "qkv_proj"})
 
@@ -79,7 +79,7 @@ def layer_entry(
         spec: its quantization.
         named: its stored tensors, by the last component of their names.
         found: collects the findings.
-        needs: optional tensors of the layout that the config calls for.
+        needs: optional tensors of the layout that the config requires.
         ignored: names of tensors that are dropped on purpose.
     """
     known = {tensor.name: tensor for tensor in LAYOUTS[spec.layout].tensors}
@@ -103,7 +103,7 @@ def unexpected_tensor(layer: str, spec: LayerSpec, name: str, file: str) -> Find
 
 
 def silent_finding(layers: Sequence[str], source: str) -> Finding | None:
-    """The one line about layers that are stored as float although no rule excludes them; None where there are none."""
+    """The finding for layers that are stored as float although no rule excludes them; None if there are none."""
     if not layers:
         return None
     many, them, run = f"{len(layers):,} layers are", "them", "they run"
@@ -130,7 +130,7 @@ def kv_cache_finding(found: str, source: str) -> Finding:
 
 
 def unknown_fields_finding(extra: Mapping[str, Any] | None, source: str) -> Finding | None:
-    """The one warning about config fields that the format does not know; empty ones say nothing and are passed over."""
+    """The warning about unknown config fields; empty fields are ignored."""
     unknown = sorted(name for name, value in (extra or {}).items() if value not in (None, {}, [], "", False))
     if not unknown:
         return None

@@ -80,12 +80,12 @@ _SERVED_FORMATS = (_PACKED, _INT, _FLOAT, _NAIVE)
 _VERSION = re.compile(r"(\d{1,4})\.(\d{1,4})")
 #: The first release that packs integers as a stream of bits, without padding.
 _DENSE_SINCE = (0, 18)
-#: Formats that say nothing about how quantized weights lie: each group has its own, or the weights were not compressed.
+#: Formats that do not determine the layout: each group has its own, or the weights were not compressed.
 _NO_FORMAT = ("mixed-precision", "dense", "fakequant")
 
 
 class _Model(BaseModel):
-    """Fields that are not known are accepted where they are empty. Elsewhere they may change what the weights mean."""
+    """Unknown fields are accepted if they are empty; others may change the meaning of the weights."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -101,7 +101,7 @@ class _Model(BaseModel):
 
 
 class QuantizationArgs(_Model):
-    """How one tensor is quantized: weights, input_activations, output_activations or the KV cache."""
+    """Quantization of one tensor: weights, input_activations, output_activations or the KV cache."""
 
     num_bits: StrictInt = Field(default=8, ge=1, le=16)
     type: Literal["int", "float"] = "int"
@@ -160,7 +160,7 @@ class QuantizationArgs(_Model):
 
     @property
     def granularity(self) -> str:
-        """The strategy, which old configs leave to group_size."""
+        """The strategy, which old configs imply by group_size."""
         if self.strategy is not None:
             return self.strategy
         if self.group_size is None:
@@ -175,7 +175,7 @@ class QuantizationArgs(_Model):
 
 
 class QuantizationScheme(_Model):
-    """A group of layers that are quantized alike."""
+    """A group of layers with one scheme."""
 
     targets: tuple[StrictStr, ...] = Field(max_length=MAX_RULES)
     weights: QuantizationArgs | None = None
@@ -190,7 +190,7 @@ def _args(num_bits: int, strategy: str, **fields: Any) -> dict[str, Any]:
 
 _PER_TOKEN_8 = _args(8, "token", dynamic=True)
 _FP8_PER_TOKEN = _args(8, "token", dynamic=True, type="float")
-#: Names of schemes that a group may have in the place of its arguments: {"W8A8": ["Linear"]}.
+#: Names of schemes that may replace a group's arguments: {"W8A8": ["Linear"]}.
 _PRESETS: dict[str, dict[str, Any]] = {
     "W8A16": {"weights": _args(8, "group", group_size=128)},
     "W4A16": {"weights": _args(4, "group", group_size=128)},
@@ -208,7 +208,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 
 class CompressedTensorsConfig(BaseModel):
-    """The quantization_config. Fields that are not known are reported, and ignored as the library does."""
+    """The quantization_config. Unknown fields are reported, and ignored as by the library."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -250,7 +250,7 @@ class CompressedTensorsConfig(BaseModel):
 
 
 class Match(str, Enum):
-    """How a rule matched a layer."""
+    """Kinds of a rule's match with a layer."""
 
     NAME = "name"
     PATTERN = "pattern"
@@ -260,7 +260,7 @@ class Match(str, Enum):
 
 
 class Targets:
-    """The rules of a config. Small: names, expressions and classes, each with the number of its group.
+    """The rules of a config: names, expressions and classes, each with the number of its group.
 
     Attributes:
         findings: refused expressions.
@@ -293,7 +293,7 @@ class Targets:
         return (*self.expressions.findings, *self.ignored_expressions.findings)
 
     def match(self, layer: str, *, linear: bool = True) -> tuple[int | None, Match]:
-        """The group of a layer, None for a float one, and which kind of rule said so.
+        """The group of a layer, None for a float one, and the kind of the rule that matched.
 
         Args:
             layer: its name in the checkpoint.
@@ -307,7 +307,7 @@ class Targets:
         by_class = self.linear if linear else self.embedding if is_embedding(layer) else None
         if by_class is not None:
             return by_class, Match.CLASS
-        # Rules are written with the names of the producer's modules, which a multimodal model's tensors may spell otherwise.
+        # Rules have the names of the producer's modules, which a multimodal model's tensors may spell differently.
         others = (self._named(other) for other in variants(layer))
         return next((other for other in others if other is not None), (None, Match.NONE))
 
@@ -327,7 +327,7 @@ def _linear_classes(names: Mapping[str, int]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Group:
-    """What the arguments of a group mean.
+    """The meaning of a group's arguments.
 
     Attributes:
         spec: the quantization of its layers; None if it has no weights, or is refused.
@@ -344,7 +344,7 @@ def read(
     source: str = "config.json",
     checkpoint: Checkpoint | None = None,
 ) -> Described:
-    """Describe the layers of a compressed-tensors checkpoint. Raises nothing: what is wrong is in ``findings``.
+    """Describe the layers of a compressed-tensors checkpoint. Raises nothing: problems are in ``findings``.
 
     Args:
         config: the ``quantization_config``.
@@ -374,7 +374,7 @@ def _describe_layers(
     found.extend(targets.findings)
     stored = stored_layers_of(tensors)
     for name in targets.names:
-        # A layer that the config names, and of which nothing is stored: its tensors are reported missing.
+        # A layer that the config names and that is not stored: its tensors are reported missing.
         if "." in name or name == "lm_head":
             stored.setdefault(name, {})
     layers = _Layers(groups, targets, _packs_dense(config.version), source, found)
@@ -396,15 +396,15 @@ def _describe_layers(
         found.add(kv_cache_finding(f"{what}: {scheme.describe()}" if scheme is not None else what, source))
 
 
-#: Where the producer has multiplied the stored weights by the transform; nothing is left to do when the model runs.
+#: Locations at which the producer has multiplied the stored weights by the transform; nothing remains to do at run time.
 _FUSED_LOCATIONS = ("weight_input", "weight_output")
 
 
 def _online_transforms(config: Mapping[str, Any]) -> list[str]:
     """The transforms that the model would have to apply, as "name at location", in the config's order.
 
-    SpinQuant's R1 and R2 are listed although they are fused: vLLM and the library ignore them, too. What is not understood
-    counts as one that has to be applied.
+    SpinQuant's R1 and R2 are listed although they are fused: vLLM and the library ignore them, too. An unknown form counts
+    as one that has to be applied.
     """
     groups = config.get("config_groups", config)
     if not isinstance(groups, Mapping):
@@ -422,7 +422,7 @@ def _online_transforms(config: Mapping[str, Any]) -> list[str]:
 
 
 def _refused_parts(config: CompressedTensorsConfig, source: str) -> list[Finding]:
-    """Findings for the parts of a config that change what weights mean and are not served."""
+    """Findings for the parts of a config that change the meaning of weights and are not served."""
     findings = []
     online = _online_transforms(config.transform_config or {})
     if online:
@@ -474,7 +474,7 @@ class _Refused(Exception):
 def _read_group(
     name: str, scheme: QuantizationScheme, config_format: str | None, source: str, found: FindingLimit
 ) -> _Group:
-    """What a group's arguments mean; without a spec, after a finding, if they are refused."""
+    """Interpret a group's arguments; without a spec, after a finding, if they are refused."""
     try:
         return _group_of(scheme, scheme.format or config_format or "")
     except _Refused as refused:
@@ -493,7 +493,7 @@ def _read_group(
 
 
 def _group_of(scheme: QuantizationScheme, packing: str) -> _Group:
-    """What a group's arguments mean. ``packing`` is its format."""
+    """Interpret a group's arguments. ``packing`` is its format."""
     weights, inputs = scheme.weights, scheme.input_activations
     if weights is None:
         _check_attention(scheme)
@@ -507,7 +507,7 @@ def _group_of(scheme: QuantizationScheme, packing: str) -> _Group:
 
 
 def _check_attention(scheme: QuantizationScheme) -> None:
-    """Refuse a group that quantizes inputs or outputs only, unless it is of attention: the KV cache stays float."""
+    """Refuse a group that quantizes inputs or outputs only, unless it targets attention: the KV cache stays float."""
     attention = ("Attention", "Attn", "attn", "attn$", "k_proj", "v_proj", "proj$")
     activations = scheme.input_activations is not None or scheme.output_activations is not None
     if activations and not all(target.endswith(attention) for target in scheme.targets):
@@ -671,7 +671,7 @@ class _Layers:
         return layer_entry(layer, spec, named, self.found, needs=group.needs, ignored=kv)
 
     def _float_entry(self, layer: str, *, scaled: bool, linear: bool) -> LayerEntry | None:
-        """The entry of a layer that is stored as float, although a group takes it."""
+        """The entry of a layer that is stored as float although a group matches it."""
         if scaled:
             self.not_compressed.append(layer)
             return None
@@ -680,7 +680,7 @@ class _Layers:
         return FLOAT_ENTRY
 
     def _stored_layout(self, spec: LayerSpec, named: Mapping[str, StoredTensor]) -> Layout | str:
-        """The layout of a packed weight by its tensors: the config may not tell the activation order, and old releases did
+        """The layout of a packed weight by its tensors: the config may omit the activation order, and old releases did
         not pack zero points."""
         if spec.layout not in (Layout.CT_PACKED, Layout.CT_PACKED_ACT_ORDER):
             return spec.layout
@@ -695,7 +695,7 @@ class _Layers:
         return Layout.CT_PACKED_DENSE if dense else Layout.CT_PACKED
 
     def _is_dense(self, weight: WeightSpec, named: Mapping[str, StoredTensor]) -> bool:
-        """Whether integers are packed without padding: by the number of words if the groups tell the number of inputs."""
+        """Whether integers are packed without padding: by the number of words if the groups give the number of inputs."""
         packed, scale = named.get("weight_packed"), named.get("weight_scale")
         if packed is None or scale is None or not weight.group_size:
             return self.packs_dense

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a format declares, in its own file, and where the declarations are found.
+"""Declarations of formats, which their own modules hold, and the registry of them.
 
 Detection, vLLM's config classes, registration, the support matrix and ``inspect`` read the declarations; nothing else names
 a format. A package outside of this one adds formats, layouts and dispatch rows by an entry point of the group
@@ -62,9 +62,9 @@ class Format:
         aliases: further names that ``quantization=`` accepts for it.
         file_beside: from the names of a folder's files to the one that describes the quantization if config.json does not.
         title: the name in messages; ``name`` if empty.
-        needs_file: what users are told to look for if no file describes the quantization.
+        needs_file: the file that users should look for if none describes the quantization.
         decisive: whether that file contradicts a config.json that names another format.
-        is_complete: whether a ``quantization_config`` says all, so that a decisive file beside is not needed.
+        is_complete: whether a ``quantization_config`` is complete, so that a decisive file beside it is not needed.
         claims: whether a ``quantization_config`` is of this format; None compares ``quant_method``.
         left_to_vllm_ascend: whether vllm-ascend serves all schemes of a ``quantization_config`` itself.
         unserved_by_vllm_ascend: of a decisive file's object, the schemes that vllm-ascend does not serve, in words; empty if
@@ -108,7 +108,7 @@ class Format:
 
 
 def plain_method(method: Any) -> str:
-    """A ``quant_method`` of an untrusted config, as text in the spelling that declarations have."""
+    """A ``quant_method`` of an untrusted config, as text in the spelling of declarations."""
     return str(method or "")[:200].lower().replace("_", "-")
 
 
@@ -151,7 +151,7 @@ def find_format(name: str) -> Format | None:
 
 
 def require_format(name: str, source: str) -> Format:
-    """The same.
+    """``find_format`` that raises.
 
     Raises:
         NpuQuantError: unknown-scheme if there is no such format.

@@ -14,7 +14,7 @@ __all__ = ["FLOAT_ENTRY", "FUSED_FLOAT", "Described", "ExpertsEntry", "LayerEntr
 
 
 class StoredTensor(Protocol):
-    """What a check needs to know of a stored tensor; ``checkpoint.TensorInfo`` has it."""
+    """The part of ``checkpoint.TensorInfo`` that a check needs."""
 
     @property
     def dtype(self) -> str: ...
@@ -57,7 +57,7 @@ class ExpertsEntry:
     names: tuple[str, str, str]
 
 
-#: Float experts that are stored as two tensors for all experts; their number is not looked at.
+#: Float experts that are stored as two tensors for all experts; their number is not used.
 FUSED_FLOAT = ExpertsEntry(0, FLOAT_ENTRY, FLOAT_ENTRY, FLOAT_ENTRY, ("gate_up_proj", "gate_up_proj", "down_proj"))
 
 
@@ -65,7 +65,7 @@ FUSED_FLOAT = ExpertsEntry(0, FLOAT_ENTRY, FLOAT_ENTRY, FLOAT_ENTRY, ("gate_up_p
 class Described:
     """A checkpoint's layers as its format describes them, by the checkpoint's own names.
 
-    A format is a function that returns one of these; it raises nothing, what is wrong is in ``findings``. The object is
+    A format is a function that returns one of these. It raises nothing; problems are in ``findings``. The object is
     small and can be pickled without torch or vllm: vLLM sends it to every worker.
 
     Attributes:
@@ -78,7 +78,7 @@ class Described:
         norm_biases: RMSNorm layers that carry a bias.
         stored_as_float: layers that are stored as float although the config does not exclude them.
         dropped: last name components of tensors that are not loaded on purpose; each has a finding.
-        findings: everything that is wrong, or worth knowing.
+        findings: problems and notes.
     """
 
     format: str = ""

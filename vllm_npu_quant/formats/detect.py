@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which format a checkpoint has, and which file says so."""
+"""Detection of a checkpoint's format, and of the file that describes it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["Detection", "contradiction", "detect_files", "file_beside", "quantiz
 
 @dataclass(frozen=True)
 class Detection:
-    """What a folder is.
+    """The detected format of a folder.
 
     Attributes:
         format: the format's name, or a ``quant_method`` that no format has; "" for an unquantized checkpoint.
         file: the file that decided.
         config: that file's JSON object, or the part of it that describes the quantization.
-        asks: whether vLLM has to be told the format, since config.json does not mention it.
+        asks: whether the user has to name the format to vLLM, since config.json does not.
         model: the whole config.json; empty if there is none.
     """
 
@@ -58,7 +58,7 @@ def contradiction(other: str, beside: tuple[Format, str], *, fix: str = "") -> F
     """The finding for a checkpoint whose decisive file is contradicted.
 
     Args:
-        other: what names another format.
+        other: the source that names another format.
         beside: the format and the file's name.
     """
     declaration, file = beside
@@ -75,11 +75,11 @@ def contradiction(other: str, beside: tuple[Format, str], *, fix: str = "") -> F
 
 
 def detect_files(names: Iterable[str], read: Callable[[str], Mapping[str, Any]]) -> Detection:
-    """Find out what a checkpoint is.
+    """Detect the format of a checkpoint.
 
     Args:
         names: the names of its files.
-        read: gives the object of one of its JSON files.
+        read: returns the object of one of its JSON files.
 
     Raises:
         NpuQuantError: unreadable-file, or contradictory-evidence if config.json and a decisive file disagree.

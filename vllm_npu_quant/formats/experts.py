@@ -48,8 +48,8 @@ def collect_experts(
         source: the file to name in findings.
 
     Returns:
-        The entry, or None where the experts are incomplete, and what is wrong: undescribed-layer for experts or projections
-        that are not there, fused-shards-disagree where experts differ.
+        The entry, or None if the experts are incomplete, and the findings: undescribed-layer for missing experts or
+        projections, fused-shards-disagree if experts differ.
     """
     names = next((family for family in EXPERT_NAMES if set(family) == set(projections)), None)
     if names is None:
@@ -69,7 +69,7 @@ def collect_experts(
         return None, [finding]
     numbers = [set(map(int, projections[name])) for name in names]
     count = max(map(max, numbers)) + 1
-    # The highest number is a stranger's: bound the work by what is listed, not by it.
+    # The largest index is untrusted; iterate over the listed experts only.
     absent = [
         f"{layer}.{number}.{name}"
         for name, present in zip(names, numbers, strict=True)
@@ -92,7 +92,7 @@ def collect_experts(
     entries = []
     for name in names:
         by_entry: dict[LayerEntry, list[str]] = {}
-        # Equal entries are one object as a rule; comparing thousands of them field by field takes its time.
+        # Entries are usually interned; compare by identity first.
         if len(set(map(id, projections[name].values()))) == 1:
             by_entry[next(iter(projections[name].values()))] = list(projections[name])
         else:

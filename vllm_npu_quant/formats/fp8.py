@@ -51,7 +51,7 @@ def fp8_spec(scheme: str, weight: WeightSpec, layout: Layout, *, static: bool | 
     Args:
         scheme: the producer's name for it ("FP8_BLOCK").
         weight: as ``fp8_weight`` gives it.
-        layout: where its numbers lie.
+        layout: that of its tensors.
         static: whether the input's scale is static; None if the input is not quantized.
     """
     return LayerSpec(scheme, layout, weight, None if static is None else fp8_activation(static=static))
@@ -64,7 +64,7 @@ def fp8_activation(*, static: bool) -> ActivationSpec:
 
 
 def fp8_weight(granularity: Granularity, block: Sequence[int] = (0, 0)) -> WeightSpec:
-    """An FP8 weight on disk.
+    """A stored FP8 weight.
 
     Args:
         granularity: TENSOR, CHANNEL or BLOCK.
@@ -73,7 +73,7 @@ def fp8_weight(granularity: Granularity, block: Sequence[int] = (0, 0)) -> Weigh
     return WeightSpec(8, NumberKind.FLOAT, granularity, block[1], block_rows=block[0])
 
 
-#: What AutoRound's export in the format "fp8" adds: the scheme once more, and how it was made.
+#: Fields that AutoRound's export in the format "fp8" adds: the scheme again, and how it was made.
 _AUTO_ROUND_FIELDS = frozenset(
     {
         *("bits", "data_type", "group_size", "sym"),
@@ -84,8 +84,7 @@ _AUTO_ROUND_FIELDS = frozenset(
 
 
 class Fp8Config(BaseModel):
-    """``quantization_config`` of an FP8 checkpoint. Fields that producers add are accepted, and reported where they are
-    not empty."""
+    """``quantization_config`` of an FP8 checkpoint. Unknown fields are accepted, and reported unless they are empty."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -122,7 +121,7 @@ def read(
     source: str = "config.json",
     checkpoint: Checkpoint | None = None,
 ) -> Described:
-    """Describe the layers of an FP8 checkpoint. Raises nothing: what is wrong is in ``findings``.
+    """Describe the layers of an FP8 checkpoint. Raises nothing: problems are in ``findings``.
 
     Args:
         config: the ``quantization_config``.
@@ -177,15 +176,15 @@ class _ExcludedLayers:
         self.patterns = PatternSet(expressions, file=source, where="ignored_layers")
 
     def contains(self, layer: str) -> bool:
-        """Whether a rule names this very layer, or a regular expression matches it."""
+        """Whether a rule names exactly this layer, or a regular expression matches it."""
         return layer in self.names or self.patterns.any(layer)
 
     def covers(self, layer: str) -> bool:
-        """The same, or a rule names some of its components ("mlp", "layers.0"). The number of rules costs nothing."""
+        """``contains``, or a rule names some of its components ("mlp", "layers.0"). The cost is independent of the rules."""
         return self.contains(layer) or any(run in self.names for run in _component_runs(layer, self._lengths))
 
 
-#: Components of a rule that is looked up within layer names, at most; it bounds the work for one name.
+#: The most components of a rule that is looked up within layer names; it bounds the work for one name.
 _RUN_LENGTHS = frozenset(range(1, 33))
 
 

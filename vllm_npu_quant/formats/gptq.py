@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """GPTQ checkpoints (``quant_method: gptq``) of AutoGPTQ, GPTQModel, optimum and AutoRound.
 
-2, 3, 4 and 8 bits, symmetric or not, per group or channel, zero points stored minus one (``checkpoint_format: gptq``, also
-where nothing is said) or as they are (``gptq_v2``), with or without activation order (``desc_act``). ``dynamic`` changes
-the scheme of layers by regular expressions: "-:" leaves a layer alone, "+:" or nothing in front overrides fields; the first
-that matches at the start of a layer's name counts.
+2, 3, 4 and 8 bits, symmetric or not, per group or channel, zero points stored minus one (``checkpoint_format: gptq``, the
+default) or as they are (``gptq_v2``), with or without activation order (``desc_act``). ``dynamic`` changes the scheme of
+layers by regular expressions: "-:" excludes a layer, "+:" or nothing in front overrides fields; the first that matches
+at the start of a layer's name counts.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _COMPARED = ("bits", "group_size", "desc_act", "sym", "checkpoint_format")
 
 
 class Override(BaseModel):
-    """What ``dynamic`` changes for a layer. Other fields are about how the producer quantized it."""
+    """Fields that ``dynamic`` changes for a layer. Others record how the producer quantized it."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -72,8 +72,8 @@ class Override(BaseModel):
 
 
 class GptqConfig(BaseModel):
-    """``quantization_config`` of a GPTQ checkpoint, or its quantize_config.json. Fields that producers add are accepted, and
-    reported where they are not known."""
+    """``quantization_config`` of a GPTQ checkpoint, or its quantize_config.json. Unknown fields are accepted and
+    reported."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -109,7 +109,7 @@ class GptqConfig(BaseModel):
         group = self.group_size if change.group_size is None else change.group_size
         sym = self.sym if change.sym is None else change.sym
         desc_act = self.desc_act if change.desc_act is None else change.desc_act
-        # Where the producer fixed the groups before it reordered, or there is one group only, g_idx is in order.
+        # If the producer fixed the groups before reordering, or there is one group only, g_idx is in order.
         act_order = desc_act and not self.static_groups and group > 0
         layout = _LAYOUTS[self.checkpoint_format == "gptq_v2", act_order]
         return integer_spec("GPTQ", layout, bits, group, bool(sym))
@@ -129,7 +129,7 @@ def read(
     source: str = "config.json",
     checkpoint: Checkpoint | None = None,
 ) -> Described:
-    """Describe the layers of a GPTQ checkpoint. Raises nothing: what is wrong is in ``findings``.
+    """Describe the layers of a GPTQ checkpoint. Raises nothing: problems are in ``findings``.
 
     Args:
         config: config.json's ``quantization_config``, or the object of quantize_config.json.
@@ -183,7 +183,7 @@ def _configured(config: GptqConfig, patterns: PatternSet) -> Callable[[str], Con
 def _without_order(
     checkpoint: Checkpoint | None,
 ) -> Callable[[str, LayerSpec, Mapping[str, StoredTensor]], LayerSpec]:
-    """Take activation order off layers whose g_idx is in order: many producers write desc_act true and reorder nothing."""
+    """Remove activation order from layers whose g_idx is in order: many producers write desc_act true without reordering."""
 
     def adjust(layer: str, spec: LayerSpec, named: Mapping[str, StoredTensor]) -> LayerSpec:
         in_order = _IN_ORDER.get(spec.layout)
@@ -195,7 +195,7 @@ def _without_order(
         try:
             g_idx = checkpoint.read(f"{layer}.g_idx")
         except NpuQuantError:
-            return spec  # the files' own check reports what is wrong with them
+            return spec  # the check of the files reports their problems
         if g_idx.tolist() == [number // weight.group_size for number in range(g_idx.size)]:
             return LayerSpec(spec.scheme, in_order, weight)
         return spec
@@ -213,7 +213,7 @@ def flat_names(names: Iterable[Any]) -> Iterator[str]:
 
 
 def compare_files(config: Mapping[str, Any], other: Mapping[str, Any], files: tuple[str, str]) -> list[Finding]:
-    """Findings where config.json and quantize_config.json of one checkpoint disagree about the stored numbers."""
+    """Findings if config.json and quantize_config.json of one checkpoint disagree about the stored numbers."""
     try:
         both = [_one_spelling(each) for each in (config, other)]
     except ValueError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From stored tensors to the layers of a checkpoint: each stored layer is looked up once."""
+"""Index of a checkpoint's layers by their stored tensors: each stored layer is looked up once."""
 
 from __future__ import annotations
 
@@ -37,11 +37,10 @@ def index_layers(
     """Fill ``described`` with every stored layer; the experts of a MoE layer become one entry. Linear in the tensors.
 
     Args:
-        described: whose layers, experts, fused_floats and biased are filled.
-        stored: as ``stored_layers_of`` gives it.
+        described: whose layers, experts, fused_floats and biased are filled. stored: as ``stored_layers_of`` gives it.
         decide: the entry of one layer, from its name and its tensors; None if it is no layer (a lone parameter), or if a
             finding says why it has no entry.
-        found: collects what is wrong with the experts.
+        found: collects findings about the experts.
     """
     fused_floats: list[str] = []
 
@@ -64,7 +63,7 @@ def add_layers(described: Described, entries: Iterable[tuple[str, LayerEntry]], 
     Args:
         described: whose layers, experts and biased are filled.
         entries: the layers' names and entries; equal entries are one object.
-        found: collects what is wrong with the experts.
+        found: collects findings about the experts.
     """
     by_experts: dict[str, dict[str, dict[str, LayerEntry]]] = {}
     biased = []

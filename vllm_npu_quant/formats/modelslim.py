@@ -141,10 +141,10 @@ class _Type:
     """A type string of the description.
 
     Attributes:
-        layout, weight, activation: what it means for a layer with scales per channel and a weight that is not packed.
+        layout, weight, activation: those of a layer with scales per channel and an unpacked weight.
         grouped: whether scales may be per group of inputs.
         packed: the layout of 4-bit weights with scales per channel in files that name a version; None for ``layout``.
-        needs: tensors that are optional in the layout, and that this type needs.
+        needs: optional tensors of the layout that this type requires.
     """
 
     layout: Layout
@@ -208,7 +208,7 @@ _RIGHT = ("kronecker_rotation_n", "right_trans")
 _TRANSFORM = frozenset({*_LEFT, *_RIGHT, "clip_ratio"})
 
 _KV_TENSORS = ("kv_cache_scale", "kv_cache_offset")
-#: 8 * sum_k(w), which some int4 operators want. It is computed from the weights, for any number of ranks.
+#: 8 * sum_k(w), which some int4 operators take. It is computed from the weights, for any number of ranks.
 _SCALE_BIAS = "scale_bias"
 
 #: A float layer whose bias is listed: the model must have a place for it.
@@ -221,12 +221,12 @@ _MAX_VALIDATION_ERRORS = 20
 
 
 class _Findings(FindingLimit):
-    """The findings of one description. Layers of a type that is not served become one finding for the type.
+    """The findings of one description. Layers of an unserved type share one finding.
 
     Attributes:
         source: the description's file.
-        refused: layers by their type, which is known and not served.
-        unknown: layers by their types, which are not known.
+        refused: layers of known types that are not served, by type.
+        unknown: layers of unknown types, by type.
     """
 
     def __init__(self, source: str) -> None:
@@ -251,7 +251,7 @@ class _Findings(FindingLimit):
             )
 
     def near(self, code: str, name: str, names: Iterable[str]) -> tuple[str, ...]:
-        """The nearest names, for a finding of this code that is going to be shown."""
+        """The nearest names, for a finding of this code that will be shown."""
         return nearest_names(name, names) if self.wants(code) else ()
 
     def close(self) -> list[Finding]:
@@ -288,7 +288,7 @@ def read(
     source: str = DESCRIPTION_FILE,
     checkpoint: Checkpoint | None = None,
 ) -> Described:
-    """Validate a description and index it by layer. Linear in the number of entries, whatever the number of layers.
+    """Validate a description and index it by layer. Linear in the number of entries.
 
     Args:
         description: the parsed JSON object.
@@ -298,7 +298,7 @@ def read(
         checkpoint: not used: headers are enough.
 
     Returns:
-        The layers; ``findings`` holds everything that is wrong. Nothing is raised.
+        The layers; problems are in ``findings``. Nothing is raised.
     """
     found = _Findings(source)
     header, types = _split(description, found)
@@ -380,7 +380,7 @@ def _rotated_layers(header: DescriptionHeader, found: _Findings) -> dict[str, tu
 
 @dataclass(frozen=True, eq=False)
 class _Form:
-    """What is listed and stored of a layer. Layers that are alike, the experts of a model above all, share one form.
+    """The listed and stored tensors of a layer. Equal layers, such as the experts of a model, share one form.
 
     Attributes:
         names: last name components of the tensors that the description lists.
@@ -451,7 +451,7 @@ class _Entries:
     Attributes:
         versioned: whether the description names a version.
         found: collects the findings.
-        distinct: the entries, each by itself.
+        distinct: the entries, for interning.
     """
 
     def __init__(self, versioned: bool, found: _Findings) -> None:
@@ -459,11 +459,11 @@ class _Entries:
         self.found = found
         self.distinct: dict[LayerEntry, LayerEntry] = {}
         self._by_form: dict[_Form, LayerEntry] = {}
-        #: What the types alone say, by the form without shapes.
+        #: Entries by types alone, by the form without shapes.
         self._listed: dict[tuple[tuple[str, ...], ...], LayerEntry] = {}
 
     def of(self, layers: Mapping[str, _Form], skipped: frozenset[str]) -> Iterator[tuple[str, LayerEntry]]:
-        """Every layer that has an entry, and is not to be skipped, with it; a finding says why a layer has none."""
+        """Every layer with its entry, unless it is skipped or has none, which a finding explains."""
         for layer, form in layers.items():
             if layer in skipped:
                 continue
@@ -492,7 +492,7 @@ class _Entries:
 def _listed_entry(
     layer: str, types: Mapping[str, str], rotation: frozenset[str], found: _Findings
 ) -> LayerEntry | None:
-    """What the types of a layer's tensors say; None, after a finding, if it has no entry.
+    """The entry by the types of a layer's tensors; None, after a finding, if it has no entry.
 
     Args:
         layer: its name.
@@ -525,7 +525,7 @@ def _listed_entry(
 
 
 def _is_served(layer: str, quantized: Collection[str], rotation: frozenset[str], found: _Findings) -> bool:
-    """Whether all of a layer's types are served, and its rotation is. Reports what is not."""
+    """Whether all of a layer's types, and its rotation, are served. Others are reported."""
     refused = next((kind for kind in quantized if kind in _NOT_SERVED), None)
     if refused is not None:
         fix = "export the checkpoint without it"
@@ -593,7 +593,7 @@ def _listed_spec(scheme: str, names: frozenset[str]) -> LayerSpec:
 
 
 def _with_shapes(entry: LayerEntry, shapes: Mapping[str, tuple[int, ...]], versioned: bool) -> LayerEntry:
-    """The entry with what only the stored shapes tell: group size, packing, and the sizes of the input transform.
+    """The entry completed from the stored shapes: group size, packing, and the sizes of the input transform.
 
     Args:
         entry: as ``_listed_entry`` gives it.
@@ -644,7 +644,7 @@ def _report_undescribed_rotations(rotations: Iterable[str], layers: Mapping[str,
 
 
 def _report_header(header: DescriptionHeader, kv_cache: bool, found: _Findings) -> None:
-    """Report what the description says besides its tensors."""
+    """Report findings about the description's own fields."""
     for value, kind in ((header.fa_quant_type, "FAQuant"), (header.indexer_quant_type, "INT8_DYNAMIC")):
         if value and value != FLOAT_TYPE:
             found.report(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a checkpoint to its description. vLLM's config classes and the offline commands both come here."""
+"""Description of a checkpoint's layers, for vLLM's config classes and the offline commands."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["describe_checkpoint", "detect_checkpoint"]
 
 
 def detect_checkpoint(checkpoint: Checkpoint) -> Detection:
-    """Which format a checkpoint says it has.
+    """Detect the format of a checkpoint.
 
     Raises:
         NpuQuantError: unreadable-file, or contradictory-evidence.
@@ -25,7 +25,7 @@ def detect_checkpoint(checkpoint: Checkpoint) -> Detection:
 
 
 def describe_checkpoint(checkpoint: Checkpoint, detection: Detection) -> Described:
-    """The layers of an opened checkpoint. What is wrong is in its ``findings``.
+    """The layers of an opened checkpoint. Problems are in its ``findings``.
 
     Raises:
         NpuQuantError: unknown-scheme for a format that is not served.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What AWQ, GPTQ and AutoRound share: layers that are stored as qweight, qzeros and scales.
+"""Common code of AWQ, GPTQ and AutoRound: layers that are stored as qweight, qzeros and scales.
 
 Their configs have a default scheme, exceptions, and implicit exclusions: no embedding, head, router or vision tower is
 quantized, whether the config says so or not. So the stored tensors decide whether a layer is quantized, and the config says
@@ -41,7 +41,7 @@ __all__ = [
 BITS = (2, 3, 4, 8)
 FLOAT_BITS = 16
 
-#: Unsupported parts of a config that are reported.
+#: The most unsupported parts of a config that are reported.
 MAX_PROBLEMS = 20
 
 #: Module names that are tried anywhere in a layer's name, and components of a layer's name that are combined.
@@ -84,7 +84,7 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Configured:
-    """What a config says about a layer.
+    """A layer according to the config.
 
     Attributes:
         spec: its quantization if its tensors are stored quantized.
@@ -182,12 +182,12 @@ def parse_config(model: type[_Model], config: Mapping[str, Any], source: str, fo
 
 
 def unsupported(what: str, expected: str, value: Any, source: str) -> Finding:
-    """The finding for a config value that is valid, or may be, and not supported.
+    """The finding for an unsupported config value.
 
     Args:
         what: the subject of "... is not served".
         expected: what is supported.
-        value: what the config says.
+        value: the config's value.
         source: the config's file.
     """
     return Finding(
@@ -221,12 +221,12 @@ def index_packed(
     *,
     adjust: Callable[[str, LayerSpec, Mapping[str, StoredTensor]], LayerSpec] | None = None,
 ) -> None:
-    """Fill ``described`` with the stored layers, and report where config and tensors disagree.
+    """Fill ``described`` with the stored layers, and report contradictions between config and tensors.
 
     Args:
         described: whose layers are filled.
         tensors: the stored tensors, by name.
-        configured: what the config says about a layer, by its name.
+        configured: returns a layer according to the config, from its name.
         found: collects the findings.
         adjust: the spec of a quantized layer from its name, the config's spec and its tensors, if they say more than the
             config.
@@ -288,7 +288,7 @@ def _quantized_entry(
                 fix="re-export the checkpoint with a larger group size",
             )
         )
-    # Zero points that the config calls for are not optional: the check of the layout reports their absence.
+    # Zero points that the config requires are not optional: the check of the layout reports their absence.
     asymmetric = weight is not None and not weight.symmetric
     needs = [tensor.name for tensor in LAYOUTS[spec.layout].tensors if tensor.optional and tensor.name == "qzeros"]
     kv_cache = common.kv_cache_tensors(layer, named)

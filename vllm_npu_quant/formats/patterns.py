@@ -5,7 +5,7 @@ Checkpoint configs name layers by regular expressions: compressed-tensors ``targ
 ``dynamic`` ("-:.*down.*"), AutoRound ``extra_config``. Python's ``re`` backtracks: some patterns need time exponential in
 the name's length. RE2 does not, and it matches all patterns of a field in one pass.
 
-A pattern that is accepted means what it means to ``re``. Where the two syntaxes differ, it is rewritten (``\\Z``, ``{,3}``,
+An accepted pattern has the meaning that it has to ``re``. If the two syntaxes differ, it is rewritten (``\\Z``, ``{,3}``,
 "[" in a class) or refused (backreferences, possessive repeats, ``(?x)``). Names are limited to printable ASCII, where both
 agree about ``\\w``, ``\\s``, ``$`` and letter case.
 
@@ -36,8 +36,8 @@ MAX_NAME = 1024
 MAX_TOTAL = 1 << 18
 MAX_LOOKAROUNDS = 256
 MAX_FINDINGS = 50
-#: CPU seconds of matching over the life of a set. 45,000 names against 60 patterns take 0.03 s; what comes near is written
-#: to overflow RE2's cache of states.
+#: CPU seconds of matching over the life of a set. 45,000 names against 60 patterns take 0.03 s; patterns that come near are
+#: written to overflow RE2's cache of states.
 MAX_SECONDS = 60.0
 
 #: RE2's memory for one pattern, and for all of a field: enough for MAX_TOTAL characters of plain names.
@@ -46,7 +46,7 @@ _SET_MEMORY = 64 << 20
 
 _EXPECTED = "the syntax of RE2 (github.com/google/re2/wiki/Syntax)"
 
-#: What is rewritten, or must be known to find the lookarounds of a valid pattern; any other character stands for itself.
+#: Tokens that are rewritten, or that are needed to find lookarounds; any other character stands for itself.
 _TOKEN = re.compile(
     r"""\\(?P<escape>.)
     | (?P<negation>\[\^?)(?P<items>\]?(?:\\.|[^\]\\])*)\]
@@ -110,7 +110,7 @@ class PatternSet:
         """The indexes of all patterns that match the name, ascending.
 
         Raises:
-            NpuQuantError: bad-config where the name is not printable ASCII or longer than any real one, or the patterns need
+            NpuQuantError: bad-config if the name is not printable ASCII or longer than any real one, or the patterns need
                 too much work.
         """
         if self._set is None:
@@ -220,7 +220,7 @@ class _Parts:
 
     Attributes:
         flags: the inline flags at its start, such as "(?i)".
-        pieces: what stands around the lookarounds, one piece more than those.
+        pieces: the text around the lookarounds, one piece more than those.
         lookarounds: kind ("=", "!", "<=", "<!") and text of each.
     """
 
@@ -293,7 +293,7 @@ def _rewritten(token: re.Match[str]) -> str:
 def _options(memory: int) -> re2.Options:
     options = re2.Options()
     options.max_mem = memory
-    options.log_errors = False  # what is refused becomes a finding
+    options.log_errors = False  # refusals become findings
     options.never_capture = True
     options.encoding = re2.Options.Encoding.LATIN1  # names are ASCII; one byte for "." keeps programs small
     return options
@@ -322,7 +322,7 @@ class _CutPattern:
         anywhere = f"{parts.flags}(?s:.*)"
         end = r"\z" if mode == "fullmatch" else ""
         self._last = _regex(f"{parts.flags}(?:{parts.pieces[-1]}){end}")
-        #: The piece before the place; None where the last piece begins at the start.
+        #: The piece before the place; None if the last piece begins at the start.
         self._before: Any = None
         #: Conditions at the start and at the place: whether they look behind, whether they must hold, what they look for.
         self._at_start: list[tuple[bool, bool, Any]] = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the name of a layer in vLLM's model to the layers of the checkpoint that it holds.
+"""Resolution of a layer of vLLM's model to the checkpoint layers that it holds.
 
 vLLM fuses checkpoint layers (q/k/v into qkv_proj) and renames them. Models declare how: ``packed_modules_mapping`` and
 ``hf_to_vllm_mapper``. A generic table of fused families is used without a model, for model classes that declare nothing, and
@@ -21,7 +21,7 @@ from vllm_npu_quant.spec import Granularity, LayerSpec, Layout
 
 __all__ = ["FUSED_FAMILIES", "LayerResolver", "ResolvedExperts", "ResolvedLayer", "variants"]
 
-#: Layouts whose scales are repeated at load where fused shards have different groups, and which always store zero points.
+#: Layouts whose scales are repeated at load if fused shards have different groups, and which always store zero points.
 _REGROUPED = frozenset({Layout.GPTQ, Layout.GPTQ_V2, Layout.AWQ_GEMM})
 
 #: Fused layers of vLLM's models: their checkpoint layers in the order of the fused weight's rows, and how many of vLLM's
@@ -66,7 +66,7 @@ class ResolvedLayer:
         spec: the quantization that holds for all its shards.
         shards: the names of the checkpoint layers it holds, in row order.
         entries: their entries.
-        fills: how many of vLLM's shards each of them fills; empty for one each. A single layer fills all there are.
+        fills: how many of vLLM's shards each of them fills; empty for one each. A single layer fills all of them.
     """
 
     prefix: str
@@ -176,7 +176,7 @@ class LayerResolver:
                 self.aliases[renamed.removesuffix(".weight")] = layer
 
     def shard_names(self, prefix: str) -> tuple[str, ...]:
-        """The names of a fused layer's shards under its own parent; the layer itself where it is not a fused family."""
+        """The names of a fused layer's shards under its own parent; the layer itself if it is not a fused family."""
         parent, dot, last = prefix.rpartition(".")
         shards = tuple(self.packed.get(last) or FUSED_FAMILIES.get(last) or ())
         return tuple(parent + dot + shard for shard in shards) if shards and shards != (last,) else (prefix,)
@@ -185,8 +185,8 @@ class LayerResolver:
         """The checkpoint layers behind ``prefix`` and their common spec.
 
         Raises:
-            NpuQuantError: undescribed-layer where the config describes none of the names that were tried, or not all
-                shards; fused-shards-disagree where shards have different specs.
+            NpuQuantError: undescribed-layer if the config describes none of the names that were tried, or not all shards;
+                fused-shards-disagree if shards have different specs.
         """
         own = self._find(prefix, self.described.find)
         if own is not None:
@@ -215,11 +215,11 @@ class LayerResolver:
         """The routed experts behind ``prefix`` ("model.layers.3.mlp.experts").
 
         Raises:
-            NpuQuantError: undescribed-layer, or fused-shards-disagree where gate and up differ.
+            NpuQuantError: undescribed-layer, or fused-shards-disagree if gate and up differ.
         """
         hit = self._find(prefix, self.described.find_experts)
         if hit is None:
-            # As the checkpoint names the experts of other layers; where it has none, in the two spellings that there are.
+            # In the checkpoint's spelling for other layers' experts; if it has none, in both known spellings.
             others = filter(None, map(self.described.find_experts, self.described.layer_names()))
             names = sorted({entry.names[0] for entry in others if entry.count}) or ["gate_proj", "w1"]
             raise NpuQuantError([self._undescribed(prefix, [f"{prefix}.0.{name}" for name in names], partly=False)])

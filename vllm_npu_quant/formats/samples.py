@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stored tensors of small layers, made from the table of layouts: what a format's ``Sample`` needs beside a config."""
+"""Stored tensors of small layers, made from the table of layouts, for a format's ``Sample``."""
 
 from __future__ import annotations
 

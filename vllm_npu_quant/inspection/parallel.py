@@ -59,7 +59,7 @@ VOCABULARY = 64
 
 @dataclass(frozen=True)
 class LayerPart:
-    """What one rank has of a layer: ``count`` matrices of N outputs and K inputs."""
+    """One rank's part of a layer: ``count`` matrices of N outputs and K inputs."""
 
     outputs: int
     inputs: int
@@ -153,7 +153,7 @@ def _heads(model: Model, tp: int) -> Iterable[tuple[str, str, str, str]]:
 
 
 def _layers(layers: Iterable[Layer], tp: int, ep: int) -> Iterable[tuple[str, str, str, str]]:
-    """What the engine would refuse of each layer: layer, message, expected, found."""
+    """Refusals by the engine, for each layer: layer, message, expected, found."""
     for layer in layers:
         axis = sharded_axis(layer)
         if axis is None or not layer.outputs or layer.kind in (OTHER, LayerKind.LM_HEAD.value):

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a stored layer becomes on this host: the decision, the dispatch table and its costs."""
+"""Serving of stored layers on this host: the decision, the dispatch table and its costs."""

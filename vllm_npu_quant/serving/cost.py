@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a method class costs and takes, from sizes alone: bytes of its prepared tensors, multiples, limits.
+"""Costs of method classes, from sizes alone: bytes of prepared tensors, multiples of sizes, limits.
 
 Each formula follows one method class's ``prepare``; a test compares it with prepared layers. A dispatch row names its cost,
 so that a new scheme brings both. Imports no torch.
@@ -23,7 +23,7 @@ MAX_INPUTS = 65535
 #: Smaller groups cannot be filled up to the operator's 32 inputs within twice the memory.
 MIN_GROUP = 16
 
-#: What ``plan`` says of weight-only schemes.
+#: Remark of ``plan`` on weight-only schemes.
 _WEIGHT_ONLY_REMARK = (
     "weight-only operators also write and read dequantized weights, which the bound leaves out; arXiv 2601.16536 "
     "measured at most 1.48 times float16 for a W4A16 kernel on Ascend 910"
@@ -53,7 +53,7 @@ class LinearCost:
         bias: bytes of the prepared bias, from (outputs, whether the checkpoint stores one, whether the model is float16).
         min_group: the smallest group that the operators take.
         even_groups: whether groups have an even number of inputs.
-        remark: what ``plan`` says of it.
+        remark: a remark for ``plan``.
     """
 
     weight: Callable[[WeightSpec, int, int], int]
@@ -65,11 +65,11 @@ class LinearCost:
 
 @dataclass(frozen=True)
 class ExpertsCost:
-    """The cost of an experts' method class: of w13 or w2 of one expert.
+    """The cost of an experts' method class, for w13 or w2 of one expert.
 
     Attributes:
-        outputs: what the outputs of a prepared weight are a multiple of.
-        inputs: what its inputs are a multiple of, from the group size (0 for none).
+        outputs: outputs of a prepared weight are multiples of this.
+        inputs: its inputs are multiples of this, from the group size (0 for none).
         weight: bytes of the prepared weight and its scales, from (weight, outputs, inputs, group size).
         even_groups, remark: as in ``LinearCost``.
     """
@@ -167,7 +167,7 @@ def _weight_only_experts(weight: WeightSpec | None, outputs: int, inputs: int, g
 
 
 def _w4a8_experts(_: WeightSpec | None, outputs: int, inputs: int, group: int) -> int:
-    """int4 [K, N/8] with int64 [G, N] and float32 [N]; scales per 256 inputs where the int8 x int4 operator serves."""
+    """int4 [K, N/8] with int64 [G, N] and float32 [N]; scales per 256 inputs if the int8 x int4 operator serves."""
     unit = (256 if group % 256 == 0 else group) if group else inputs
     return outputs * inputs // 2 + (8 * (inputs // unit) + 4) * outputs
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one place that decides what a stored layer becomes on this host.
+"""The decision on how a stored layer is served on this host.
 
-Formats say what a checkpoint stores. The command line and the engine both ask ``decide``, so that what ``inspect`` says is
-what runs. Everything that the answer may depend on, besides the layer, is a field of ``Host``.
+Formats describe stored layers. The command line and the engine both call ``decide``, so that ``inspect`` reports what runs.
+All inputs of the decision besides the layer are fields of ``Host``.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _MODEL_DTYPE = WeightSpec(16, NumberKind.FLOAT)
 
 @dataclass(frozen=True)
 class Host:
-    """What the decision may depend on besides the layer.
+    """Inputs of the decision besides the layer.
 
     Attributes:
-        fp8: what FP8 weights become on chips without FP8: "int8", or "bf16" for the model's dtype.
+        fp8: the served form of FP8 weights on chips without FP8: "int8", or "bf16" for the model's dtype.
         w4a8: how layers with 4-bit weights and 8-bit activations run: "int8" as stored, or "w4a16".
         latent_attention: whether the model's attention is multi-head latent attention (DeepSeek's MLA).
         kv_consumer: whether this process decodes for the prefill node of a disaggregated deployment.
-        findings: settings whose values are not valid; their defaults hold.
+        findings: invalid settings, which are replaced by their defaults.
     """
 
     fp8: str = "int8"
@@ -51,16 +51,14 @@ class Host:
 
 @dataclass(frozen=True)
 class Served:
-    """A stored layer, and what it becomes.
+    """A stored layer, and how it is served.
 
     Attributes:
-        kind: the kind of vLLM layer that asks.
-        stored: what the checkpoint holds.
-        spec: what the method class computes with; equal to ``stored`` for most layers.
+        kind: the kind of vLLM layer. stored: the stored spec. spec: the served one; equal to ``stored`` for most layers.
         row: the dispatch row; None for a float layer, and if no method class serves ``spec``.
         needs_float: whether vLLM reads ``layer.weight`` itself, as a float matrix.
-        difference: how the layer differs from what the checkpoint says; empty if it does not.
-        instead: what a user can do about the difference.
+        difference: the difference between the two, in words; empty if there is none to report.
+        instead: how a user can avoid the difference.
     """
 
     kind: LayerKind
@@ -87,7 +85,7 @@ class Served:
 
 
 def decide(kind: LayerKind, stored: LayerSpec, host: Host, *, layer: str = "") -> Served:
-    """Decide what a stored layer becomes.
+    """Decide how a stored layer is served.
 
     Args:
         kind: the kind of vLLM layer that asks.
@@ -112,9 +110,9 @@ def float_experts(stored: LayerSpec) -> Served:
 
 
 def _computed(stored: LayerSpec, host: Host, needs_float: bool) -> tuple[LayerSpec, str, str]:
-    """What a method class computes with, how that differs from the checkpoint, and what to do about it.
+    """The served spec, its difference from the stored one, and how to avoid that.
 
-    FP8 is not told layer by layer: ``requantized_findings`` tells it once per checkpoint.
+    FP8 is not reported per layer: ``requantized_findings`` reports it once per checkpoint.
     """
     weight, activation = stored.weight, stored.activation
     floats = weight is not None and weight.kind is NumberKind.FLOAT
@@ -149,7 +147,7 @@ def _is_w4a8(stored: LayerSpec) -> bool:
 
 
 def requantized_findings(layers: Iterable[tuple[LayerSpec, int]], host: Host, source: str) -> list[Finding]:
-    """Tell once per checkpoint what becomes of its FP8 layers, and which settings are not valid.
+    """Report how a checkpoint's FP8 layers are served, and which settings are not valid.
 
     Args:
         layers: stored specs, and how many checkpoint layers have each.
@@ -186,7 +184,7 @@ def requantized_findings(layers: Iterable[tuple[LayerSpec, int]], host: Host, so
 
 
 def expert_findings(stored: LayerSpec, tensors: frozenset[str], layer: str, source: str) -> list[Finding]:
-    """What of a stored layer is served for Linear layers and not for experts: activation order, and a bias.
+    """Findings for features that are served for Linear layers and not for experts: activation order, and a bias.
 
     Args:
         stored: what the checkpoint holds.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The dispatch table: (layer kind, LayerSpec) -> NPU method class, operators and cost, as data.
 
-Rows name classes as "module:qualname" and operators as text, so that the table can be read where torch is absent. The
+Rows name classes as "module:qualname" and operators as text, so that the table can be read without torch. The
 first row that matches is taken; a spec that no row matches is refused.
 """
 
@@ -30,16 +30,15 @@ class Row:
         name: the scheme in the field's short form.
         kinds: layer kinds it serves.
         weight_bits, weight_kind, weight_granularity, weight_symmetric: what the weight must be; None stands for any.
-        act: bits of the activation; None where it is not quantized.
+        act: bits of the activation; None if it is not quantized.
         act_dynamic: whether activation scales are computed at run time.
         act_symmetric: whether a dynamic activation has no offset; a static one may have either.
         transform: whether the layer's input is multiplied by matrices first; None stands for any.
         method: "module:qualname" of the method class.
         operators: the torch_npu operators that it calls per forward, in order.
         cost: bytes and limits of what the method class prepares.
-        remark: what a user should know before relying on it, for the support matrix and a line in the log.
-        instead: where the layers are not computed as the checkpoint says, which the remark then tells: how to export them so
-            that they are. Empty for all others.
+        remark: a caveat, for the support matrix and the log.
+        instead: if the remark says that layers are not computed as stored, how to export them so that they are; else empty.
     """
 
     name: str
@@ -217,7 +216,7 @@ ROWS: tuple[Row, ...] = (
         operators=("npu_dynamic_quant", "npu_grouped_matmul"),
         cost=cost.W4A4,
     ),
-    # Floats of the model's dtype, made at load from what the checkpoint stores.
+    # Stored weights are dequantized at load to the model's dtype.
     Row(
         "dequantized",
         _LINEAR,
@@ -269,7 +268,7 @@ ROWS: tuple[Row, ...] = (
         operators=("npu_grouped_matmul",),
         cost=cost.WEIGHT_ONLY_EXPERTS,
     ),
-    # npu_grouped_matmul takes scales per group for int4 only: floats of the model's dtype, made at load.
+    # npu_grouped_matmul takes scales per group for int4 only, so weights are dequantized at load.
     Row(
         "W8A16 group, dequantized",
         _MOE,
@@ -331,7 +330,7 @@ ROWS: tuple[Row, ...] = (
         operators=("npu_dynamic_quant", "npu_grouped_matmul"),
         cost=cost.W4A4_EXPERTS,
     ),
-    # Float experts beside quantized ones, and what is dequantized at load.
+    # Float experts beside quantized ones, and experts that are dequantized at load.
     Row(
         "float",
         _MOE,
@@ -384,7 +383,7 @@ def describe(spec: LayerSpec, stored: LayerSpec | None = None) -> str:
     """Describe a spec in one line, for messages and tables.
 
     Args:
-        spec: what is described.
+        spec: the served spec.
         stored: the spec of the checkpoint, mentioned if its weight has another kind of numbers (FP8 served as int8).
     """
     if spec.weight is None:

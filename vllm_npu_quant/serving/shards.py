@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank's part of a stored layer: its sizes, the groups that it keeps, and what cannot be cut.
+"""One rank's part of a stored layer: its sizes, its groups, and findings if it cannot be cut.
 
 The engine creates parameters of these sizes; ``check --tp`` reports the same findings without torch.
 """
@@ -45,7 +45,8 @@ def act_order_ranks(group_size: int) -> int:
 def fit_group(spec: LayerSpec, inputs: int, part: int) -> LayerSpec:
     """The spec with groups that parts of ``part`` inputs do not cut, whose scales are repeated at load; exact.
 
-    Groups stay as they are if they are not cut, and with activation order, where every rank needs the scales of all groups.
+    Groups stay as they are if they are not cut, and with activation order, as every rank then needs the scales of all
+    groups.
     """
     group = group_size_of(spec)
     if spec.weight is None or not group or part == inputs or part % group == 0 or LAYOUTS[spec.layout].act_order:
@@ -65,12 +66,12 @@ def rank_part(
     """Cut a stored layer for ``ranks`` ranks.
 
     Args:
-        spec: what the checkpoint stores.
+        spec: the stored spec.
         listed: the optional tensors that the layer has.
         cut: the dimension that ranks cut, OUT or IN; None if ``outputs`` and ``inputs`` are one rank's already.
         outputs: outputs of each fused shard, over all ranks if ``cut`` is OUT.
         inputs: inputs of the whole layer.
-        ranks: how many ranks cut it.
+        ranks: the number of ranks.
         fix: for findings, which name no layer.
     """
     found: list[Finding] = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forms of calls: what rules may look at, so that calls of one form get one answer."""
+"""The forms of calls: the properties that rules may use, so that calls of one form get one answer."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 __all__ = ["form", "forms", "remember"]
 
 R = TypeVar("R")
-#: Calls that one operator remembers, at most: a server meets a few thousand numbers of tokens.
+#: The most calls that one operator remembers: a server sees a few thousand numbers of tokens.
 REMEMBERED_CALLS = 8192
 
 
 def form(tensor: torch.Tensor | None) -> Any:
-    """What a check may look at in a tensor. Equal forms get equal answers, so that the answers can be remembered.
+    """The properties of a tensor that a check may use. Equal forms get equal answers, which can be remembered.
 
     Every call of a fast kernel makes a key of these: it costs half of what looking through any arguments would.
     """
@@ -31,7 +31,7 @@ def forms(tensors: Sequence[torch.Tensor] | None) -> Any:
 
 
 def remember(calls: dict[Any, R], key: Any, answer: R) -> R:
-    """Keep the answer to a call that passed its check; the oldest answers make room together."""
+    """Keep the answer to a call that passed its check; the oldest answers are evicted together."""
     if len(calls) >= REMEMBERED_CALLS:
         calls.clear()
     calls[key] = answer

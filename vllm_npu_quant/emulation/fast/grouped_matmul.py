@@ -116,7 +116,7 @@ def _kernel(call: GroupedMatmul) -> native.Product | None:
 
 
 def _float_scale(call: GroupedMatmul, bounds: Bounds) -> torch.Tensor | None:
-    """The scales in float32, contiguous, of the experts that have rows; what it holds for the others is not read."""
+    """The scales in float32, contiguous, of the experts that have rows; those of the others are not read."""
     if not call.scale:
         return None
     scale = call.scale[0]

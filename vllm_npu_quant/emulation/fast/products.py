@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrix products by the fastest exact way that the host has, for what native.c does not compute alone."""
+"""Matrix products by the fastest exact way that the host has, for calls that native.c does not compute alone."""
 
 from __future__ import annotations
 

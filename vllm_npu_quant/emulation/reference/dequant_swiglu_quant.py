@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""npu_dequant_swiglu_quant: what comes between the two products of experts, in one pass."""
+"""npu_dequant_swiglu_quant: the step between the two products of experts, in one pass."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _groups_of_rows(call: DequantSwigluQuant) -> torch.Tensor | None:
 
 
 def _of_rows(parameter: torch.Tensor, group: torch.Tensor | None) -> torch.Tensor:
-    """A parameter in float32 as it applies to the rows: [covered rows, ...] where there are groups."""
+    """A parameter in float32 as it applies to the rows: [covered rows, ...] if there are groups."""
     parameter = parameter.to(torch.float32)
     return parameter if group is None else parameter[group].view(group.shape[0], parameter[0].numel())
 

@@ -73,7 +73,7 @@ def group_bounds(call: GroupedMatmul) -> Bounds:
     """The groups that are not empty, in the order of the rows of ``x[0]``; they may cover fewer rows than it has.
 
     Raises:
-        RuntimeError: group_list cannot be.
+        RuntimeError: group_list is not valid.
     """
     numbers, rows = call.given("group_list").tolist(), call.x[0].shape[0]
     pairs = call.group_list_type == 2
@@ -129,7 +129,7 @@ class _Products:
         return compute[self.call.form](expert, rows, token_scale).to(self.call.out_dtype)
 
     def _of(self, tensors: Tensors | None, expert: int) -> torch.Tensor | None:
-        """What an operand holds for an expert."""
+        """An operand's part for an expert."""
         if not tensors:
             return None
         return tensors[0][expert] if self.call.stacked else tensors[expert]

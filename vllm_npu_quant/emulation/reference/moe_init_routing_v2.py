@@ -31,7 +31,7 @@ def npu_moe_init_routing_v2(call: MoeInitRoutingV2) -> tuple[torch.Tensor, torch
     start, end = call.experts
     flat = call.expert_idx.flatten().to(torch.int64)
     active = (flat >= start) & (flat < end)
-    # Pairs out of range go last; among them the order does not show.
+    # Pairs out of range go last; their order has no effect.
     experts, pairs = torch.sort(torch.where(active, flat, end), stable=True)
     valid = int(active.sum())
     experts, pairs = experts[:valid], pairs[:valid]

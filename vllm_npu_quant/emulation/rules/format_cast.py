@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rules of npu_format_cast, and where the storage format of a tensor is kept."""
+"""The rules of npu_format_cast, and the record of a tensor's storage format."""
 
 from __future__ import annotations
 

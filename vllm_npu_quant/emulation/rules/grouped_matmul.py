@@ -24,7 +24,7 @@ Tensors = Sequence[torch.Tensor]
 
 
 class Form(Enum):
-    """What is multiplied."""
+    """Operand types of a product."""
 
     FLOAT = "unquantized"
     INT8 = "int8 x int8"
@@ -62,7 +62,7 @@ class GroupedMatmul(Arguments):
         scale: int8 output: int64; float16 output: float32; bfloat16 output: bfloat16 (float32 with a FRACTAL_NZ
             weight); int32 output: None. [[E, N]], or a list of [N]. int8 x int4: int64 [[E, 1, N]] or [[E, K/256, N]],
             int4 x int4: int64 [[E, N]] or [[E, G, N]], both holding float32 bits.
-        antiquant_scale, antiquant_offset: the dtype of x; [[E, N]] or, int4 only, [[E, G, N]] where G divides K; for a
+        antiquant_scale, antiquant_offset: the dtype of x; [[E, N]] or, int4 only, [[E, G, N]] if G divides K; for a
             list of weights [N] or [G, N] each. (aclnnGroupedMatmulV5.md allows offsets only per channel; op-plugin's
             document has no such rule and frameworks pass them per group, so they are taken.)
         per_token_scale: [float32 [M]]; int8 x int4 also [M, 1].
@@ -319,7 +319,7 @@ class GroupedMatmul(Arguments):
         return depth // groups
 
     def _check_packed_operands(self) -> None:
-        """What int8 x int4 and int4 x int4 share."""
+        """The common rules of int8 x int4 and int4 x int4."""
         self.require_absent("x is quantized", "antiquant_scale", "antiquant_offset")
         self.require(len(self.x) == 1, "x", "one tensor", len(self.x))
         self.require(self.stacked, "weight", "one 3-D tensor")
@@ -330,7 +330,7 @@ class GroupedMatmul(Arguments):
     def _check_int8_int4(self) -> None:
         self._check_packed_operands()
         depth, rows = self.depth, self.x[0].shape[0]
-        # The kernel does not look at group_list_type and reads counts.
+        # The kernel ignores group_list_type and reads counts.
         self.require(self.group_list_type == 1, "group_list_type", "1", self.group_list_type or 0)
         self.require(depth <= 18432, "x", "a depth of at most 18432", self.x[0])
         for argument in ("scale", "bias", "per_token_scale"):

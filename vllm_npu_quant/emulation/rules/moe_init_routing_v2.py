@@ -85,7 +85,7 @@ class MoeInitRoutingV2(Arguments):
             self.require_value("row_idx_type (drop_pad_mode 1)", 0)
             self.require_value("expert_tokens_num_type (drop_pad_mode 1)", 1)
         else:
-            # Where the device puts the rows that active_num cuts off is not documented.
+            # The device's treatment of rows that active_num cuts off is not documented.
             everything = self.active_num in (-1, 0) or self.active_num >= pairs
             self.require(everything, "active_num", f"-1, 0, or all of {pairs} rows")
 

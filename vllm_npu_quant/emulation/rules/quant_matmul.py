@@ -18,7 +18,7 @@ GROUP_SIZE = 256
 
 
 class Form(Enum):
-    """What is multiplied."""
+    """Operand types of a product."""
 
     INT8 = "int8 x int8"
     INT4 = "int4 x int4"
@@ -39,7 +39,7 @@ class QuantMatmul(Arguments):
         offset: float32 [1] or [N], for an int8 output; with an int64 scale the offset inside the scale counts. float16
             like the scale (int4 groups). float32 [N] (int8 x int4).
         pertoken_scale: float32 [M]; [M, 1] with groups.
-        bias: int32, or float32, float16 or bfloat16 where the table of ``_check_combination`` says so; [N], or
+        bias: int32, or float32, float16 or bfloat16 if the table of ``_check_combination`` allows it; [N], or
             [batch, 1, N] for a 3-D output.
         output_dtype: None or torch.int8, torch.float16, torch.bfloat16, torch.int32.
         group_sizes: None; [0, 0, 256] or [1, 1, 256] with groups.
