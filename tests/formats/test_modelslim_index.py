@@ -12,9 +12,6 @@ from typing import Any
 import pytest
 
 from tests.fixtures_index import fixture, fixtures
-from tests.formats.modelslim_layers import read_with_headers
-from tests.formats.modelslim_layers import read_with_headers
-from tests.formats.modelslim_layers import read_with_headers
 from tests.formats.modelslim_layers import read_with_headers, stored_for
 from vllm_npu_quant.checkpoint import Checkpoint
 from vllm_npu_quant.errors import Severity
