@@ -53,20 +53,7 @@ def collect_experts(
     """
     names = next((family for family in EXPERT_NAMES if set(family) == set(projections)), None)
     if names is None:
-        meant = [family for family in EXPERT_NAMES if not set(family).isdisjoint(projections)]
-        incomplete = len(meant) == 1 and set(projections) < set(meant[0])
-        finding = Finding(
-            "undescribed-layer",
-            "a projection of the experts is left out"
-            if incomplete
-            else "the experts' projections have unexpected names",
-            layer=layer,
-            file=source,
-            expected=" or ".join(" ".join(family) for family in (meant if len(meant) == 1 else EXPERT_NAMES)),
-            found=" ".join(sorted(projections))[:200],
-            fix="check that the checkpoint is complete",
-        )
-        return None, [finding]
+        return None, [_unexpected_projections(layer, projections, source)]
     numbers = [set(map(int, projections[name])) for name in names]
     count = max(map(max, numbers)) + 1
     # The largest index is untrusted; iterate over the listed experts only.
@@ -88,32 +75,52 @@ def collect_experts(
             fix="re-export the checkpoint, or download it again",
         )
         return None, [finding]
-    findings = []
-    entries = []
-    for name in names:
-        by_entry: dict[LayerEntry, list[str]] = {}
-        # Entries are usually interned; compare by identity first.
-        if len(set(map(id, projections[name].values()))) == 1:
-            by_entry[next(iter(projections[name].values()))] = list(projections[name])
-        else:
-            for number, entry in projections[name].items():
-                by_entry.setdefault(entry, []).append(number)
-        if len(by_entry) > 1:
-            findings.append(
-                Finding(
-                    "fused-shards-disagree",
-                    "the experts of one layer are quantized differently",
-                    layer=f"{layer}.*.{name}",
-                    file=source,
-                    expected="one scheme for all experts",
-                    found="; ".join(
-                        f"{describe(entry.spec)} for experts {', '.join(members[:4])}"
-                        + (" ..." if len(members) > 4 else "")
-                        for entry, members in by_entry.items()
-                    ),
-                    fix="re-export the checkpoint with one scheme for the experts of a layer",
-                )
-            )
-        entries.append(next(iter(by_entry)))
-    gate, up, down = entries
+    members = [_members(projections[name]) for name in names]
+    findings = [
+        _disagreement(f"{layer}.*.{name}", by_entry, source)
+        for name, by_entry in zip(names, members, strict=True)
+        if len(by_entry) > 1
+    ]
+    gate, up, down = (next(iter(by_entry)) for by_entry in members)
     return ExpertsEntry(count, gate, up, down, names), findings
+
+
+def _members(entries: Mapping[str, LayerEntry]) -> dict[LayerEntry, list[str]]:
+    """The numbers of the experts with each entry."""
+    # Entries are usually interned; compare by identity first.
+    if len(set(map(id, entries.values()))) == 1:
+        return {next(iter(entries.values())): list(entries)}
+    by_entry: dict[LayerEntry, list[str]] = {}
+    for number, entry in entries.items():
+        by_entry.setdefault(entry, []).append(number)
+    return by_entry
+
+
+def _unexpected_projections(layer: str, projections: Iterable[str], source: str) -> Finding:
+    found = set(projections)
+    meant = [family for family in EXPERT_NAMES if not found.isdisjoint(family)]
+    incomplete = len(meant) == 1 and found < set(meant[0])
+    return Finding(
+        "undescribed-layer",
+        "a projection of the experts is left out" if incomplete else "the experts' projections have unexpected names",
+        layer=layer,
+        file=source,
+        expected=" or ".join(" ".join(family) for family in (meant if len(meant) == 1 else EXPERT_NAMES)),
+        found=" ".join(sorted(found))[:200],
+        fix="check that the checkpoint is complete",
+    )
+
+
+def _disagreement(layer: str, by_entry: Mapping[LayerEntry, list[str]], source: str) -> Finding:
+    return Finding(
+        "fused-shards-disagree",
+        "the experts of one layer are quantized differently",
+        layer=layer,
+        file=source,
+        expected="one scheme for all experts",
+        found="; ".join(
+            f"{describe(entry.spec)} for experts {', '.join(members[:4])}" + (" ..." if len(members) > 4 else "")
+            for entry, members in by_entry.items()
+        ),
+        fix="re-export the checkpoint with one scheme for the experts of a layer",
+    )

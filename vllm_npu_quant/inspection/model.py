@@ -64,7 +64,7 @@ class Model:
 
     @cached_property
     def host(self) -> Host:
-        """What the serving decision depends on besides the layers: settings, read once, and the model's attention."""
+        """The facts of the serving decision besides the layers: settings, read once, and the kind of attention."""
         return Host.read(latent_attention=bool(self.size("kv_lora_rank")))
 
     def require_described(self) -> Described:
