@@ -19,10 +19,18 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 
 def held(model: Any) -> dict[str, int]:
-    """Module -> bytes of its own parameters and of the buffers that a state_dict would hold, each storage once."""
+    """Module -> bytes of its own parameters and of the buffers that a state_dict would hold, each storage once.
+
+    On some hosts vLLM packs the weight of a float layer for oneDNN and empties the parameter: these bytes count as before.
+    """
     seen: set[int] = set()
     found: dict[str, int] = {}
     for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and not weight.numel() and hasattr(module, "cpu_linear"):
+            outputs = getattr(module, "output_size_per_partition", None) or module.num_embeddings_per_partition
+            inputs = getattr(module, "input_size_per_partition", None) or getattr(module, "input_size", None)
+            found[name] = outputs * (inputs or module.embedding_dim) * weight.element_size()
         buffers = {key: t for key, t in module._buffers.items() if key not in module._non_persistent_buffers_set}
         for tensor in (*module._parameters.values(), *buffers.values()):
             if tensor is None or not tensor.numel() or tensor.untyped_storage().data_ptr() in seen:

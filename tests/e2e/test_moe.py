@@ -84,7 +84,8 @@ def test_agrees_with_its_float_twin(name: str, twin_run) -> None:
 @pytest.mark.parametrize("name", ["msmodelslim-qwen3moe-w8a8-dynamic", "ct-qwen3moe-w4a16-g128"])
 def test_torch_compile_agrees_with_the_twin_too(name: str, twin_run) -> None:
     result = run(folder_of(name), enforce_eager=False)
-    assert median_error(result, twin_run(name)[0]) <= CASES[name][0]
+    # Compiled graphs round in other places than the twin, which runs eagerly.
+    assert median_error(result, twin_run(name)[0]) <= 1.25 * CASES[name][0]
 
 
 @pytest.mark.tp2

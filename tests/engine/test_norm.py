@@ -28,7 +28,7 @@ def _config() -> Iterator[None]:
 @pytest.fixture
 def _biases_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     listed = SimpleNamespace(norm_biases=frozenset({"model.layers.0.input_layernorm"}))
-    config = SimpleNamespace(quant_config=SimpleNamespace(format=listed))
+    config = SimpleNamespace(quant_config=SimpleNamespace(described=listed))
     monkeypatch.setattr(norm_module, "get_current_vllm_config_or_none", lambda: config)
 
 

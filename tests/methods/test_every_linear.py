@@ -13,6 +13,7 @@ import torch
 
 from tests.layouts.memory import peak_of
 from tests.methods.layers import DTYPES, prepared, random_weight
+from vllm_npu_quant import emulation
 from vllm_npu_quant.layouts import int4
 from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight, StaticActivation
 from vllm_npu_quant.layouts.int4 import pack_pairs, unpack_pairs
@@ -172,4 +173,4 @@ def test_preparing_holds_one_more_copy_of_the_integers(name: str, monkeypatch: p
 @pytest.mark.parametrize("name", ["w8a8-dynamic", "w8a8-static", "w8a16-groups"])
 def test_int8_weights_end_in_fractal_nz(name: str) -> None:
     layer = prepared(CASES[name].method(), CASES[name].linear(64, 256), torch.bfloat16)
-    assert torch.ops.npu.get_npu_format(layer.weight) == FRACTAL_NZ
+    assert emulation.storage_format(layer.weight) == FRACTAL_NZ

@@ -147,6 +147,9 @@ class NpuQuantConfig(QuantizationConfig):
         declaration = self.declaration
         if self.raw and declaration.is_complete(self.raw):
             return Detection(declaration.name, "config.json", self.raw)
+        file = declaration.file_beside(checkpoint.names) if declaration.decisive else None
+        if file is not None:  # the user may have named the format although config.json names another
+            return Detection(declaration.name, file, checkpoint.read_json(file))
         detection = detect_checkpoint(checkpoint)
         if find_format(detection.format) is not declaration:
             raise NpuQuantError([_wrong_method(declaration, checkpoint, detection)])
