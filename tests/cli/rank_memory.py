@@ -28,9 +28,11 @@ def held(model: Any) -> dict[str, int]:
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
         if weight is not None and not weight.numel() and hasattr(module, "cpu_linear"):
-            outputs = getattr(module, "output_size_per_partition", None) or module.num_embeddings_per_partition
-            inputs = getattr(module, "input_size_per_partition", None) or getattr(module, "input_size", None)
-            found[name] = outputs * (inputs or module.embedding_dim) * weight.element_size()
+            names = ("output_size_per_partition", "num_embeddings_per_partition", "output_size")
+            outputs = next(getattr(module, size) for size in names if hasattr(module, size))
+            names = ("input_size_per_partition", "embedding_dim", "input_size")
+            inputs = next(getattr(module, size) for size in names if hasattr(module, size))
+            found[name] = outputs * inputs * weight.element_size()
         buffers = {key: t for key, t in module._buffers.items() if key not in module._non_persistent_buffers_set}
         for tensor in (*module._parameters.values(), *buffers.values()):
             if tensor is None or not tensor.numel() or tensor.untyped_storage().data_ptr() in seen:
