@@ -21,18 +21,19 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 def held(model: Any) -> dict[str, int]:
     """Module -> bytes of its own parameters and of the buffers that a state_dict would hold, each storage once.
 
-    On some hosts vLLM packs the weight of a float layer for oneDNN and empties the parameter: these bytes count as before.
+    On some hosts vLLM packs a float weight, for oneDNN or for latent attention, and empties the parameter: these bytes count
+    as before.
     """
     seen: set[int] = set()
     found: dict[str, int] = {}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
-        if weight is not None and not weight.numel() and hasattr(module, "cpu_linear"):
+        if weight is not None and not weight.numel():
             names = ("output_size_per_partition", "num_embeddings_per_partition", "output_size")
             outputs = next(getattr(module, size) for size in names if hasattr(module, size))
             names = ("input_size_per_partition", "embedding_dim", "input_size")
             inputs = next(getattr(module, size) for size in names if hasattr(module, size))
-            found[name] = outputs * inputs * weight.element_size()
+            found[name] = outputs * inputs * getattr(module, "params_dtype", weight.dtype).itemsize
         buffers = {key: t for key, t in module._buffers.items() if key not in module._non_persistent_buffers_set}
         for tensor in (*module._parameters.values(), *buffers.values()):
             if tensor is None or not tensor.numel() or tensor.untyped_storage().data_ptr() in seen:
