@@ -89,7 +89,8 @@ def test_two_ranks(kind: str, tmp_path: Path) -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            # vLLM names its shared memory after the identifier, which an engine would set.
+            env={**os.environ, "OMP_NUM_THREADS": "1", "VLLM_DIST_IDENT": f"rank-memory-{os.getpid()}"},
         )
         for rank in range(2)
     ]
