@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -166,7 +167,7 @@ class Receiver:
             message = f"{tensor.name} has a dtype that {self.part.spec.scheme} does not allow"
             raise refusal("wrong-dtype", message, " or ".join(tensor.dtypes), dtype, "re-export the checkpoint")
         found = tuple(stored.shape)
-        candidates = [self._sizes(origin.spec, outputs) for outputs in origin.outputs]
+        candidates = [_sizes(origin.spec, outputs, self.part.sizes.all_inputs) for outputs in origin.outputs]
         sizes = next((sizes for sizes in candidates if _fits(found, tensor.shape(sizes))), None)
         if sizes is None:
             raise _wrong_shape(tensor, candidates, found, origin)
@@ -177,14 +178,14 @@ class Receiver:
             adapted = load_object(tensor.rearrange)(adapted, origin.spec, sizes.outputs)
         kept = tensor.as_loaded()
         groups = kept.axis_of(Axis.GROUP)
-        group = self.part.sizes.group_size
+        group, whole = self.part.sizes.group_size, sizes
         if groups is not None and sizes.groups != (fitted := replace(sizes, group_size=group)).groups:
             # The last group may be shorter: its last repetitions then have no inputs.
             repeats = -(-fitted.groups // sizes.groups) if not sizes.group_size else sizes.group_size // group
             if fitted.groups <= repeats * adapted.shape[groups] < fitted.groups + repeats:
                 adapted = adapted.repeat_interleave(repeats, dim=groups).narrow(groups, 0, fitted.groups)
             sizes = fitted
-        if not _fits(tuple(adapted.shape), kept.shape(sizes)):
+        if (adapted is not stored or sizes is not whole) and not _fits(tuple(adapted.shape), kept.shape(sizes)):
             raise _wrong_shape(kept, [sizes], tuple(adapted.shape), origin)
         # A tensor may carry the id of its fused shard, which a conversion loses.
         if adapted is not stored and hasattr(stored, "shard_id"):
@@ -197,13 +198,6 @@ class Receiver:
             if whole.shape[axis] > length:
                 whole = whole.narrow(axis, rank * length, length)
         return whole
-
-    def _sizes(self, spec: LayerSpec, outputs: int) -> LayerSizes:
-        """The sizes of a whole checkpoint layer."""
-        inputs, transform = self.part.sizes.all_inputs, spec.transform or TransformSpec()
-        return LayerSizes(
-            outputs, inputs, group_size_of(spec), 1, rows_per_scale_of(spec, outputs), transform=transform
-        )
 
     def finish(self, layer: nn.Module, names_of: Callable[[str, Box], list[str]]) -> list[Finding]:
         """Report parameters that are not filled; if the load format brings no tensors, fill in placeholders.
@@ -258,6 +252,13 @@ class Receiver:
         for name in self.tensors:
             delattr(layer, name)
         self.coverage.clear()
+
+
+@lru_cache(maxsize=1024)
+def _sizes(spec: LayerSpec, outputs: int, inputs: int) -> LayerSizes:
+    """The sizes of a whole checkpoint layer."""
+    rows = rows_per_scale_of(spec, outputs)
+    return LayerSizes(outputs, inputs, group_size_of(spec), 1, rows, transform=spec.transform or TransformSpec())
 
 
 def _fits(stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cached_property
 from math import gcd
 from typing import Any
 
@@ -188,6 +189,10 @@ class TensorSpec:
 
     def as_loaded(self) -> TensorSpec:
         """The spec with the shape of the parameter."""
+        return self._loaded_form
+
+    @cached_property
+    def _loaded_form(self) -> TensorSpec:
         return replace(self, dims=self.loaded_dims, loaded_dims=()) if self.loaded_dims else self
 
     def shape(self, sizes: LayerSizes) -> tuple[int, ...]:
