@@ -356,6 +356,7 @@ def test_w4a8_as_w4a16_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = ("weight", "weight_scale", "weight_offset")
     names = [f"{BLOCK}mlp.{part}_proj" for part in ("gate", "up")]
     config = config_of("W4A8_DYNAMIC", {name: dict.fromkeys(tensors, torch.empty(0)) for name in names})
+    config.host = Host.read()
     layer = MergedColumnParallelLinear(64, [16, 16], bias=False, params_dtype=torch.bfloat16)
     methods = [config.get_quant_method(layer, BLOCK + "mlp.gate_up_proj") for _ in range(2)]
     assert [method.row.method_name for method in methods] == ["WeightOnlyLinear"] * 2

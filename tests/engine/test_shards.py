@@ -407,27 +407,3 @@ def test_the_parts_of_a_head_are_the_whole(name: str, size: int) -> None:
     assert held.shape[0] == 128
     assert np.array_equal(held[:vocabulary], wanted)
     assert not np.nan_to_num(held[vocabulary:]).any()
-
-
-@pytest.mark.parametrize("size", [1, 2])
-def test_a_bias_that_vllm_holds_itself_is_folded_once(size: int) -> None:
-    """Where the files were not known when the layer was made, nothing says that there is a bias: it lies in vLLM's own
-    parameter, and a static scheme has to take it from there."""
-    outputs, inputs = 20, 192
-    spec, tensors = static_layer(outputs, inputs, bias=True)
-    bias = tensors.pop("bias").to(torch.bfloat16)
-    constants = np.zeros(outputs, np.int64)
-    for rank in range(size):
-        method = method_for(spec, [tensors])
-        with as_rank(rank, size):
-            layer = vllm_linear.RowParallelLinear(
-                inputs, outputs, bias=True, params_dtype=torch.bfloat16, quant_config=OneMethod(method), prefix="layer"
-            )
-            load(layer, [(None, tensors)])
-            layer.bias.weight_loader(layer.bias, bias)
-        method.process_weights_after_loading(layer)
-        assert layer.bias is None
-        constants += layer.quant_bias.numpy()
-    scale = 0.03125 * tensors["weight_scale"][:, 0].numpy()
-    wanted = 23 * tensors["weight"].numpy().astype(np.int64).sum(1) + np.rint(bias.float().numpy() / scale)
-    assert np.array_equal(constants, wanted)
