@@ -33,6 +33,7 @@ from vllm_npu_quant.formats.resolve import LayerResolver
 from vllm_npu_quant.layouts import int4
 from vllm_npu_quant.methods import base as methods_base
 from vllm_npu_quant.methods import w8a8, weight_only
+from vllm_npu_quant.serving.decide import Host
 
 Tensors = dict[str, torch.Tensor]
 BLOCK = "model.layers.0."
