@@ -53,15 +53,6 @@ VARIABLES = (
 )
 #: Variables with a name that matches may be secret; their values are not printed.
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
-#: Environment variables of this package with their allowed values; () for any value.
-OURS = {
-    settings.MODE: ("auto", "1", "0"),
-    settings.TAKEOVER: ("0", "1"),
-    settings.EMULATION: ("fast", "reference"),
-    settings.FP8: ("int8", "bf16"),
-    settings.W4A8: ("int8", "w4a16"),
-    settings.CACHE: (),
-}
 #: PCI vendor of Huawei's NPUs, and PCI class of processing accelerators.
 HUAWEI, ACCELERATOR = "0x19e5", "0x1200"
 MAX_TEXT = 4096
@@ -335,22 +326,17 @@ def _left_out(found: Doctor) -> Iterator[Finding]:
 
 def _settings() -> Iterator[Finding]:
     """Findings about this package's variables: invalid values, unknown names, and a disabled plugin."""
-    for name, values in OURS.items():
-        value = os.environ.get(name, "").strip().lower()
-        if value and values and value not in values:
-            yield Finding(
-                "bad-config",
-                f"{name} has a value that it does not take",
-                expected=" or ".join(values),
-                found=value[:80],
-                fix=f"unset {name}",
-            )
+    values, invalid = settings.Settings.read()
+    yield from invalid
     for name in sorted(os.environ):
-        if name.startswith(settings.MODE) and name not in OURS:
+        if name.startswith(settings.MODE) and name not in settings.VARIABLES:
             yield _warning(
-                "there is no such setting", expected=", ".join(OURS), found=name[:80], fix=f"unset {name[:80]}"
+                "there is no such setting",
+                expected=", ".join(settings.VARIABLES),
+                found=name[:80],
+                fix=f"unset {name[:80]}",
             )
-    if os.environ.get(settings.MODE, "").strip() == "0":
+    if values.mode == "0":
         yield _warning(
             "the plugin is switched off: vLLM's own methods serve every checkpoint",
             expected=f"{settings.MODE} unset, auto or 1",
