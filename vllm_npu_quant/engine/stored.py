@@ -28,6 +28,7 @@ from vllm_npu_quant.layouts.tables import (
     LAYOUTS,
     Axis,
     LayerSizes,
+    Role,
     TensorSpec,
     group_size_of,
     rows_per_scale_of,
@@ -209,7 +210,7 @@ class Receiver:
         if load_is_checked():
             return self.not_filled(names_of)
         for name in self.coverage:
-            self._fill_placeholder(self.tensors[name].name, getattr(layer, name).data)
+            self._fill_placeholder(self.tensors[name], getattr(layer, name).data)
         return []
 
     def not_filled(self, names_of: Callable[[str, Box], list[str]]) -> list[Finding]:
@@ -227,9 +228,9 @@ class Receiver:
                 )
         return findings
 
-    def _fill_placeholder(self, name: str, param: torch.Tensor) -> None:
-        """Fill a parameter with numbers that every scheme allows. ``name``: the tensor's name in its layout."""
-        weight, group = self.part.spec.weight, group_size_of(self.part.spec)
+    def _fill_placeholder(self, tensor: TensorSpec, param: torch.Tensor) -> None:
+        """Fill a parameter with numbers that every scheme allows."""
+        name, weight, group = tensor.name, self.part.spec.weight, group_size_of(self.part.spec)
         if name == "qzeros" and weight is not None:
             param.fill_(1 << (weight.bits - 1))  # the zero point of unsigned symmetric integers
         elif name.endswith("g_idx") and group:
@@ -237,7 +238,7 @@ class Receiver:
         elif name == "weight_shape":
             param.fill_(1 << 31)  # more than any packed weight holds
         else:
-            param.fill_(1 if "scale" in name else 0)
+            param.fill_(1 if tensor.role is Role.SCALE else 0)
 
     def canonical(self, tensors: Mapping[str, torch.Tensor]) -> CanonicalLinear:
         """The canonical numbers of loaded tensors, which are named as in the layout.

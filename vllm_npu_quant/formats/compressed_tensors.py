@@ -30,7 +30,7 @@ from pydantic import (
 )
 
 from vllm_npu_quant.checkpoint.text import shown, shown_name
-from vllm_npu_quant.errors import Finding, FindingLimit, NpuQuantError
+from vllm_npu_quant.errors import Finding, FindingLimit
 from vllm_npu_quant.formats.common import (
     FLOAT_DTYPES,
     KV_CACHE_TENSORS,
@@ -41,13 +41,12 @@ from vllm_npu_quant.formats.common import (
     kv_cache_tensors,
     layer_entry,
     parse_config,
-    silent_finding,
     unknown_fields_finding,
 )
 from vllm_npu_quant.formats.declaration import Format, Sample
 from vllm_npu_quant.formats.described import FLOAT_ENTRY, Described, LayerEntry, StoredTensor
 from vllm_npu_quant.formats.fp8 import fp8_spec, fp8_weight
-from vllm_npu_quant.formats.index import index_layers, is_embedding, stored_layers_of
+from vllm_npu_quant.formats.index import index_by_rules, is_embedding, stored_layers_of
 from vllm_npu_quant.formats.patterns import PatternSet
 from vllm_npu_quant.formats.resolve import variants
 from vllm_npu_quant.formats.samples import sample_tensors
@@ -378,14 +377,7 @@ def _describe_layers(
         if "." in name or name == "lm_head":
             stored.setdefault(name, {})
     layers = _Layers(groups, targets, _packs_dense(config.version), source, found)
-    try:
-        index_layers(described, stored, layers.entry, found)
-    except NpuQuantError as error:  # a layer's name is too long for the expressions, or they need too much work
-        found.extend(error.findings)
-    described.stored_as_float = frozenset(layers.stored_as_float)
-    silent = silent_finding(layers.stored_as_float, source)
-    if silent is not None:
-        found.add(silent)
+    index_by_rules(described, stored, layers.entry, layers.stored_as_float, found)
     if layers.not_compressed:
         found.add(_not_compressed(layers.not_compressed, source))
     scheme = config.kv_cache_scheme

@@ -138,9 +138,15 @@ def formats() -> tuple[Format, ...]:
             register_format(import_module(f"vllm_npu_quant.formats.{module}").FORMAT)
             _loaded.add(module)
     if EXTENSIONS not in _loaded:
-        _loaded.add(EXTENSIONS)
-        for entry_point in metadata.entry_points(group=EXTENSIONS):
-            entry_point.load()()
+        _loaded.add(EXTENSIONS)  # before they are loaded: an extension may ask for the formats itself
+        complete = False
+        try:
+            for entry_point in metadata.entry_points(group=EXTENSIONS):
+                entry_point.load()()
+            complete = True
+        finally:
+            if not complete:  # the error passes, and the next caller meets it too
+                _loaded.discard(EXTENSIONS)
     return tuple(_formats.values())
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, field_validator
 
 from vllm_npu_quant.checkpoint.text import shown
-from vllm_npu_quant.errors import Finding, FindingLimit, NpuQuantError
+from vllm_npu_quant.errors import Finding, FindingLimit
 from vllm_npu_quant.formats.common import (
     FLOAT_DTYPES,
     KV_CACHE_TENSORS,
@@ -26,12 +26,11 @@ from vllm_npu_quant.formats.common import (
     kv_cache_tensors,
     layer_entry,
     parse_config,
-    silent_finding,
     unknown_fields_finding,
 )
 from vllm_npu_quant.formats.declaration import Format, Sample
 from vllm_npu_quant.formats.described import FLOAT_ENTRY, Described, LayerEntry, StoredTensor
-from vllm_npu_quant.formats.index import index_layers, is_embedding, stored_layers_of
+from vllm_npu_quant.formats.index import index_by_rules, is_embedding, stored_layers_of
 from vllm_npu_quant.formats.patterns import PatternSet
 from vllm_npu_quant.formats.samples import sample_tensors
 from vllm_npu_quant.spec import ActivationSpec, Granularity, LayerSpec, Layout, NumberKind, WeightSpec
@@ -147,14 +146,7 @@ def _describe_layers(
     excluded = _ExcludedLayers(config.skipped, source)
     found.extend(excluded.patterns.findings)
     layers = _Layers(config, excluded, source, found)
-    try:
-        index_layers(described, stored_layers_of(tensors), layers.entry, found)
-    except NpuQuantError as error:  # a layer's name is too long for the patterns, or they need too much work
-        found.extend(error.findings)
-    described.stored_as_float = frozenset(layers.stored_as_float)
-    silent = silent_finding(layers.stored_as_float, source)
-    if silent is not None:
-        found.add(silent)
+    index_by_rules(described, stored_layers_of(tensors), layers.entry, layers.stored_as_float, found)
     if layers.kv_cache:
         described.dropped = (*KV_CACHE_TENSORS, *KV_OUTPUTS)
     if layers.kv_cache or config.kv_cache_scheme:

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from vllm_npu_quant.errors import FindingLimit
-from vllm_npu_quant.formats.common import FLOAT_DTYPES
+from vllm_npu_quant.errors import FindingLimit, NpuQuantError
+from vllm_npu_quant.formats.common import FLOAT_DTYPES, silent_finding
 from vllm_npu_quant.formats.described import Described, LayerEntry, StoredTensor
 from vllm_npu_quant.formats.experts import collect_experts, holds_fused_floats, split_number
 
-__all__ = ["add_layers", "index_layers", "is_embedding", "stored_layers_of"]
+__all__ = ["add_layers", "index_by_rules", "index_layers", "is_embedding", "stored_layers_of"]
 
 
 def is_embedding(layer: str) -> bool:
@@ -55,6 +55,28 @@ def index_layers(
 
     add_layers(described, decided_layers(), found)
     described.fused_floats = frozenset(fused_floats)
+
+
+def index_by_rules(
+    described: Described,
+    stored: Mapping[str, Mapping[str, StoredTensor]],
+    decide: Callable[[str, Mapping[str, StoredTensor]], LayerEntry | None],
+    not_excluded: Sequence[str],
+    found: FindingLimit,
+) -> None:
+    """``index_layers`` for configs that name layers by rules, whose matching may refuse a name or take too much work.
+
+    Args:
+        not_excluded: filled by ``decide``: layers that are stored as float although no rule excludes them.
+    """
+    try:
+        index_layers(described, stored, decide, found)
+    except NpuQuantError as error:
+        found.extend(error.findings)
+    described.stored_as_float = frozenset(not_excluded)
+    note = silent_finding(not_excluded, described.source)
+    if note is not None:
+        found.add(note)
 
 
 def add_layers(described: Described, entries: Iterable[tuple[str, LayerEntry]], found: FindingLimit) -> None:

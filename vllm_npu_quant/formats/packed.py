@@ -14,10 +14,10 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, StrictInt
 
-from vllm_npu_quant.errors import Finding, FindingLimit, NpuQuantError
+from vllm_npu_quant.errors import Finding, FindingLimit
 from vllm_npu_quant.formats import common
 from vllm_npu_quant.formats.described import FLOAT_ENTRY, Described, LayerEntry, StoredTensor
-from vllm_npu_quant.formats.index import index_layers, is_embedding, stored_layers_of
+from vllm_npu_quant.formats.index import index_by_rules, is_embedding, stored_layers_of
 from vllm_npu_quant.layouts.tables import LAYOUTS
 from vllm_npu_quant.serving.cost import MIN_GROUP
 from vllm_npu_quant.spec import Granularity, LayerSpec, Layout, NumberKind, WeightSpec
@@ -255,17 +255,10 @@ def index_packed(
         spec = layer_config.spec if adjust is None else adjust(layer, layer_config.spec, named)
         return _quantized_entry(layer, spec, named, described.source, found)
 
-    try:
-        index_layers(described, stored_layers_of(tensors), entry_of, found)
-    except NpuQuantError as error:  # the config's patterns take too much work
-        found.extend(error.findings)
+    index_by_rules(described, stored_layers_of(tensors), entry_of, not_excluded, found)
     if kv_cache:
         described.dropped = (*common.KV_CACHE_TENSORS, *common.KV_OUTPUTS)
         found.add(common.kv_cache_finding(", ".join(sorted(kv_cache)), described.source))
-    described.stored_as_float = frozenset(not_excluded)
-    note = common.silent_finding(not_excluded, described.source)
-    if note is not None:
-        found.add(note)
 
 
 def _quantized_entry(

@@ -43,10 +43,10 @@ class Host:
     findings: tuple[Finding, ...] = ()
 
     @classmethod
-    def read(cls, *, latent_attention: bool = False, kv_consumer: bool = False) -> Host:
+    def read(cls, *, latent_attention: bool = False) -> Host:
         """Read the settings once. Invalid values are in ``findings``."""
         values, found = settings.Settings.read()
-        return cls(values.fp8, values.w4a8, latent_attention, kv_consumer, found)
+        return cls(values.fp8, values.w4a8, latent_attention, findings=found)
 
 
 @dataclass(frozen=True)
