@@ -7,13 +7,21 @@ collect findings and raise once, so that users see all problems of a checkpoint 
 
 from __future__ import annotations
 
-import difflib
-import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
+from itertools import islice
 
-__all__ = ["CODES", "Finding", "FindingLimit", "NpuQuantError", "Severity", "nearest_names", "raise_findings"]
+__all__ = [
+    "CODES",
+    "Finding",
+    "FindingLimit",
+    "NpuQuantError",
+    "Severity",
+    "nearest_names",
+    "printable",
+    "raise_findings",
+]
 
 
 class Severity(str, Enum):
@@ -72,9 +80,24 @@ CODES: dict[str, str] = {
 }
 
 
+#: Limits on one text of a finding, and on the names that a finding lists. Texts come from untrusted files.
+MAX_TEXT = 2000
+MAX_NEAREST = 10
+
+
+def printable(text: str, limit: int = MAX_TEXT) -> str:
+    """Text on one line without control characters, for terminals and logs: each is replaced by its escape, as in "\\x1b".
+
+    Text beyond ``limit`` characters is cut off.
+    """
+    if len(text) > limit:
+        text = text[: limit - 3] + "..."
+    return text if text.isprintable() else "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 @dataclass(frozen=True)
 class Finding:
-    """A problem of, or a note on, a checkpoint or a request.
+    """A problem of, or a note on, a checkpoint or a request. Texts of more than MAX_TEXT characters are cut off.
 
     Attributes:
         code: a key of CODES.
@@ -100,16 +123,21 @@ class Finding:
     def __post_init__(self) -> None:
         if self.code not in CODES:
             raise ValueError(f"{self.code!r} is not a code of vllm_npu_quant.errors.CODES")
+        for name in ("message", "layer", "file", "expected", "found", "fix"):
+            text = getattr(self, name)
+            if len(text) > MAX_TEXT:
+                object.__setattr__(self, name, text[: MAX_TEXT - 3] + "...")
+        object.__setattr__(self, "nearest", tuple(name[:MAX_TEXT] for name in self.nearest[:MAX_NEAREST]))
 
     def render(self) -> str:
-        """Format as text: one headline, then one line for every field that is set."""
+        """Format as text: one headline, then one line for every field that is set. Control characters are escaped."""
         where = f"{self.layer}: " if self.layer else ""
-        lines = [f"{self.severity.value}[{self.code}]: {where}{self.message}"]
+        lines = [f"{self.severity.value}[{self.code}]: {printable(where + self.message, 2 * MAX_TEXT)}"]
         found = self.found
         if self.nearest:
             found = (found + "; " if found else "") + "nearest: " + ", ".join(self.nearest)
         rows = (("file", self.file), ("expected", self.expected), ("found", found), ("fix", self.fix))
-        lines += [f"  {name:<9}{text}" for name, text in rows if text]
+        lines += [f"  {name:<9}{printable(text, 2 * MAX_TEXT)}" for name, text in rows if text]
         return "\n".join(lines)
 
 
@@ -145,16 +173,22 @@ class NpuQuantError(Exception):
 
 
 class FindingLimit:
-    """A collector that keeps at most ``limit`` findings of each code and counts the rest."""
+    """A collector that keeps at most ``limit`` findings of each code and severity, and counts the rest."""
 
     def __init__(self, limit: int = 20) -> None:
         self.limit = limit
         self.findings: list[Finding] = []
-        self.counts: dict[str, int] = {}
+        self.counts: dict[tuple[str, Severity], int] = {}
 
-    def wants(self, code: str) -> bool:
-        """Whether a finding of this code would be kept; check it before computing costly details."""
-        return self.counts.get(code, 0) < self.limit
+    def wants_names(self, code: str) -> bool:
+        """Whether a finding of this code is among the first few, for which the nearest names are searched."""
+        return sum(self.counts.get((code, severity), 0) for severity in Severity) < MAX_SEARCHES
+
+    def skips(self, code: str, severity: Severity = Severity.ERROR) -> bool:
+        """Whether a finding of this code is only counted, which this call does, so that it need not be made."""
+        full = self.counts.get((code, severity), 0) >= self.limit
+        self.counts[code, severity] = self.counts.get((code, severity), 0) + full
+        return full
 
     def extend(self, findings: Iterable[Finding]) -> None:
         """Add each finding."""
@@ -163,16 +197,16 @@ class FindingLimit:
 
     def add(self, finding: Finding) -> None:
         """Keep a finding, or count it if its code has reached the limit."""
-        count = self.counts[finding.code] = self.counts.get(finding.code, 0) + 1
+        key = finding.code, finding.severity
+        count = self.counts[key] = self.counts.get(key, 0) + 1
         if count <= self.limit:
             self.findings.append(finding)
 
     def close(self) -> list[Finding]:
         """All kept findings, and one for each code with the number of those not kept."""
-        for code, count in self.counts.items():
+        for (code, severity), count in self.counts.items():
             if count > self.limit:
                 message = f"{count - self.limit} more findings of this kind were left out"
-                severity = next(finding.severity for finding in self.findings if finding.code == code)
                 self.findings.append(Finding(code, message, severity=severity))
         self.counts = {}
         return self.findings
@@ -185,29 +219,52 @@ def raise_findings(findings: Iterable[Finding]) -> None:
         raise NpuQuantError(collected)
 
 
-#: Limit on the names that are compared character by character.
-_MAX_COMPARED = 200
+#: Limits of the search for near names: findings of a code that have one, names that are looked at, and characters of each
+#: that are compared. Real checkpoints have below 300,000 names of below 100 characters.
+MAX_SEARCHES = 5
+MAX_LOOKED_AT = 300_000
+MAX_COMPARED = 200
 
 
 def nearest_names(name: str, names: Iterable[str], *, limit: int = 3) -> tuple[str, ...]:
     """The names most similar to ``name``, best first.
 
-    Only names with the same last component or the same parent are compared, and of those at most _MAX_COMPARED with the
-    longest common prefix. Linear in the number of names, so call it only for findings that are kept.
+    Of names with components, only those with the same last component or the same parent are compared. The similarity is
+    the part of the name that the common beginning and the common end make up: linear in the name's length. Linear in the
+    number of names, too, so a search belongs to the first few findings only (``FindingLimit.wants_names``).
     """
-    parent, _, last = name.rpartition(".")
-    candidates = [
+    name = name[:MAX_COMPARED]
+    parent, dot, last = name.rpartition(".")
+    candidates = (
         other
-        for other in names
-        if other.endswith("." + last) or (other.startswith(parent + ".") if parent else "." not in other)
-    ]
-    if len(candidates) > _MAX_COMPARED:
-        candidates = heapq.nlargest(_MAX_COMPARED, candidates, key=lambda other: _common_start(name, other))
-    return tuple(difflib.get_close_matches(name, candidates, n=limit, cutoff=0.5))
+        for other in islice(names, MAX_LOOKED_AT)
+        if other.endswith("." + last) or (other.startswith(parent + dot) if parent else "." not in other)
+    )
+    found: list[tuple[float, str]] = []
+    for other in candidates:
+        similarity = _similarity(name, other[:MAX_COMPARED])
+        if similarity >= 0.5 and (len(found) < limit or similarity > found[-1][0]):
+            found.append((similarity, other))
+            found.sort(key=lambda pair: -pair[0])
+            del found[limit:]
+    return tuple(other for _, other in found)
+
+
+def _similarity(first: str, second: str) -> float:
+    """The share of two texts that their common beginning and end make up; 1 for equal texts."""
+    length, shorter = max(len(first), len(second)), min(len(first), len(second))
+    start = _common_start(first, second)
+    end = min(_common_start(first[::-1], second[::-1]), shorter - start)
+    return (start + end) / length if length else 1.0
 
 
 def _common_start(first: str, second: str) -> int:
-    """Length of the common prefix of two strings."""
-    return next(
-        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
-    )
+    """Length of the common beginning of two texts."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:  # the slices are compared in C
+        middle = (low + high + 1) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -67,7 +67,7 @@ def check_checkpoint(described: Described, checkpoint: StoredCheckpoint) -> list
         form = tuple([None if tensor is None else (tensor.dtype, tensor.shape) for tensor in stored])
         if form in known.faultless:
             continue
-        near = found.wants("missing-tensor")
+        near = found.wants_names("missing-tensor")
         findings = check_layer(layer, entry, tensors, described.source, near=near)
         for finding in findings:
             found.add(finding)
