@@ -219,11 +219,12 @@ def raise_findings(findings: Iterable[Finding]) -> None:
         raise NpuQuantError(collected)
 
 
-#: Limits of the search for near names: findings of a code that have one, names that are looked at, and characters of each
-#: that are compared. Real checkpoints have below 300,000 names of below 100 characters.
+#: Limits of the search for near names: findings of a code that have one, names that are looked at, those with the
+#: same parent and those with another that are compared, and characters of each. Real checkpoints have below 300,000 names of below 100 characters.
 MAX_SEARCHES = 5
 MAX_LOOKED_AT = 300_000
-MAX_COMPARED = 200
+MAX_COMPARED = 20_000
+MAX_CHARACTERS = 200
 
 
 def nearest_names(name: str, names: Iterable[str], *, limit: int = 3) -> tuple[str, ...]:
@@ -233,16 +234,16 @@ def nearest_names(name: str, names: Iterable[str], *, limit: int = 3) -> tuple[s
     the part of the name that the common beginning and the common end make up: linear in the name's length. Linear in the
     number of names, too, so a search belongs to the first few findings only (``FindingLimit.wants_names``).
     """
-    name = name[:MAX_COMPARED]
+    name = name[:MAX_CHARACTERS]
     parent, dot, last = name.rpartition(".")
-    candidates = (
-        other
-        for other in islice(names, MAX_LOOKED_AT)
-        if other.endswith("." + last) or (other.startswith(parent + dot) if parent else "." not in other)
-    )
     found: list[tuple[float, str]] = []
-    for other in candidates:
-        similarity = _similarity(name, other[:MAX_COMPARED])
+    compared = {True: 0, False: 0}
+    for other in islice(names, MAX_LOOKED_AT):
+        sibling = other.startswith(parent + dot) if parent else "." not in other
+        if compared[sibling] == MAX_COMPARED or not (sibling or other.endswith("." + last)):
+            continue
+        compared[sibling] += 1
+        similarity = _similarity(name, other[:MAX_CHARACTERS])
         if similarity >= 0.5 and (len(found) < limit or similarity > found[-1][0]):
             found.append((similarity, other))
             found.sort(key=lambda pair: -pair[0])

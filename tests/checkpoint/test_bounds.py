@@ -25,7 +25,7 @@ def header(tensors: dict[str, object]) -> bytes:
 
 def empty(*names: str) -> bytes:
     """A file with tensors of no elements."""
-    return header(dict.fromkeys(names, {"dtype": "I8", "shape": [0], "data_offsets": [0, 0]}))
+    return header({name: {"dtype": "I8", "shape": [0], "data_offsets": [0, 0]} for name in names})
 
 
 def messages(checkpoint: Checkpoint) -> list[str]:

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests.fixtures_index import fixture
-from vllm_npu_quant.checkpoint import Checkpoint, find_local
+from vllm_npu_quant.checkpoint import Checkpoint, find_local, folder
 from vllm_npu_quant.errors import NpuQuantError, Severity
 
 ONE = "model-00001-of-00002.safetensors"

@@ -21,6 +21,8 @@ from vllm_npu_quant.formats.common import (
     KV_CACHE_TENSORS,
     KV_OUTPUTS,
     MAX_RULES,
+    ComponentRules,
+    Work,
     config_text,
     kv_cache_finding,
     kv_cache_tensors,
@@ -163,29 +165,17 @@ class _ExcludedLayers:
 
     def __init__(self, rules: Sequence[str], source: str) -> None:
         self.names = frozenset(rule for rule in rules if not rule.startswith("re:"))
-        self._lengths = {name.count(".") + 1 for name in self.names} & _RUN_LENGTHS
         expressions = [rule.removeprefix("re:") for rule in rules if rule.startswith("re:")]
         self.patterns = PatternSet(expressions, file=source, where="ignored_layers")
+        self._components = ComponentRules(self.names, Work(source))
 
     def contains(self, layer: str) -> bool:
         """Whether a rule names exactly this layer, or a regular expression matches it."""
         return layer in self.names or self.patterns.any(layer)
 
     def covers(self, layer: str) -> bool:
-        """``contains``, or a rule names some of its components ("mlp", "layers.0"). The cost is independent of the rules."""
-        return self.contains(layer) or any(run in self.names for run in _component_runs(layer, self._lengths))
-
-
-#: The most components of a rule that is looked up within layer names; it bounds the work for one name.
-_RUN_LENGTHS = frozenset(range(1, 33))
-
-
-def _component_runs(name: str, lengths: Iterable[int]) -> Iterator[str]:
-    """The runs of neighbouring components of a dotted name: for "a.b.c" and a length of 2, "a.b" and "b.c"."""
-    parts = name.split(".")
-    for length in lengths:
-        for start in range(len(parts) - length + 1):
-            yield ".".join(parts[start : start + length])
+        """``contains``, or a rule names some of its components ("mlp", "layers.0")."""
+        return self.contains(layer) or self._components.match(layer)
 
 
 @dataclass

@@ -146,7 +146,7 @@ def read(
         found.extend(problems)
         if not problems:
             values = checkpoint if checkpoint is not None and checkpoint.has_values else None
-            index_packed(described, tensors, _configured(parsed, patterns), found, adjust=_without_order(values))
+            index_packed(described, tensors, _configured(parsed, patterns, source), found, adjust=_without_order(values))
     if checkpoint is not None and source == "config.json" and _FILE in checkpoint.names:
         try:
             found.extend(compare_files(config, checkpoint.read_json(_FILE), (source, _FILE)))
@@ -156,13 +156,13 @@ def read(
     return described
 
 
-def _configured(config: GptqConfig, patterns: PatternSet) -> Callable[[str], Configured]:
+def _configured(config: GptqConfig, patterns: PatternSet, source: str) -> Callable[[str], Configured]:
     spec = config.spec()
     overrides = [
         None if key.startswith("-:") or (override.bits or 0) >= FLOAT_BITS else override
         for key, override in config.dynamic.items()
     ]
-    modules = ModuleNames(flat_names(config.modules_in_block_to_quantize or ()))
+    modules = ModuleNames(flat_names(config.modules_in_block_to_quantize or ()), source)
 
     def configured(layer: str) -> Configured:
         hit = patterns.first(layer)
