@@ -13,6 +13,7 @@ from typing import TypeVar
 from vllm_npu_quant.errors import Finding, NpuQuantError
 
 __all__ = [
+    "FAILED_BUILD",
     "FP8",
     "VARIABLES",
     "W4A8",
@@ -22,6 +23,7 @@ __all__ = [
     "cpu_build",
     "emulation_mode",
     "fp8_mode",
+    "kernels_dir",
     "plugin_enabled",
     "plugin_mode",
     "takeover",
@@ -41,6 +43,8 @@ W4A8 = "VLLM_NPU_QUANT_W4A8"
 EMULATION = "VLLM_NPU_QUANT_EMULATION"
 #: Folder of the emulation's compiled kernels, and of downloads of the demo, the tests and the benchmarks.
 CACHE = "VLLM_NPU_QUANT_CACHE"
+#: Suffix of the files in ``kernels_dir`` that remember why a compiler failed.
+FAILED_BUILD = ".failed"
 #: All variables.
 VARIABLES = (MODE, TAKEOVER, FP8, W4A8, EMULATION, CACHE)
 
@@ -131,6 +135,15 @@ def cache_dir() -> Path:
     own = os.environ.get(CACHE)
     folder = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "vllm-npu-quant"
     return folder.expanduser().absolute()
+
+
+def kernels_dir() -> Path:
+    """The folder of the emulation's compiled kernels.
+
+    Raises:
+        RuntimeError: as ``cache_dir``.
+    """
+    return cache_dir() / "native"
 
 
 @dataclass(frozen=True)

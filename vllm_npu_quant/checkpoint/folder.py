@@ -7,7 +7,7 @@ import fnmatch
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
@@ -139,27 +139,43 @@ class Checkpoint:
         return read_json(self.path(name), max_bytes=json_limit(name), file=name)
 
     def read(self, name: str, *, float32: bool = False) -> np.ndarray:
-        """Read the values of one tensor.
+        """Read the values of one tensor, which has at most ``values.MAX_READ`` bytes.
 
         Args:
             name: a key of ``tensors``.
-            float32: whether to convert to float32. Otherwise the values are those stored, read-only and memory-mapped, in
-                the NumPy dtype of the same name: BF16 is returned as uint16, 8-bit floats as uint8, F4 and F6 as packed
-                bytes (see ``values.map_tensor`` for the shape).
+            float32: whether to convert to float32. Otherwise the values are those stored, read-only, in the NumPy dtype of
+                the same name: BF16 is returned as uint16, 8-bit floats as uint8, F4 and F6 as packed bytes (see
+                ``values.read_tensor`` for the shape).
 
         Raises:
             KeyError: the tensor does not exist; the message has the nearest names.
-            NpuQuantError: the file has changed since the checkpoint was opened, or it has an error in ``findings``.
+            NpuQuantError: the file has changed since the checkpoint was opened, or it has an error in ``findings``, or the
+                tensor is too large.
             ValueError: with ``float32``, for integer, complex and 6-bit float dtypes.
         """
+        from vllm_npu_quant.checkpoint.values import read_tensor, to_float32  # imports NumPy, not needed for headers
+
+        tensor = self._tensor(name)
+        values = read_tensor(self.path(tensor.file), tensor, self.sizes[tensor.file])
+        return to_float32(values, tensor) if float32 else values
+
+    def blocks(self, name: str, elements: int) -> Iterator[np.ndarray]:
+        """The values of one tensor of any size as they are stored, in vectors of at most ``elements`` numbers, in order.
+
+        Raises:
+            KeyError, NpuQuantError: as ``read``.
+        """
+        from vllm_npu_quant.checkpoint.values import read_blocks
+
+        tensor = self._tensor(name)
+        return read_blocks(self.path(tensor.file), tensor, self.sizes[tensor.file], elements)
+
+    def _tensor(self, name: str) -> TensorInfo:
         tensor = self.tensors.get(name)
         if tensor is None:
             near = nearest_names(name, self.tensors)
             raise KeyError(f"no tensor {name!r} in {self.folder}" + (f"; nearest: {', '.join(near)}" if near else ""))
-        from vllm_npu_quant.checkpoint.values import map_tensor, to_float32  # imports NumPy, not needed for headers
-
-        values = map_tensor(self.path(tensor.file), tensor, self.sizes[tensor.file])
-        return to_float32(values, tensor) if float32 else values
+        return tensor
 
     def read_headers(self) -> None:
         """Set ``files``, ``tensors``, ``findings`` and the other attributes from the files in ``names``."""

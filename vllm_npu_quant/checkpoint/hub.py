@@ -279,7 +279,13 @@ class RemoteCheckpoint(Checkpoint):
         return parse_json(content, max_bytes=limit, file=name)
 
     def read(self, name: str, *, float32: bool = False) -> Any:
-        raise _unreadable(
+        raise self._no_values()
+
+    def blocks(self, name: str, elements: int) -> Iterator[Any]:
+        raise self._no_values()
+
+    def _no_values(self) -> NpuQuantError:
+        return _unreadable(
             self.repository,
             "only the headers of this model's weight files were read, no values",
             f"download the model first: {self.how_to_download} {self.repository}",

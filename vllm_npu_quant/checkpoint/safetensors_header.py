@@ -154,7 +154,7 @@ class Header:
 
 @dataclass
 class HeaderBudget:
-    """What the headers of one checkpoint may still hold. Headers may be read by several threads.
+    """The rest of the limits on all headers of one checkpoint. Several threads may read headers.
 
     Attributes:
         nbytes: bytes of JSON.

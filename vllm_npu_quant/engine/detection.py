@@ -12,6 +12,7 @@ from vllm.logger import init_logger
 
 from vllm_npu_quant import settings
 from vllm_npu_quant.checkpoint import Checkpoint, is_path, open_checkpoint
+from vllm_npu_quant.checkpoint.json_files import check_depth
 from vllm_npu_quant.errors import NpuQuantError
 from vllm_npu_quant.formats.declaration import find_format, formats
 from vllm_npu_quant.formats.detect import contradiction, detect_files, file_beside, quantization_config
@@ -37,7 +38,7 @@ def detect_quantization(args: Any) -> str | None:
     """The quantization method for an ``EngineArgs``: the requested one, or ours if the checkpoint calls for it.
 
     Raises:
-        NpuQuantError: contradictory-evidence if a ModelSlim description contradicts config.json or the requested method.
+        NpuQuantError: unreadable-file if config.json is nested more deeply than vLLM can read; contradictory-evidence if a ModelSlim description contradicts config.json or the requested method.
     """
     _ACCESS[args.model] = _HubAccess(args.hf_token, args.download_dir)
     return _detect(args.model, args.revision, args.quantization)
@@ -71,6 +72,8 @@ def _detect(model: str, revision: str | None, asked: str | None) -> str | None:
     checkpoint = _list(model, revision)
     if checkpoint is None:
         return asked
+    if checkpoint.has_values and "config.json" in checkpoint.names:
+        check_depth(checkpoint.path("config.json"), file="config.json")  # vLLM's parser has no limit
     beside = file_beside(checkpoint.names)
     if beside is None:
         return asked

@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from vllm_npu_quant.checkpoint import Checkpoint, TensorInfo
+from vllm_npu_quant.checkpoint.values import to_float32
 from vllm_npu_quant.errors import Finding, FindingLimit, NpuQuantError, Severity
 from vllm_npu_quant.formats.common import FLOAT_DTYPES
 from vllm_npu_quant.formats.described import LayerEntry
 from vllm_npu_quant.inspection.layers import Layer
 from vllm_npu_quant.inspection.model import Model
 from vllm_npu_quant.layouts.tables import LAYOUTS, Role
+from vllm_npu_quant.serving.cost import MAX_INPUTS
 from vllm_npu_quant.spec import Granularity, Layout, NumberKind, WeightSpec
 
 __all__ = ["value_findings"]
@@ -53,10 +55,11 @@ def value_findings(
             for finding in _layer_values(checkpoint, layer, tensors, entry, symmetric):
                 found.add(finding)
             loss = None if layer in floats else _requantization(checkpoint, layer, entry)
-        except NpuQuantError as error:  # the file is damaged or has changed
-            for finding in error.findings:
-                found.add(finding)
-            break
+        except NpuQuantError as error:
+            found.extend(error.findings)
+            if "unreadable-file" in error.codes:  # the file is damaged or has changed
+                break
+            continue
         if loss is not None:
             losses.append((loss, layer))
         if progress is not None:
@@ -81,7 +84,9 @@ def _layer_values(
         if roles.get(last) is Role.SCALE:
             yield from _scale_values(checkpoint, layer, tensor)
         elif roles.get(last) is Role.ZERO:
-            if symmetric.get(layer, symmetric.get(_any_expert(layer), False)) and np.any(checkpoint.read(tensor.name)):
+            if symmetric.get(layer, symmetric.get(_any_expert(layer), False)) and any(
+                np.any(block) for block in checkpoint.blocks(tensor.name, BLOCK)
+            ):
                 yield _bad(
                     layer,
                     tensor,
@@ -106,22 +111,25 @@ def _layer_values(
 
 
 def _scale_values(checkpoint: Checkpoint, layer: str, tensor: TensorInfo) -> Iterator[Finding]:
-    if tensor.dtype == "I64":  # float32 bits widened to int64
-        stored = np.asarray(checkpoint.read(tensor.name))
-        values = (stored & 0xFFFFFFFF).astype(np.uint32).view(np.float32)
-    elif tensor.dtype in FLOAT_DTYPES or tensor.dtype == "F8_E8M0":
-        values = checkpoint.read(tensor.name, float32=True)
-    else:
+    if tensor.dtype != "I64" and tensor.dtype not in FLOAT_DTYPES and tensor.dtype != "F8_E8M0":
         return
-    broken = int(np.count_nonzero(~np.isfinite(values)))
-    zeros = int(np.count_nonzero(values == 0))
+    smallest = 2.0**-14 if tensor.dtype == "F16" else 2.0**-126
+    broken = zeros = tiny = 0
+    for block in checkpoint.blocks(tensor.name, BLOCK):
+        if tensor.dtype == "I64":  # float32 bits widened to int64
+            values = (block & 0xFFFFFFFF).astype(np.uint32).view(np.float32)
+        else:
+            values = to_float32(block, tensor)
+        broken += int(np.count_nonzero(~np.isfinite(values)))
+        zeros += int(np.count_nonzero(values == 0))
+        tiny += int(np.count_nonzero((np.abs(values) < smallest) & (values != 0)))
     if broken:
         yield _bad(
             layer,
             tensor,
             "scales that are no numbers: the layer's output would be NaN",
             "finite scales",
-            f"{broken:,} of {values.size:,} are NaN or infinite",
+            f"{broken:,} of {tensor.numel:,} are NaN or infinite",
             "download the file again, or re-export the checkpoint",
         )
     if zeros:
@@ -130,19 +138,17 @@ def _scale_values(checkpoint: Checkpoint, layer: str, tensor: TensorInfo) -> Ite
             tensor,
             "scales that are 0: what they belong to is lost",
             "scales other than 0",
-            f"{zeros:,} of {values.size:,}",
+            f"{zeros:,} of {tensor.numel:,}",
             "check that these outputs are 0 in the model, too, or re-export the checkpoint",
             severity=Severity.WARNING,
         )
-    smallest = 2.0**-14 if tensor.dtype == "F16" else 2.0**-126
-    tiny = int(np.count_nonzero((np.abs(values) < smallest) & (values != 0)))
     if tiny:
         yield _bad(
             layer,
             tensor,
             f"scales below the normal numbers of {tensor.dtype}, which have lost digits",
             f"at least {smallest:.3g}",
-            f"{tiny:,} of {values.size:,}",
+            f"{tiny:,} of {tensor.numel:,}",
             "store the scales as float32, or quantize with larger groups",
             severity=Severity.WARNING,
         )
@@ -152,8 +158,8 @@ def _integers(checkpoint: Checkpoint, layer: str, tensor: TensorInfo, entry: Lay
     weight = entry.spec.weight
     if weight is None or weight.bits != 4 or entry.spec.layout not in _BYTES:
         return
-    values = checkpoint.read(tensor.name)
-    low, high = int(values.min()), int(values.max())
+    ranges = [(int(block.min()), int(block.max())) for block in checkpoint.blocks(tensor.name, BLOCK)]
+    low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
     if low < -8 or high > 7:
         yield _bad(
             layer,
@@ -167,10 +173,8 @@ def _integers(checkpoint: Checkpoint, layer: str, tensor: TensorInfo, entry: Lay
 
 def _not_finite(checkpoint: Checkpoint, tensor: TensorInfo) -> int:
     """Number of NaN and infinite values of a float tensor, counted without conversion."""
-    stored = checkpoint.read(tensor.name).reshape(-1)
     count = 0
-    for start in range(0, stored.size, BLOCK):
-        block = stored[start : start + BLOCK]
+    for block in checkpoint.blocks(tensor.name, BLOCK):
         if tensor.dtype == "BF16":
             count += int(np.count_nonzero((block & 0x7F80) == 0x7F80))
         elif tensor.dtype.startswith("F8_E4M3"):
@@ -214,15 +218,16 @@ def _requantization(checkpoint: Checkpoint, layer: str, entry: LayerEntry | None
         return None
     if weight is None or scale is None or len(weight.shape) != 2 or weight.dtype != "F8_E4M3" or not weight.numel:
         return None
-    scales = checkpoint.read(scale.name, float32=True)
-    codes = checkpoint.read(weight.name)
     outputs, inputs = weight.shape
-    step = max(BLOCK // max(inputs, 1), 1)
+    if inputs > MAX_INPUTS:
+        return None  # the operators' limits say so
+    scales = checkpoint.read(scale.name, float32=True)
     error = norm = 0.0
-    for start in range(0, outputs, step):
-        rows = _fp8(codes[start : start + step]) * _row_scales(
-            scales, stored, start, min(start + step, outputs), inputs
-        )
+    start = 0
+    for codes in checkpoint.blocks(weight.name, BLOCK // inputs * inputs):
+        stop = start + codes.size // inputs
+        rows = to_float32(codes, weight).reshape(-1, inputs) * _row_scales(scales, stored, start, stop, inputs)
+        start = stop
         if not np.isfinite(rows).all():
             return None  # reported as a bad value
         largest = np.abs(rows).max(axis=1, keepdims=True)
@@ -231,13 +236,6 @@ def _requantization(checkpoint: Checkpoint, layer: str, entry: LayerEntry | None
         error += float(np.square(difference, dtype=np.float64).sum())
         norm += float(np.square(rows, dtype=np.float64).sum())
     return (error / norm) ** 0.5 if norm else 0.0
-
-
-def _fp8(codes: np.ndarray) -> np.ndarray:
-    from vllm_npu_quant.checkpoint.values import to_float32
-
-    tensor = TensorInfo("", "F8_E4M3", codes.shape, "", 0, codes.size)
-    return to_float32(codes, tensor)
 
 
 def _row_scales(scales: np.ndarray, stored: WeightSpec, start: int, stop: int, inputs: int) -> np.ndarray:
