@@ -219,8 +219,9 @@ def raise_findings(findings: Iterable[Finding]) -> None:
         raise NpuQuantError(collected)
 
 
-#: Limits of the search for near names: findings of a code that have one, names that are looked at, those with the
-#: same parent and those with another that are compared, and characters of each. Real checkpoints have below 300,000 names of below 100 characters.
+#: Limits of the search for near names: findings of a code that have one, names that are looked at, those with the same
+#: parent and those with another that are compared, and characters of each. Real checkpoints have below 300,000 names of below
+#: 100 characters.
 MAX_SEARCHES = 5
 MAX_LOOKED_AT = 300_000
 MAX_COMPARED = 20_000

@@ -222,7 +222,9 @@ def test_arbitrary_bytes(content: bytes) -> None:
     text.encode("utf-8")
 
 
-@pytest.mark.parametrize("content", [b"[" * 10**5, b'{"a":' * 10**5, b'{"a": "[[[[", "b": ' + b"[" * 600 + b"]" * 600 + b"}"])
+@pytest.mark.parametrize(
+    "content", [b"[" * 10**5, b'{"a":' * 10**5, b'{"a": "[[[[", "b": ' + b"[" * 600 + b"]" * 600 + b"}"]
+)
 def test_files_too_deep_for_other_parsers(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(NpuQuantError, match="nested too deeply") as caught:
@@ -232,7 +234,7 @@ def test_files_too_deep_for_other_parsers(content: bytes, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{}", b"[" * 500 + b"]" * 500, b"[]," * 10**5, b'{"a": "' + b"[" * 10**5 + b'"}', b'["\\"' + b",[]" * 10**4]
+    [b"", b"{}", b"[" * 500 + b"]" * 500, b"[]," * 10**5, b'{"a": "' + b"[" * 10**5 + b'"}', b'["\\"' + b",[]" * 10**4],
 )
 def test_files_that_others_may_read(content: bytes, tmp_path: Path) -> None:
     """Depth is all that is checked: other parsers allow more than this package's."""

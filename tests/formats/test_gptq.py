@@ -284,7 +284,6 @@ def test_all_g_idx_together_are_bounded():
     assert any("too much work" in finding.message for finding in found.findings)
 
 
-
 def test_g_idx_is_needed_for_activation_order():
     tensors = headers(gptq_layer(UP, g_idx=False))
     assert check(of(tensors), tensors) == []

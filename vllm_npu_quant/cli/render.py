@@ -36,7 +36,7 @@ __all__ = [
 
 _KINDS = {"linear": "linear layer", "fused_moe": "experts' projection", "lm_head": "output head (lm_head)"}
 #: Rows of a table of layers; the layers of one depth are one to twenty rows. --json has all of them.
-MAX_ROWS = 10_000
+MAX_ROWS = 4_000
 #: Units of a chip's numbers, in 10^12.
 _UNITS = {"bandwidth": "TB/s", "fp16": "TFLOPS", "int8": "TOPS"}
 _COLOURS = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.INFO: "cyan"}

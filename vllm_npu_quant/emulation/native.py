@@ -162,7 +162,9 @@ def _compile(compiler: str, source: Path, flags: Sequence[str], target: Path) ->
 def _first_error(output: str) -> str:
     """The first line of a compiler's output that names an error, else its first line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    line = next((line for line in lines if "error" in line.lower()), lines[0] if lines else "it failed without a message")
+    line = next(
+        (line for line in lines if "error" in line.lower()), lines[0] if lines else "it failed without a message"
+    )
     return printable(line, MAX_REASON - 100)
 
 

@@ -38,7 +38,8 @@ def detect_quantization(args: Any) -> str | None:
     """The quantization method for an ``EngineArgs``: the requested one, or ours if the checkpoint calls for it.
 
     Raises:
-        NpuQuantError: unreadable-file if config.json is nested more deeply than vLLM can read; contradictory-evidence if a ModelSlim description contradicts config.json or the requested method.
+        NpuQuantError: unreadable-file if config.json is nested more deeply than vLLM can read; contradictory-evidence if a
+            ModelSlim description contradicts config.json or the requested method.
     """
     _ACCESS[args.model] = _HubAccess(args.hf_token, args.download_dir)
     return _detect(args.model, args.revision, args.quantization)

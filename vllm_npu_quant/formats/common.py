@@ -89,7 +89,7 @@ class ComponentRules:
             return False
         new, module = [], layer
         while module and module not in self._known:
-            self._work.spend(len(self._lengths) + len(module) // 256)
+            self._work.spend(len(self._lengths) + len(module) // 64)
             new.append(module)
             module = module.rpartition(".")[0]
         found = self._known.get(module, False)

@@ -13,7 +13,7 @@ RE2 has no lookarounds. Recipes use them at the start ("^(?!.*visual).*_proj"), 
 and sometimes further on (".*(?<!gate)_proj"). Such a pattern is cut at its lookarounds, and each part is matched on its own,
 at every place of the name where the parts may meet. Groups around lookarounds are opened, so that their alternatives become
 patterns of their own: "(?:(?!.*a).*x|y)z" is "(?!.*a).*xz" or "yz"; and "(?:(?!a).)*$", whose lookahead is tried at every
-place of the rest, is "(?!.*a).*$". Other lookarounds in repeated groups, and those at two places after the start, are refused.
+place of the rest, is "(?!.*a).*$". Other lookarounds in repeated groups, and at two places after the start, are refused.
 """
 
 from __future__ import annotations

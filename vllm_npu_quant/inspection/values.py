@@ -218,7 +218,7 @@ def _requantization(checkpoint: Checkpoint, layer: str, entry: LayerEntry | None
         return None
     if weight is None or scale is None or len(weight.shape) != 2 or weight.dtype != "F8_E4M3" or not weight.numel:
         return None
-    outputs, inputs = weight.shape
+    inputs = weight.shape[1]
     if inputs > MAX_INPUTS:
         return None  # the operators' limits say so
     scales = checkpoint.read(scale.name, float32=True)
