@@ -35,7 +35,8 @@ CODES: dict[str, str] = {
     "bad-config": "A configuration file holds a value that the format does not allow, or two values that contradict each "
     "other. The finding names the field. Re-export the checkpoint with its producer, or correct the field by hand.",
     "unreadable-file": "A file is missing, does not have the type that its name says, exceeds the size limit for its kind, "
-    "or is nested too deeply. None of its content was used. Copy or download the file again.",
+    "or is nested too deeply; a checkpoint has more files than any real one; or a hub's answer is incomplete or of another "
+    "form. None of the content was used. Copy or download the file again.",
     "contradictory-evidence": "Two files of the checkpoint name different quantization formats, and none is preferred. "
     "Remove the file that does not belong to the weights, or pass quantization= to name the format.",
     "unknown-scheme": "The checkpoint names a quantization scheme that this version does not know. It is not loaded as "
@@ -53,7 +54,7 @@ CODES: dict[str, str] = {
     "wrong-shape": "A tensor's shape does not follow from the layer's size and the scheme, for example a scale with too "
     "few rows or a group size that does not match.",
     "bad-header": "A safetensors header is damaged: truncated file, overlapping or missing byte ranges, an unknown dtype, "
-    "or a header larger than the limit. Download the file again.",
+    "or a header, or all headers together, larger than the limit. Download the file again.",
     "index-mismatch": "The safetensors index and the files beside it disagree: a listed file is missing, or a tensor is not "
     "in the file that the index names.",
     "duplicate-tensor": "Two weight files hold a tensor of the same name. Which of them is loaded depends on the order of "
@@ -63,7 +64,8 @@ CODES: dict[str, str] = {
     "bad-value": "A tensor holds values that the scheme does not allow, such as a nonzero zero point in a symmetric scheme.",
     "not-filled": "A part of a quantized layer's parameters received no data while the model was loaded. The finding names "
     "the parameter and the part.",
-    "operator-limit": "A shape or dtype is outside the limits given in the NPU operator's documentation.",
+    "operator-limit": "A shape or dtype is outside the limits given in the NPU operator's documentation, or a tensor is so "
+    "large that it is not read.",
     "requantized": "The chip has no instructions for the checkpoint's number format, so the weights are converted at load. "
     "The finding names both formats and the setting that changes the conversion.",
     "served-otherwise": "The layers are served, but not exactly as stored. The finding names the difference, such as "
@@ -184,9 +186,13 @@ class FindingLimit:
         """Whether a finding of this code is among the first few, for which the nearest names are searched."""
         return sum(self.counts.get((code, severity), 0) for severity in Severity) < MAX_SEARCHES
 
+    def is_full(self, code: str, severity: Severity = Severity.ERROR) -> bool:
+        """Whether more findings of this code are only counted."""
+        return self.counts.get((code, severity), 0) >= self.limit
+
     def skips(self, code: str, severity: Severity = Severity.ERROR) -> bool:
         """Whether a finding of this code is only counted, which this call does, so that it need not be made."""
-        full = self.counts.get((code, severity), 0) >= self.limit
+        full = self.is_full(code, severity)
         self.counts[code, severity] = self.counts.get((code, severity), 0) + full
         return full
 
