@@ -646,7 +646,7 @@ def test_the_setting_decides_what_is_served_and_not_what_is_read(
     monkeypatch.setenv("VLLM_NPU_QUANT_FP8", mode)
     spec = spec_of(config(F8, F8_TOKEN, format="float-quantized"), layer_f8("model.layers.0.mlp.up_proj"))
     assert spec.scheme == "FP8_CHANNEL_DYNAMIC"
-    served = decide(LayerKind.LINEAR, spec, Host(fp8=mode))
+    served = decide(LayerKind.LINEAR, spec, Host(float_weights=mode))
     assert served.spec.scheme == f"FP8_CHANNEL_DYNAMIC {scheme}"
     assert served.row is not None
 

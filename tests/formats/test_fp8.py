@@ -154,10 +154,10 @@ def test_the_setting_decides_what_is_served_and_not_what_is_read(
 ) -> None:
     tensors = layer(UP, (2, 3), "weight_scale_inv")
     described = read(DEEPSEEK, tensors)
-    served = decide(LayerKind.LINEAR, described.find(UP).spec, Host(fp8=mode))
+    served = decide(LayerKind.LINEAR, described.find(UP).spec, Host(float_weights=mode))
     assert served.spec.scheme == f"FP8_BLOCK_DYNAMIC {scheme}"
     assert served.require_row().method_name == method
-    (finding,) = requantized(described, Host(fp8=mode))
+    (finding,) = requantized(described, Host(float_weights=mode))
     assert ("doubles their memory" in finding.message) == (mode == "bf16")
     monkeypatch.setenv("VLLM_NPU_QUANT_FP8", mode)
     assert read(DEEPSEEK, tensors) == described

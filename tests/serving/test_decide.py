@@ -27,7 +27,7 @@ W4A8 = LayerSpec("W4A8_DYNAMIC", Layout.MODELSLIM_INT, WeightSpec(4), PER_TOKEN)
         (FP8_BLOCK, Host(), "l.q_proj", "FP8_BLOCK_DYNAMIC as W8A8_DYNAMIC", "W8A8DynamicLinear"),
         (FP8_STATIC, Host(), "l.q_proj", "FP8_STATIC as W8A8_DYNAMIC", "W8A8DynamicLinear"),
         (FP8_WEIGHT_ONLY, Host(), "l.q_proj", "FP8_W8A16 as W8A16", "WeightOnlyLinear"),
-        (FP8_BLOCK, Host(fp8="bf16"), "l.q_proj", "FP8_BLOCK_DYNAMIC as float", "DequantizedLinear"),
+        (FP8_BLOCK, Host(float_weights="bf16"), "l.q_proj", "FP8_BLOCK_DYNAMIC as float", "DequantizedLinear"),
         (MIX, Host(), "l.q_proj", "W8A8_MIX", "W8A8DynamicLinear"),
         (MIX, Host(kv_consumer=True), "l.q_proj", "W8A8_MIX", "W8A8StaticLinear"),
         (W8A8, Host(kv_consumer=True), "l.q_proj", "W8A8_DYNAMIC", "W8A8DynamicLinear"),
@@ -49,7 +49,7 @@ def test_linear_layers(stored: LayerSpec, host: Host, layer: str, scheme: str, m
 
 @pytest.mark.parametrize("kind", LayerKind)
 def test_a_float_layer_stays_float(kind: LayerKind) -> None:
-    served = decide(kind, FLOAT, Host(fp8="bf16", w4a8="w4a16", latent_attention=True, kv_consumer=True), layer="l")
+    served = decide(kind, FLOAT, Host(float_weights="bf16", w4a8="w4a16", latent_attention=True, kv_consumer=True), layer="l")
     assert (served.spec, served.row, served.difference) == (FLOAT, None, "")
 
 
@@ -109,7 +109,7 @@ def test_fp8_is_told_once_with_counts() -> None:
     assert finding.found == "FP8_BLOCK_DYNAMIC: 4 layers, FP8_STATIC: 2 layers"
     assert "static input scales are dropped" in finding.message
     assert requantized_findings([(W8A8, 7)], Host(), "config.json") == []
-    (finding,) = requantized_findings([(FP8_BLOCK, 1)], Host(fp8="bf16"), "config.json")
+    (finding,) = requantized_findings([(FP8_BLOCK, 1)], Host(float_weights="bf16"), "config.json")
     assert "doubles their memory" in finding.message
 
 

@@ -26,7 +26,7 @@ __all__ = ["EXTENSIONS", "Format", "Sample", "find_format", "formats", "register
 EXTENSIONS = "vllm_npu_quant.extensions"
 
 #: Modules of the built-in formats, in the order in which vLLM asks their config classes.
-_BUILT_IN = ("modelslim", "compressed_tensors", "fp8", "awq", "gptq", "auto_round")
+_BUILT_IN = ("modelslim", "compressed_tensors", "fp8", "modelopt", "awq", "gptq", "auto_round")
 
 
 @dataclass(frozen=True)
