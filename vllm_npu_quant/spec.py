@@ -118,6 +118,7 @@ class WeightSpec:
 
     Attributes:
         bits: bits per element.
+        kind: integers, or floats: E4M3 of 8 bits and E2M1 of 4, with power-of-two scales if MX.
         granularity: the elements that share a scale: TENSOR, CHANNEL (an output row), GROUP (``group_size`` inputs of a
             row), BLOCK.
         group_size: elements along the input dimension per group or block; 0 unless the granularity is GROUP or BLOCK.

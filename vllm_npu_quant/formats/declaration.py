@@ -63,6 +63,7 @@ class Format:
         file_beside: from the names of a folder's files to the one that describes the quantization if config.json does not.
         title: the name in messages; ``name`` if empty.
         needs_file: the file that users should look for if none describes the quantization.
+        read_by_vllm: whether vLLM looks for that file itself.
         decisive: whether that file contradicts a config.json that names another format.
         is_complete: whether a ``quantization_config`` is complete, so that a decisive file beside it is not needed.
         claims: whether a ``quantization_config`` is of this format; None compares ``quant_method``.
@@ -83,6 +84,7 @@ class Format:
     file_beside: Callable[[Iterable[str]], str | None] = field(default=lambda names: None)
     title: str = ""
     needs_file: str = ""
+    read_by_vllm: bool = False
     decisive: bool = False
     is_complete: Callable[[Mapping[str, Any]], bool] = field(default=lambda config: True)
     claims: Callable[[Mapping[str, Any]], bool] | None = None

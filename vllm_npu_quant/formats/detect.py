@@ -103,4 +103,5 @@ def detect_files(names: Iterable[str], read: Callable[[str], Mapping[str, Any]])
     config = read(file)
     # Producers of one format write the file names of another, with their own quant_method.
     name = declaration.name if declaration.decisive else plain_method(config.get("quant_method")) or declaration.name
-    return Detection(name, file, config, asks=not declaration.decisive, model=model)
+    asks = not (declaration.decisive or declaration.read_by_vllm)
+    return Detection(name, file, config, asks=asks, model=model)

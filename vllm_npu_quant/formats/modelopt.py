@@ -365,6 +365,7 @@ FORMAT = Format(
     method_name="npu_modelopt",
     quant_methods=frozenset({"modelopt", "modelopt-fp4", "modelopt-mxfp8", "modelopt-mixed", "mxfp8"}),
     file_beside=_beside,
+    read_by_vllm=True,
     needs_file=f"{HF_QUANT_CONFIG} beside config.json, or quantization_config in it",
     claims=_claims,
     producer=_producer,
