@@ -125,7 +125,7 @@ CASES: dict[str, tuple[Writer, float, dict[str, int]]] = {
     "compressed-tensors MXFP4 weights": (ct_mxfp4_weights, 0.01, W4A16),
     "compressed-tensors NVFP4": (ct_nvfp4, 0.06, W8A8),
     "AutoRound MXFP4": (auto_round_mxfp4, 0.06, W8A8),
-    "ModelOpt NVFP4": (modelopt_nvfp4, 0.06, {"W8A8DynamicLinear": 6}),
+    "ModelOpt NVFP4": (modelopt_nvfp4, 0.06, {"W8A8DynamicLinear": 6, "UnquantizedLinearMethod": 2}),
     "ModelOpt mixed": (modelopt_mixed, 0.06, {"W8A8DynamicLinear": 4, "WeightOnlyLinear": 4}),
     "MiniMax MXFP8": (minimax_mxfp8, 0.06, W8A8),
     "ModelSlim W4A8_MXFP": (modelslim_mxfp4, 0.06, W8A8),
