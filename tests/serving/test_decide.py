@@ -97,6 +97,9 @@ def test_small_floats_are_told_by_their_names() -> None:
     assert "static input scales are dropped" in finding.message, "NVFP4's inputs have a static factor"
     assert "exact" not in finding.message
     assert finding.found == "MXFP8_W8A8: 2 layers, NVFP4_W4A4: 1 layers"
+    (finding,) = requantized_findings([(NVFP4_W4A4, 1)], Host(float_weights="w8a16"), "config.json")
+    assert "activations stay in the model's dtype" in finding.message
+    assert "static" not in finding.message
     for host, spec in ((Host(), MXFP4_W4A16), (Host(float_weights="w8a16"), MXFP4_W4A4)):
         (finding,) = requantized_findings([(spec, 1)], host, "config.json")
         assert "keep MXFP4's groups, in which int8 is exact" in finding.message

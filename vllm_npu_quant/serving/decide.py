@@ -195,7 +195,7 @@ def requantized_findings(layers: Iterable[tuple[LayerSpec, int]], host: Host, so
     if not counts:
         return found
     message, fix = _requantized(host, " or ".join(names), exact=exact)
-    if static:
+    if static and host.float_weights == "int8":
         message += "; static input scales are dropped, since a scale per token is finer"
     schemes = ", ".join(f"{scheme}: {count} layers" for scheme, count in sorted(counts.items()))
     found.append(Finding("requantized", message, file=source, found=schemes, fix=fix, severity=Severity.INFO))
@@ -207,14 +207,12 @@ def _requantized(host: Host, names: str, *, exact: bool) -> tuple[str, str]:
     if host.float_weights == "bf16":
         message = f"{names} weights are dequantized at load to the model's dtype, two bytes per weight"
         return message, f"{settings.FLOAT_WEIGHTS}=int8 keeps one byte per weight"
+    stay = host.float_weights == "w8a16"
     message = (
-        f"Ascend A2, A3 and 310P have no {names}: weights are requantized at load to int8, one byte per weight, with "
+        f"Ascend A2, A3 and 310P have no {names}: weights are requantized at load to int8, one byte per weight, with a scale "
+        "per output channel, and activations "
+        + ("stay in the model's dtype" if stay else "that the checkpoint quantizes to int8 per token")
     )
-    message += "a scale per output channel, and activations "
-    if host.float_weights == "w8a16":
-        message += "stay in the model's dtype"
-    else:
-        message += "that the checkpoint quantizes to int8 per token"
     if exact:
         message += "; Linear layers whose activations are float keep MXFP4's groups, in which int8 is exact"
     return message, f"{settings.FLOAT_WEIGHTS}=bf16 dequantizes them to the model's dtype instead, two bytes per weight"
