@@ -169,7 +169,7 @@ def _e2m1(packed: torch.Tensor) -> torch.Tensor:
 def _blocks(weight: torch.Tensor, scale: torch.Tensor, factor: torch.Tensor | float = 1.0) -> torch.Tensor:
     """E4M3, or E2M1 in bytes, with scales per block of inputs: power-of-two ones (E8M0 in uint8) or E4M3."""
     values = _e2m1(weight) if weight.dtype == torch.uint8 else weight.float()
-    scale = torch.ldexp(torch.ones(()), scale.int() - 127) if scale.dtype == torch.uint8 else scale.float()
+    scale = torch.ldexp(torch.ones(scale.shape), scale.int() - 127) if scale.dtype == torch.uint8 else scale.float()
     return _grouped(values, scale * factor, None)
 
 
