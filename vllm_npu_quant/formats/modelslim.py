@@ -413,15 +413,15 @@ def _by_layer(
 
     before: str | None = None
     triples: list[Any] = []
-    for name, kind in types.items():
+    shapes = [None if stored is None else stored.shape for stored in map(tensors.get, types)]
+    for (name, kind), shape in zip(types.items(), shapes, strict=True):
         layer, _, last = name.rpartition(".")
         if layer != before:
             if before is not None and before not in scattered:
                 layers[before] = form_of(triples)
             before = layer
             triples = scattered.setdefault(layer, []) if layer in layers else []
-        stored = tensors.get(name)
-        triples += (last, kind, None if stored is None else stored.shape)
+        triples += (last, kind, shape)
     if before is not None and before not in scattered:
         layers[before] = form_of(triples)
     for layer, triples in scattered.items():
