@@ -111,9 +111,11 @@ class NpuQuantLinearMethod(LinearMethodBase):
             inputs_whole=input_size,
         )
         load = extra_weight_attrs.pop("weight_loader")
+        loaders: dict[str, Callable[..., Any]] = {}
         for name, tensor in tensors.items():
             loader = self._vocabulary_loader(layer, tensor, load) if self.kind is LayerKind.LM_HEAD else load
-            param = _parameter(tensor.as_loaded(), part.sizes, self._loader(layer, receiver, name, loader))
+            loaders[name] = self._loader(layer, receiver, name, loader, loaders)
+            param = _parameter(tensor.as_loaded(), part.sizes, loaders[name])
             if hasattr(layer, "tp_rank"):  # lm_head has none before vLLM 0.30
                 # A layer may be sharded over another group than the tensor-parallel one, whose rank the parameter has.
                 param.tp_rank, param.tp_size = layer.tp_rank, layer.tp_size
@@ -121,16 +123,29 @@ class NpuQuantLinearMethod(LinearMethodBase):
                 param.weight_loader_numel = param.numel() * len(set(self.owners))
             receiver.register(layer, name, param, param.shape)
 
-    def _loader(self, layer: nn.Module, receiver: Receiver, name: str, load: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap vLLM's loader: check the tensor before it, and observe the writes."""
+    def _loader(
+        self,
+        layer: nn.Module,
+        receiver: Receiver,
+        name: str,
+        load: Callable[..., Any],
+        loaders: dict[str, Callable[..., Any]],
+    ) -> Callable[..., Any]:
+        """Wrap vLLM's loader: check the tensor before it, observe the writes, and load what is computed from the tensor.
+
+        Args:
+            loaders: the loaders of all parameters, by name.
+        """
         tensor, shared = receiver.tensors[name], _is_shared(receiver.tensors[name])
-        load = _unbound(layer, load)
+        load, reference, computed = _unbound(layer, load), weakref.ref(layer), receiver.computed_from(name)
 
         def weight_loader(param: torch.Tensor, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             with receiver.naming(f"{tensor.name} could not be loaded"):
                 receiver.begin(param.is_meta)
                 origin = self._origin(args[0] if args else kwargs.get("loaded_shard_id"))
                 received = receiver.receive(tensor, loaded_weight, origin)
+                if tensor.of:
+                    return load(param, received, *args, **kwargs)
                 coverage = receiver.coverage[name]
                 before = param.data.clone() if shared and coverage.started and not param.is_meta else None
                 with WriteWitness(param, coverage):
@@ -143,6 +158,8 @@ class NpuQuantLinearMethod(LinearMethodBase):
                         ", ".join(self.resolved.shards),
                         "re-export the checkpoint without activation order (desc_act)",
                     )
+                for other in () if param.is_meta else computed:
+                    loaders[other](getattr(reference(), other), loaded_weight, *args, **kwargs)
                 return result
 
         return weight_loader

@@ -149,6 +149,7 @@ class _Product:
             received = receiver.receive(tensor, stored, Origin(layer, self.stored, self.outputs))
             if tensor.loaded:
                 param.data[local, shard].copy_(receiver.cut(tensor, received, self.rank))
+            if name in receiver.coverage:
                 receiver.coverage[name].add(((local, local + 1), (shard, shard + 1)))
 
     def names_of(self, expert_map: torch.Tensor | None) -> Callable[[str, Box], list[str]]:
@@ -171,7 +172,9 @@ class _Product:
 
     def experts(self, layer: nn.Module) -> Experts:
         """The loaded tensors as canonical weights."""
-        params = {self.receiver.tensors[name].name: getattr(layer, name).data for name in self.receiver.coverage}
+        params = {
+            tensor.name: getattr(layer, name).data for name, tensor in self.receiver.tensors.items() if tensor.loaded
+        }
         values = next(iter(params.values()))
         count, shards = values.shape[:2]
 
@@ -331,6 +334,7 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
     def _loader(self, layer: nn.Module, product: _Product, name: str) -> Callable[..., bool | None]:
         """The loader that vLLM calls for each expert's tensor, with the argument names of vLLM's own."""
 
+        computed = product.receiver.computed_from(name)
         reference = weakref.ref(layer)  # vLLM keeps parameters' loaders as long as the layer lives
 
         def weight_loader(
@@ -345,7 +349,10 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
             local = experts._map_global_expert_id_to_local_expert_id(expert_id)
             if local < 0:
                 return False if return_success else None
-            product.load(name, param, loaded_weight, expert_id, local, product.shards.index(shard_id))
+            shard = product.shards.index(shard_id)
+            product.load(name, param, loaded_weight, expert_id, local, shard)
+            for other in () if param.is_meta else computed:
+                product.load(other, getattr(experts, other), loaded_weight, expert_id, local, shard)
             return True if return_success else None
 
         weight_loader.supports_moe_loading = True  # type: ignore[attr-defined]

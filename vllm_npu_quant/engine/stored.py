@@ -151,6 +151,9 @@ class Receiver:
             name: a key of ``tensors``.
             extent: the shape whose parts are recorded; None for a tensor that is not loaded.
         """
+        if self.tensors[name].of:  # it arrives with the tensor that it is computed from
+            param.weight_loader_numel = 0  # type: ignore[attr-defined]
+            extent = None
         layer.register_parameter(name, param)
         self._created[name] = _on(param, torch.device("meta"))
         if extent is not None:
@@ -230,6 +233,10 @@ class Receiver:
             adapted.shard_id = stored.shard_id  # type: ignore[attr-defined]
         return adapted
 
+    def computed_from(self, name: str) -> list[str]:
+        """The parameters whose tensors are computed from the stored tensor of another one."""
+        return [other for other, tensor in self.tensors.items() if tensor.of and tensor.of == self.tensors[name].name]
+
     def cut(self, tensor: TensorSpec, whole: torch.Tensor, rank: int) -> torch.Tensor:
         """This rank's part of what ``receive`` returned."""
         for axis, length in enumerate(tensor.as_loaded().shape(self.part.sizes)):
@@ -246,8 +253,9 @@ class Receiver:
         """
         if load_is_checked():
             return self.not_filled(names_of)
-        for name in self.coverage:
-            self._fill_placeholder(self.tensors[name], getattr(layer, name).data)
+        for name, tensor in self.tensors.items():
+            if tensor.loaded:
+                self._fill_placeholder(tensor, getattr(layer, name).data)
         return []
 
     def not_filled(self, names_of: Callable[[str, Box], list[str]]) -> list[Finding]:
