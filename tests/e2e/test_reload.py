@@ -195,8 +195,11 @@ def test_wrong_weights_leave_the_old_ones(name: str, tmp_path: Path) -> None:
             session.update({**session.tensors, "model.layers.0.nothing.weight": torch.zeros(1)})
         session.check_same()
 
+        # Without a reload there is no parameter for most tensors, and the others refuse.
+        weights = [(name, value) for name, value in session.tensors.items() if name.endswith("proj.weight")]
         with pytest.raises(NpuQuantError, match="reload-mismatch"):
-            llm.apply_model(lambda model: model.load_weights(iter(session.tensors.items())))
+            llm.apply_model(lambda model: model.load_weights(iter(weights)))
+        session.check_same()
 
 
 def test_another_recipe_is_refused_before_anything_changes(tmp_path: Path) -> None:
@@ -204,7 +207,8 @@ def test_another_recipe_is_refused_before_anything_changes(tmp_path: Path) -> No
     damaged = exchanged(folder, tmp_path / "damaged")
     tensors = read_tensors(damaged)
     gone = next(name for name in tensors if name.endswith("down_proj.deq_scale"))
-    save_file({name: value for name, value in tensors.items() if name != gone}, damaged / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if name != gone}
+    save_file(kept, next(damaged.glob("*.safetensors")))
     with engine(folder) as llm:
         session = Session(llm, folder)
         with pytest.raises(NpuQuantError, match="missing-tensor"):

@@ -119,7 +119,8 @@ class NpuQuantLinearMethod(LinearMethodBase):
             if hasattr(layer, "tp_rank"):  # lm_head has none before vLLM 0.30
                 # A layer may be sharded over another group than the tensor-parallel one, whose rank the parameter has.
                 param.tp_rank, param.tp_size = layer.tp_rank, layer.tp_size
-            if _is_shared(tensor):
+            kept = tensor.as_loaded()
+            if kept.axis_of(Axis.OUT) is None and kept.axis_of(Axis.SHARD) is None:  # it arrives once for each layer
                 param.weight_loader_numel = param.numel() * len(set(self.owners))
             receiver.register(layer, name, param, param.shape)
 

@@ -123,14 +123,20 @@ class _Product:
         sizes = self.receiver.part.sizes
         return sizes.group_size if sizes.groups > 1 else 0
 
-    def register(self, layer: nn.Module, experts: int, loader: Callable[..., Any]) -> None:
-        """Register the parameters [E, shards, ...] that receive the checkpoint's tensors."""
+    def register(self, layer: nn.Module, experts: int, ranks: int, loader: Callable[..., Any]) -> None:
+        """Register the parameters [E, shards, ...] that receive the checkpoint's tensors.
+
+        Args:
+            experts: this rank's. ranks: of expert parallelism.
+        """
         sizes, count = self.receiver.part.sizes, (experts, len(self.shards))
         for name, tensor in self.receiver.tensors.items():
             # A tensor that is not loaded needs a parameter too: vLLM looks it up before it calls the loader.
-            shape = (*count, *tensor.as_loaded().shape(sizes)) if tensor.loaded else (0,)
+            shape = (*count, *tensor.as_loaded().shape(sizes)) if tensor.loaded else count
             param = nn.Parameter(torch.empty(shape, dtype=getattr(torch, tensor.load_dtype)), requires_grad=False)
             param.weight_loader = loader(self, name)  # type: ignore[attr-defined]
+            # vLLM prepares a layer that is loaded again when so many elements have arrived, of all ranks' experts.
+            param.weight_loader_numel = param.numel() * ranks  # type: ignore[attr-defined]
             self.receiver.register(layer, name, param, count if tensor.loaded else None)
 
     def load(self, name: str, param: torch.Tensor, stored: torch.Tensor, expert: int, local: int, shard: int) -> None:
@@ -149,6 +155,8 @@ class _Product:
             received = receiver.receive(tensor, stored, Origin(layer, self.stored, self.outputs))
             if tensor.loaded:
                 param.data[local, shard].copy_(receiver.cut(tensor, received, self.rank))
+            else:
+                param.data[local, shard].copy_(torch.zeros_like(param.data[local, shard]))
             if name in receiver.coverage:
                 receiver.coverage[name].add(((local, local + 1), (shard, shard + 1)))
 
@@ -328,7 +336,7 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
         self.hidden_size = hidden_size
         self.inner_size = intermediate_size_per_partition
         for product in self.products:
-            product.register(layer, num_experts, lambda *which: self._loader(layer, *which))
+            product.register(layer, num_experts, parallel.ep_size, lambda *which: self._loader(layer, *which))
         self.key = _register(layer, self.prefix)
 
     def _loader(self, layer: nn.Module, product: _Product, name: str) -> Callable[..., bool | None]:
@@ -347,9 +355,11 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
         ) -> bool | None:
             experts: Any = reference()
             local = experts._map_global_expert_id_to_local_expert_id(expert_id)
-            if local < 0:
-                return False if return_success else None
             shard = product.shards.index(shard_id)
+            if local < 0:
+                if param.is_meta:  # vLLM counts what arrives, of other ranks' experts, too
+                    param.data[0, shard].copy_(param.data[0, shard])
+                return False if return_success else None
             product.load(name, param, loaded_weight, expert_id, local, shard)
             for other in () if param.is_meta else computed:
                 product.load(other, getattr(experts, other), loaded_weight, expert_id, local, shard)
