@@ -20,15 +20,16 @@ from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm_npu_quant.engine import platforms
 from vllm_npu_quant.engine.coverage import Box, Coverage
 from vllm_npu_quant.engine.stored import Origin, Receiver
-from vllm_npu_quant.errors import Finding, raise_findings
+from vllm_npu_quant.errors import Finding, NpuQuantError, raise_findings
 from vllm_npu_quant.formats.described import LayerEntry
+from vllm_npu_quant.formats.experts import expert_count
 from vllm_npu_quant.formats.resolve import ResolvedExperts
 from vllm_npu_quant.layouts import load_object
 from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight
 from vllm_npu_quant.layouts.tables import IN, OUT, Axis, TensorSpec, tensors_of
-from vllm_npu_quant.methods.moe import Experts, FusedExperts, GroupedMethod, Placement, expert_bias, operators_of
+from vllm_npu_quant.methods.moe import Experts, FusedExperts, GroupedMethod, Placement, operators_of
 from vllm_npu_quant.serving import dispatch
-from vllm_npu_quant.serving.decide import Served, expert_findings
+from vllm_npu_quant.serving.decide import Served, expert_bias, expert_findings
 from vllm_npu_quant.serving.shards import SMALLER_TP, rank_part
 from vllm_npu_quant.spec import LayerKind
 
@@ -92,7 +93,10 @@ class _Product:
         self.scheme = (self.stored if self.stored.is_float else served.spec).scheme
         self.shards = _SHARDS[name]
         self.listed = frozenset().union(*(entry.tensors for entry in entries))
-        self.tensors = tensors_of(self.stored, self.listed)
+        self.tensors = tuple(
+            replace(tensor, loaded=False) if tensor.name == "bias" else tensor
+            for tensor in tensors_of(self.stored, self.listed)
+        )
         if self.stored.is_float:
             dtype = str(act_dtype).removeprefix("torch.")
             self.tensors = (TensorSpec("weight", ("F32", "BF16", "F16", "F64"), (OUT, IN), dtype),)
@@ -142,7 +146,7 @@ class _Product:
             name: of the parameter. expert: the checkpoint's number of the expert. local: this rank's number of it.
 
         Raises:
-            NpuQuantError: wrong-dtype, wrong-shape.
+            NpuQuantError: wrong-dtype, wrong-shape; unsupported-scheme for a bias that is not zero.
         """
         receiver, tensor = self.receiver, self.receiver.tensors[name]
         layer = self.layers[shard].replace("*", str(expert))
@@ -151,6 +155,8 @@ class _Product:
             if tensor.loaded:
                 param.data[local, shard].copy_(receiver.cut(tensor, received, self.rank))
                 receiver.coverage[name].add(((local, local + 1), (shard, shard + 1)))
+            elif tensor.name == "bias" and bool(received.any()):
+                raise NpuQuantError([expert_bias(f"{layer}.bias", layer=receiver.layer)])
 
     def stored_names(self, name: str, box: Box, number: Callable[[int], int]) -> list[str]:
         """The stored tensors that should have filled a box of a parameter.
@@ -237,7 +243,7 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
         for product in self.products:
             if product.served.row is None:
                 found.append(dispatch.unsupported(LayerKind.FUSED_MOE, product.served.spec))
-            found += expert_findings(product.stored, product.listed, self.prefix, self.source)
+            found += expert_findings(product.stored, self.prefix, self.source)
         if getattr(self.moe, "has_bias", False):
             found.append(expert_bias())
         activation = getattr(layer.activation, "value", layer.activation)
@@ -254,13 +260,7 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
         experts = getattr(self.moe, "num_logical_experts", self.moe.num_experts)
         described = self.resolved.entry.count
         if described and described != experts:
-            refuse(
-                "wrong-shape",
-                "the model and the quantization config have different numbers of experts",
-                f"{experts} experts, as in config.json",
-                f"{described} experts",
-                "check that config.json and the weights are of the same model",
-            )
+            found.append(expert_count(self.prefix, f"{experts} experts, as in config.json", described, self.source))
         ranks = self.moe.moe_parallel_config.ep_size
         if self.moe.num_experts % ranks:
             sizes = [size for size in range(2, min(self.moe.num_experts, 64) + 1) if self.moe.num_experts % size == 0]

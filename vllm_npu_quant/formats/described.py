@@ -57,7 +57,7 @@ class ExpertsEntry:
     names: tuple[str, str, str]
 
 
-#: Float experts that are stored as two tensors for all experts; their number is not used.
+#: Float experts that are stored in tensors of all experts; their number is not used.
 FUSED_FLOAT = ExpertsEntry(0, FLOAT_ENTRY, FLOAT_ENTRY, FLOAT_ENTRY, ("gate_up_proj", "gate_up_proj", "down_proj"))
 
 
@@ -73,7 +73,7 @@ class Described:
         source: the file that describes the quantization.
         layers: entry of every layer outside of routed experts.
         experts: entry of every MoE layer's experts, by the name that ends in ".experts".
-        fused_floats: MoE layers whose float experts are stored as two tensors.
+        fused_floats: MoE layers whose float experts are stored in tensors of all experts.
         biased: quantized layers whose own bias is stored.
         norm_biases: RMSNorm layers that carry a bias.
         stored_as_float: layers that are stored as float although the config does not exclude them.
