@@ -80,6 +80,7 @@ class _Product:
         entries: tuple[LayerEntry, ...],
         layers: tuple[str, ...],
         act_dtype: torch.dtype,
+        stacked: bool,
     ) -> None:
         """
         Args:
@@ -87,7 +88,9 @@ class _Product:
             served: how it is served.
             entries: of its shards. layers: the checkpoint's names of its shards, with * for the expert.
             act_dtype: the model's dtype.
+            stacked: whether the tensors of all experts are stored as one.
         """
+        self.stacked = stacked
         self.name, self.served, self.layers, self.act_dtype = name, served, layers, act_dtype
         self.stored = served.stored
         self.scheme = (self.stored if self.stored.is_float else served.spec).scheme
@@ -135,6 +138,8 @@ class _Product:
             shape = (*count, *tensor.as_loaded().shape(sizes)) if tensor.loaded else (0,)
             param = nn.Parameter(torch.empty(shape, dtype=getattr(torch, tensor.load_dtype)), requires_grad=False)
             param.weight_loader = loader(self, name)  # type: ignore[attr-defined]
+            if self.stacked:  # RoutedExperts transposes scales of this kind with the weights
+                param.quant_method = "block"  # type: ignore[attr-defined]
             if tensor.loaded:
                 self.receiver.coverage[name] = Coverage(count)
             layer.register_parameter(name, param)
@@ -221,8 +226,8 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
         entry, dtype = resolved.entry, layer.moe_config.in_dtype
         gate, up, down = (f"{resolved.layer}.*.{name}" for name in entry.names)
         self.products = (
-            _Product("w13", served[0], (entry.gate, entry.up), (gate, up), dtype),
-            _Product("w2", served[1], (entry.down,), (down,), dtype),
+            _Product("w13", served[0], (entry.gate, entry.up), (gate, up), dtype, entry.stacked),
+            _Product("w2", served[1], (entry.down,), (down,), dtype, entry.stacked),
         )
         raise_findings(self._findings(layer))
         self.rows = tuple(product.served.require_row() for product in self.products)
@@ -328,11 +333,15 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
             expert_id: int,
             return_success: bool = False,
         ) -> bool | None:
-            local = layer._map_global_expert_id_to_local_expert_id(expert_id)
-            if local < 0:
-                return False if return_success else None
-            product.load(name, param, loaded_weight, expert_id, local, product.shards.index(shard_id))
-            return True if return_success else None
+            # Llama-4's class gives the stacked tensors of all experts of this rank, the first of which is expert_id.
+            whole = product.stacked and loaded_weight.dim() == 3
+            taken = False
+            for expert, stored in enumerate(loaded_weight if whole else (loaded_weight,), start=expert_id):
+                local = layer._map_global_expert_id_to_local_expert_id(expert)
+                if local >= 0:
+                    product.load(name, param, stored, expert, local, product.shards.index(shard_id))
+                    taken = True
+            return taken if return_success else None
 
         weight_loader.supports_moe_loading = True  # type: ignore[attr-defined]
         return weight_loader

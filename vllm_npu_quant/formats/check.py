@@ -66,7 +66,7 @@ def check_checkpoint(described: Described, checkpoint: StoredCheckpoint) -> list
     found = FindingLimit()
     tensors = checkpoint.tensors
     forms: dict[int, _Forms] = {}
-    for layer, entry in described.stored_layers():
+    for layer, entry in described.stored_layers(stacked=False):
         if entry.spec.is_float:
             continue
         known = forms.get(id(entry))

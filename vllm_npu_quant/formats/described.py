@@ -48,6 +48,7 @@ class ExpertsEntry:
         count: the number of experts that the checkpoint describes.
         gate, up, down: the entries, equal for all experts.
         names: the checkpoint's names of the three projections.
+        stacked: whether the tensors of all experts are stored as one (``formats.stacked``).
     """
 
     count: int
@@ -55,6 +56,7 @@ class ExpertsEntry:
     up: LayerEntry
     down: LayerEntry
     names: tuple[str, str, str]
+    stacked: bool = False
 
 
 #: Float experts that are stored in tensors of all experts; their number is not used.
@@ -105,10 +107,12 @@ class Described:
         yield from self.layers
         yield from self.experts
 
-    def stored_layers(self) -> Iterator[tuple[str, LayerEntry]]:
-        """Every checkpoint layer, single experts included, with its entry."""
+    def stored_layers(self, *, stacked: bool = True) -> Iterator[tuple[str, LayerEntry]]:
+        """Every checkpoint layer, single experts included, with its entry; ``stacked``: with experts stored as one tensor."""
         yield from self.layers.items()
         for layer, experts in self.experts.items():
+            if experts.stacked and not stacked:
+                continue
             for name, entry in zip(experts.names, (experts.gate, experts.up, experts.down), strict=True):
                 for number in range(experts.count):
                     yield f"{layer}.{number}.{name}", entry

@@ -7,8 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from vllm_npu_quant.errors import Finding, Severity
-from vllm_npu_quant.formats.common import FLOAT_DTYPES
-from vllm_npu_quant.formats.described import Described, ExpertsEntry, LayerEntry, StoredTensor
+from vllm_npu_quant.formats.described import Described, ExpertsEntry, LayerEntry
 from vllm_npu_quant.serving.dispatch import describe
 
 __all__ = [
@@ -17,13 +16,10 @@ __all__ = [
     "collect_experts",
     "expert_count",
     "holds_fused_floats",
-    "is_quantized",
     "quantized_router",
     "routers_of",
     "split_expert",
     "split_number",
-    "stacked",
-    "stacked_finding",
     "ungated_finding",
 ]
 
@@ -33,59 +29,10 @@ EXPERT_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 #: The projections of an expert without a gate (Nemotron-H).
 _UNGATED_NAMES = frozenset({"up_proj", "down_proj"})
 
-#: Names of one projection of all experts of a MoE layer: a layer's, or the beginning of a tensor's.
-_STACKED = ("gate_up_proj", "input_linear", "output_linear", "w13", *EXPERT_NAMES[0], *EXPERT_NAMES[1])
-
 
 def holds_fused_floats(layer: str, last_names: Iterable[str]) -> bool:
     """Whether a layer's tensors are those of float experts, stored together: [E, ...] as newer model classes have them."""
     return layer.endswith(".experts") and {"gate_up_proj", "down_proj"} <= set(last_names)
-
-
-def stacked(layer: str, tensors: Mapping[str, StoredTensor]) -> str:
-    """The MoE layer whose experts' tensors a stored layer holds, one expert after the other: [E, ...]. Empty if it has none.
-
-    Args:
-        layer: its name: "model.layers.3.mlp.experts" (gate_up_proj) or "model.layers.3.moe.gate_proj" (weight).
-        tensors: its tensors by the last component of their names.
-    """
-    parent, _, last = layer.rpartition(".")
-    if last in _STACKED:
-        weight = tensors.get("weight") or tensors.get("weight_packed") or tensors.get("qweight")
-        if (
-            weight is not None
-            and len(weight.shape) == 3
-            and {each.shape[:1] for each in tensors.values()} == {weight.shape[:1]}
-        ):
-            return parent if parent.endswith(".experts") else f"{parent}.experts"
-    elif last == "experts" and any(len(tensors[name].shape) > 2 for name in tensors if name.startswith(_STACKED)):
-        return layer
-    return ""
-
-
-def is_quantized(tensors: Mapping[str, StoredTensor]) -> bool:
-    """Whether tensors of stacked experts are quantized: by their dtypes, or by a scale among them."""
-    return any(tensor.dtype not in FLOAT_DTYPES or "scale" in name for name, tensor in tensors.items())
-
-
-def stacked_finding(layers: Mapping[str, Mapping[str, StoredTensor]], source: str) -> Finding:
-    """The finding for quantized experts that are stored in tensors of all experts.
-
-    Args:
-        layers: MoE layer -> its tensors, named below the MoE layer.
-        source: the file to name.
-    """
-    layer, tensors = next(iter(layers.items()))
-    count = f" ({len(layers):,} MoE layers)" if len(layers) > 1 else ""
-    return Finding(
-        "unsupported-scheme",
-        f"quantized experts are served from one tensor per expert, and these are stored as one for all experts{count}",
-        layer=layer,
-        file=next(iter(tensors.values())).file or source,
-        expected=f"{layer}.0.gate_proj, {layer}.0.up_proj, {layer}.0.down_proj, ...",
-        found=", ".join(f"{name} {tensor.dtype} {list(tensor.shape)}" for name, tensor in list(tensors.items())[:6]),
-        fix="use an export with one tensor per expert: llm-compressor, AutoRound, GPTQModel and msModelSlim write them",
-    )
 
 
 def are_ungated(projections: Iterable[Iterable[str]]) -> bool:

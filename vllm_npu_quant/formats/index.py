@@ -11,12 +11,10 @@ from vllm_npu_quant.formats.described import Described, LayerEntry, StoredTensor
 from vllm_npu_quant.formats.experts import (
     are_ungated,
     collect_experts,
-    is_quantized,
     split_number,
-    stacked,
-    stacked_finding,
     ungated_finding,
 )
+from vllm_npu_quant.formats.stacked import is_quantized, stacked_entry, stacked_finding, stacked_in
 
 __all__ = ["add_layers", "index_by_rules", "index_layers", "is_embedding", "stored_layers_of"]
 
@@ -56,7 +54,7 @@ def index_layers(
     def decided_layers() -> Iterator[tuple[str, LayerEntry]]:
         same: dict[LayerEntry, LayerEntry] = {}  # one object per distinct entry keeps the pickle small
         for layer, tensors in stored.items():
-            moe = stacked(layer, tensors)
+            moe = stacked_in(layer, tensors)
             if moe and is_quantized(tensors):
                 below = layer.removeprefix(moe.removesuffix("experts")).removeprefix("experts")
                 named = {f"{below}.{name}".strip("."): tensor for name, tensor in tensors.items()}
@@ -70,8 +68,16 @@ def index_layers(
 
     add_layers(described, decided_layers(), found)
     described.fused_floats = frozenset(fused_floats - stacks.keys())
-    if stacks:
-        found.add(stacked_finding(stacks, described.source))
+    refused = {}
+    for moe, named in stacks.items():
+        experts, findings = stacked_entry(moe, named, decide, described.source)
+        found.extend(findings)
+        if experts is None:
+            refused[moe] = named
+        else:
+            described.experts[moe] = experts
+    if refused:
+        found.add(stacked_finding(refused, described.source))
 
 
 def index_by_rules(
