@@ -25,7 +25,10 @@ _COUNTS = frozenset(
 #: Parts of config.json that are not the model's.
 _FOREIGN = frozenset({"quantization_config", "compression_config"})
 
-_LAYER_NUMBER = re.compile(r"\.(?:layers|blocks|h)\.(0|[1-9][0-9]{0,8})\.")
+#: A layer of the model itself; those of a draft ("mtp.layers.0") are numbered by themselves.
+_LAYER_NUMBER = re.compile(
+    r"(?:^|\.)(?:model|language_model|transformer|backbone)\.(?:layers|h)\.(0|[1-9][0-9]{0,8})\."
+)
 
 
 def moe_findings(described: Described, config: Mapping[str, Any]) -> list[Finding]:
@@ -95,7 +98,7 @@ class _Counts:
 
     def of(self, layer: str) -> set[int]:
         """The numbers that a MoE layer may have."""
-        number = _LAYER_NUMBER.search(f".{layer}.")
+        number = _LAYER_NUMBER.search(layer)
         own = int(number[1]) if number is not None else -1
         lists = [[counts[own]] if 0 <= own < len(counts) else counts for counts in self.by_layer]
         return self.common.union(*lists) - {0}
