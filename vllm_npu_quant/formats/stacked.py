@@ -50,12 +50,16 @@ def stacked_in(layer: str, tensors: Mapping[str, StoredTensor]) -> str:
     parent, _, last = layer.rpartition(".")
     if last in _PROJECTIONS:
         weight = tensors.get("weight") or tensors.get("weight_packed") or tensors.get("qweight")
-        alike = {each.shape[:1] for each in tensors.values()}
-        if weight is not None and len(weight.shape) == 3 and alike == {weight.shape[:1]}:
+        if weight is not None and len(weight.shape) == 3 and _of_all_experts(tensors, weight.shape[0]):
             return parent if parent.endswith(".experts") else f"{parent}.experts"
     elif last == "experts" and any(len(tensors[name].shape) > 2 for name in tensors if name.startswith(_PROJECTIONS)):
         return layer
     return ""
+
+
+def _of_all_experts(tensors: Mapping[str, StoredTensor], count: int) -> bool:
+    """Whether each tensor has a part for every expert."""
+    return all(tensor.shape[:1] == (count,) for tensor in tensors.values())
 
 
 def is_quantized(tensors: Mapping[str, StoredTensor]) -> bool:
