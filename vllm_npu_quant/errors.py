@@ -43,7 +43,7 @@ CODES: dict[str, str] = {
     "or loaded into the wrong parameter.",
     "wrong-dtype": "A tensor's dtype is not one that the scheme allows. It is not converted.",
     "wrong-shape": "A tensor's shape does not follow from the layer's size and the scheme, for example a scale with too "
-    "few rows or a group size that does not match.",
+    "few rows or a group size that does not match; or a MoE layer has another number of experts than config.json says.",
     "bad-header": "A safetensors header is damaged: truncated file, overlapping or missing byte ranges, an unknown dtype, "
     "or a header larger than the limit. Download the file again.",
     "index-mismatch": "The safetensors index and the files beside it disagree: a listed file is missing, or a tensor is not "

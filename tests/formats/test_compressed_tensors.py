@@ -777,6 +777,16 @@ REFUSED = {
         "unsupported-scheme",
         "sparse weights (sparsity_config)",
     ),
+    "experts that were pruned": (
+        config(moe_sparsity_config={"method": "prune", "num_experts": [None, 6]}),
+        "unsupported-scheme",
+        "moe_sparsity_config",
+    ),
+    "experts that were replaced": (
+        config(moe_sparsity_config={"method": "novice", "num_experts": [4, 6]}),
+        "unsupported-scheme",
+        "moe_sparsity_config",
+    ),
     "transforms": (
         config(transform_config={"config_groups": {"R1": {"type": "hadamard", "apply": []}}}),
         "unsupported-scheme",
@@ -911,6 +921,7 @@ def test_empty_transforms_and_dense_sparsity_are_nothing() -> None:
     described = read(config(transform_config={"config_groups": {}}, sparsity_config={"format": "dense"}), {})
     assert described.findings == ()
     assert read(config(transform_config=None, sparsity_config=None, kv_cache_scheme={}), {}).findings == ()
+    assert read(config(moe_sparsity_config=None), {}).findings == ()
 
 
 def test_transforms_that_the_producer_fused_into_the_weights_are_nothing() -> None:

@@ -26,7 +26,7 @@ from vllm_npu_quant.engine.dequantized import DequantizedLinearMethod
 from vllm_npu_quant.engine.detection import open_model_checkpoint
 from vllm_npu_quant.engine.linear import CHECKPOINT_BIAS, NpuQuantLinearMethod
 from vllm_npu_quant.errors import Finding, NpuQuantError, Severity, raise_findings
-from vllm_npu_quant.formats.check import check_checkpoint
+from vllm_npu_quant.formats.check import check_checkpoint, check_expert_biases
 from vllm_npu_quant.formats.declaration import Format, find_format, formats, require_format
 from vllm_npu_quant.formats.described import Described
 from vllm_npu_quant.formats.detect import Detection
@@ -180,6 +180,7 @@ class NpuQuantConfig(QuantizationConfig):
         self.described = described = describe_checkpoint(checkpoint, self._detection(checkpoint))
         # Problems of the files come first: many others follow from them.
         findings = check_checkpoint(described, checkpoint) + list(described.findings)
+        findings += check_expert_biases(described, checkpoint)
         specs = ((entry.spec, 1) for _, entry in described.stored_layers())
         self.host = Host.read()
         findings += requantized_findings(specs, self.host, described.source)

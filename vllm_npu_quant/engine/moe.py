@@ -20,15 +20,16 @@ from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm_npu_quant.engine import platforms
 from vllm_npu_quant.engine.coverage import Box
 from vllm_npu_quant.engine.stored import Origin, Receiver
-from vllm_npu_quant.errors import Finding, raise_findings
+from vllm_npu_quant.errors import Finding, NpuQuantError, raise_findings
 from vllm_npu_quant.formats.described import LayerEntry
+from vllm_npu_quant.formats.experts import expert_count
 from vllm_npu_quant.formats.resolve import ResolvedExperts
 from vllm_npu_quant.layouts import load_object
 from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight
 from vllm_npu_quant.layouts.tables import IN, OUT, Axis, TensorSpec, tensors_of
-from vllm_npu_quant.methods.moe import Experts, FusedExperts, GroupedMethod, Placement, expert_bias, operators_of
+from vllm_npu_quant.methods.moe import Experts, FusedExperts, GroupedMethod, Placement, operators_of
 from vllm_npu_quant.serving import dispatch
-from vllm_npu_quant.serving.decide import Served, expert_findings
+from vllm_npu_quant.serving.decide import Served, expert_bias, expert_findings
 from vllm_npu_quant.serving.shards import SMALLER_TP, rank_part
 from vllm_npu_quant.spec import LayerKind
 
@@ -79,6 +80,7 @@ class _Product:
         entries: tuple[LayerEntry, ...],
         layers: tuple[str, ...],
         act_dtype: torch.dtype,
+        stacked: bool,
     ) -> None:
         """
         Args:
@@ -86,13 +88,18 @@ class _Product:
             served: how it is served.
             entries: of its shards. layers: the checkpoint's names of its shards, with * for the expert.
             act_dtype: the model's dtype.
+            stacked: whether the tensors of all experts are stored as one.
         """
+        self.stacked = stacked
         self.name, self.served, self.layers, self.act_dtype = name, served, layers, act_dtype
         self.stored = served.stored
         self.scheme = (self.stored if self.stored.is_float else served.spec).scheme
         self.shards = _SHARDS[name]
         self.listed = frozenset().union(*(entry.tensors for entry in entries))
-        self.tensors = tensors_of(self.stored, self.listed)
+        self.tensors = tuple(
+            replace(tensor, loaded=False) if tensor.name == "bias" else tensor
+            for tensor in tensors_of(self.stored, self.listed)
+        )
         if self.stored.is_float:
             dtype = str(act_dtype).removeprefix("torch.")
             self.tensors = (TensorSpec("weight", ("F32", "BF16", "F16", "F64"), (OUT, IN), dtype),)
@@ -135,6 +142,8 @@ class _Product:
             shape = (*count, *tensor.as_loaded().shape(sizes)) if tensor.loaded else count
             param = nn.Parameter(torch.empty(shape, dtype=getattr(torch, tensor.load_dtype)), requires_grad=False)
             param.weight_loader = loader(self, name)  # type: ignore[attr-defined]
+            if self.stacked:  # RoutedExperts transposes scales of this kind with the weights
+                param.quant_method = "block"  # type: ignore[attr-defined]
             # vLLM prepares a layer that is loaded again when so many elements have arrived, of all ranks' experts.
             param.weight_loader_numel = param.numel() * ranks  # type: ignore[attr-defined]
             self.receiver.register(layer, name, param, count if tensor.loaded else None)
@@ -146,7 +155,7 @@ class _Product:
             name: of the parameter. expert: the checkpoint's number of the expert. local: this rank's number of it.
 
         Raises:
-            NpuQuantError: wrong-dtype, wrong-shape.
+            NpuQuantError: wrong-dtype, wrong-shape; unsupported-scheme for a bias that is not zero.
         """
         receiver, tensor = self.receiver, self.receiver.tensors[name]
         layer = self.layers[shard].replace("*", str(expert))
@@ -159,6 +168,8 @@ class _Product:
                 param.data[local, shard].copy_(torch.zeros_like(param.data[local, shard]))
             if name in receiver.coverage:
                 receiver.coverage[name].add(((local, local + 1), (shard, shard + 1)))
+            elif tensor.name == "bias" and not param.is_meta and bool(received.any()):
+                raise NpuQuantError([expert_bias(f"{layer}.bias", layer=receiver.layer)])
 
     def names_of(self, expert_map: torch.Tensor | None) -> Callable[[str, Box], list[str]]:
         """A function that gives the stored tensors that should have filled a box of a parameter.
@@ -236,8 +247,8 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
         entry, dtype = resolved.entry, layer.moe_config.in_dtype
         gate, up, down = (f"{resolved.layer}.*.{name}" for name in entry.names)
         self.products = (
-            _Product("w13", served[0], (entry.gate, entry.up), (gate, up), dtype),
-            _Product("w2", served[1], (entry.down,), (down,), dtype),
+            _Product("w13", served[0], (entry.gate, entry.up), (gate, up), dtype, entry.stacked),
+            _Product("w2", served[1], (entry.down,), (down,), dtype, entry.stacked),
         )
         raise_findings(self._findings(layer))
         self.rows = tuple(product.served.require_row() for product in self.products)
@@ -259,7 +270,7 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
         for product in self.products:
             if product.served.row is None:
                 found.append(dispatch.unsupported(LayerKind.FUSED_MOE, product.served.spec))
-            found += expert_findings(product.stored, product.listed, self.prefix, self.source)
+            found += expert_findings(product.stored, self.prefix, self.source)
         if getattr(self.moe, "has_bias", False):
             found.append(expert_bias())
         activation = getattr(layer.activation, "value", layer.activation)
@@ -276,13 +287,7 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
         experts = getattr(self.moe, "num_logical_experts", self.moe.num_experts)
         described = self.resolved.entry.count
         if described and described != experts:
-            refuse(
-                "wrong-shape",
-                "the model and the quantization config have different numbers of experts",
-                f"{experts} experts, as in config.json",
-                f"{described} experts",
-                "check that config.json and the weights are of the same model",
-            )
+            found.append(expert_count(self.prefix, f"{experts} experts, as in config.json", described, self.source))
         ranks = self.moe.moe_parallel_config.ep_size
         if self.moe.num_experts % ranks:
             sizes = [size for size in range(2, min(self.moe.num_experts, 64) + 1) if self.moe.num_experts % size == 0]
@@ -354,16 +359,20 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
             return_success: bool = False,
         ) -> bool | None:
             experts: Any = reference()
-            local = experts._map_global_expert_id_to_local_expert_id(expert_id)
             shard = product.shards.index(shard_id)
-            if local < 0:
-                if param.is_meta:  # vLLM counts what arrives, of other ranks' experts, too
+            # Llama-4's class gives the stacked tensors of all experts of this rank, the first of which is expert_id.
+            whole = product.stacked and loaded_weight.dim() == 3
+            taken = False
+            for expert, stored in enumerate(loaded_weight if whole else (loaded_weight,), start=expert_id):
+                local = experts._map_global_expert_id_to_local_expert_id(expert)
+                if local >= 0:
+                    product.load(name, param, stored, expert, local, shard)
+                    for other in () if param.is_meta else computed:
+                        product.load(other, getattr(experts, other), stored, expert, local, shard)
+                    taken = True
+                elif param.is_meta:  # vLLM counts what arrives, of other ranks' experts, too
                     param.data[0, shard].copy_(param.data[0, shard])
-                return False if return_success else None
-            product.load(name, param, loaded_weight, expert_id, local, shard)
-            for other in () if param.is_meta else computed:
-                product.load(other, getattr(experts, other), loaded_weight, expert_id, local, shard)
-            return True if return_success else None
+            return taken if return_success else None
 
         weight_loader.supports_moe_loading = True  # type: ignore[attr-defined]
         return weight_loader

@@ -142,6 +142,14 @@ INTERNALS = (
         ("layer",),
     ),
     Internal(
+        "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_weights",
+        Kind.USES,
+        "engine.routers",
+        "is where load_model has built a model and read no weight; replaced on a loader object while it loads",
+        _VLLM,
+        ("self", "model"),
+    ),
+    Internal(
         "vllm.envs:environment_variables",
         Kind.EXTENDS,
         "engine.environment:declare_settings",

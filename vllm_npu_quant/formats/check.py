@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
-from vllm_npu_quant.errors import Finding, FindingLimit, nearest_names
+from vllm_npu_quant.errors import Finding, FindingLimit, NpuQuantError, Severity, nearest_names
 from vllm_npu_quant.formats.described import Described, LayerEntry, StoredTensor
 from vllm_npu_quant.layouts.tables import (
     ANY_LENGTH,
@@ -19,9 +19,10 @@ from vllm_npu_quant.layouts.tables import (
     rows_per_scale_of,
     tensors_of,
 )
+from vllm_npu_quant.serving.decide import expert_bias
 from vllm_npu_quant.spec import LayerSpec, TransformSpec
 
-__all__ = ["check_checkpoint", "check_layer"]
+__all__ = ["check_checkpoint", "check_expert_biases", "check_layer"]
 
 
 class StoredCheckpoint(Protocol):
@@ -31,6 +32,14 @@ class StoredCheckpoint(Protocol):
     def tensors(self) -> Mapping[str, StoredTensor]: ...
     @property
     def findings(self) -> tuple[Finding, ...]: ...
+
+
+class ReadableCheckpoint(StoredCheckpoint, Protocol):
+    """The same with the values of its tensors, if they are on this machine."""
+
+    @property
+    def has_values(self) -> bool: ...
+    def read(self, name: str) -> Any: ...
 
 
 @dataclass
@@ -57,7 +66,7 @@ def check_checkpoint(described: Described, checkpoint: StoredCheckpoint) -> list
     found = FindingLimit()
     tensors = checkpoint.tensors
     forms: dict[int, _Forms] = {}
-    for layer, entry in described.stored_layers():
+    for layer, entry in described.stored_layers(stacked=False):
         if entry.spec.is_float:
             continue
         known = forms.get(id(entry))
@@ -79,6 +88,60 @@ def check_checkpoint(described: Described, checkpoint: StoredCheckpoint) -> list
 def stored_tensors_of(entry: LayerEntry) -> list[TensorSpec]:
     """The tensors of a layer that its files hold."""
     return [tensor for tensor in tensors_of(entry.spec, entry.tensors) if not tensor.of]
+
+
+def check_expert_biases(described: Described, checkpoint: ReadableCheckpoint, *, every: bool = False) -> list[Finding]:
+    """Find out whether the biases that are stored for quantized experts are zero: some exporters write zeros.
+
+    Args:
+        described: the checkpoint's layers. checkpoint: its files.
+        every: whether to read the biases of all experts, and not of the first expert of each MoE layer.
+
+    Returns:
+        One finding: an error for biases that are not zero, a note for others; none if no bias is stored.
+    """
+    stored = zeros = 0
+    nonzero: dict[str, str] = {}
+    for layer, experts in described.experts.items():
+        for name, entry in zip(experts.names, (experts.gate, experts.up, experts.down), strict=True):
+            if entry.spec.is_float or "bias" not in entry.tensors:
+                continue
+            stored += experts.count
+            for number in range(experts.count if every else 1):
+                bias = f"{layer}.{number}.{name}.bias"
+                known = None if layer in nonzero else _is_zero(checkpoint, bias)
+                zeros += known is True
+                if known is False:
+                    nonzero[layer] = bias
+    if nonzero:
+        layer, bias = next(iter(nonzero.items()))
+        return [expert_bias(bias, layer=layer, file=described.source, layers=len(nonzero))]
+    if not stored:
+        return []
+    read = f"{zeros:,} of {stored:,} were read, and are zero" if zeros else "they were not read"
+    return [
+        Finding(
+            "served-otherwise",
+            f"biases of experts are stored, and are left out if they are zero: {read}",
+            layer=next(iter(described.experts)),
+            file=described.source,
+            fix="nothing: while the model loads, a bias that is not zero is an error",
+            severity=Severity.INFO,
+        )
+    ]
+
+
+def _is_zero(checkpoint: ReadableCheckpoint, name: str) -> bool | None:
+    """Whether a float tensor holds zeros only; None if it cannot be read, which other checks report."""
+    tensor = checkpoint.tensors.get(name)
+    if tensor is None or not checkpoint.has_values or len(tensor.shape) != 1:
+        return None
+    try:
+        values = checkpoint.read(name)
+    except NpuQuantError:
+        return None
+    # The bits without the sign: BF16 is read as uint16.
+    return not (values.view(f"<u{values.dtype.itemsize}") << 1).any()
 
 
 def check_layer(

@@ -219,6 +219,7 @@ class CompressedTensorsConfig(BaseModel):
     quantization_status: StrictStr | None = None
     global_compression_ratio: float | None = None
     sparsity_config: dict[str, Any] | None = None
+    moe_sparsity_config: dict[str, Any] | None = None
     transform_config: dict[str, Any] | None = None
     version: StrictStr | None = None
     run_compressed: Any = None
@@ -438,6 +439,17 @@ def _refused_parts(config: CompressedTensorsConfig, source: str) -> list[Finding
                 expected="no sparsity_config, or format: dense",
                 found=f"format {shown(sparsity.get('format'))}",
                 fix="export the checkpoint without sparse compression",
+            )
+        )
+    if config.moe_sparsity_config:
+        findings.append(
+            Finding(
+                "unsupported-scheme",
+                "MoE layers from which experts were removed (moe_sparsity_config) are not served",
+                file=source,
+                expected="no moe_sparsity_config",
+                found=f"method {shown(config.moe_sparsity_config.get('method'))}",
+                fix="export the model with all of its experts, or with the same number in every layer and in config.json",
             )
         )
     if not config.config_groups and config.kv_cache_scheme is None:

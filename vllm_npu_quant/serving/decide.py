@@ -16,7 +16,7 @@ from vllm_npu_quant.layouts.tables import LAYOUTS
 from vllm_npu_quant.serving.dispatch import Row, describe, find_row, unsupported
 from vllm_npu_quant.spec import ActivationSpec, Granularity, LayerKind, LayerSpec, Layout, NumberKind, WeightSpec
 
-__all__ = ["Host", "Served", "decide", "expert_findings", "float_experts", "requantized_findings"]
+__all__ = ["Host", "Served", "decide", "expert_bias", "expert_findings", "float_experts", "requantized_findings"]
 
 _INT8 = WeightSpec(8)
 _PER_TOKEN = ActivationSpec(8, dynamic=True, granularity=Granularity.TOKEN)
@@ -115,11 +115,11 @@ def _computed(stored: LayerSpec, host: Host, needs_float: bool) -> tuple[LayerSp
     FP8 is not reported per layer: ``requantized_findings`` reports it once per checkpoint.
     """
     weight, activation = stored.weight, stored.activation
-    floats = weight is not None and weight.kind is NumberKind.FLOAT
-    if needs_float and not (floats and host.fp8 == "bf16"):
+    fp8 = _is_fp8(weight)
+    if needs_float and not (fp8 and host.fp8 == "bf16"):
         told = "latent attention takes its weight apart, so it is dequantized while it loads, to two bytes each"
         return _as_float(stored), told, "export this layer as float"
-    if floats:
+    if fp8:
         if host.fp8 == "bf16":
             return _as_float(stored), "", ""
         scheme = f"{stored.scheme} as W8A16" if activation is None else f"{stored.scheme} as W8A8_DYNAMIC"
@@ -137,6 +137,10 @@ def _computed(stored: LayerSpec, host: Host, needs_float: bool) -> tuple[LayerSp
 
 def _as_float(stored: LayerSpec) -> LayerSpec:
     return replace(stored, scheme=f"{stored.scheme} as float", weight=_MODEL_DTYPE, activation=None)
+
+
+def _is_fp8(weight: WeightSpec | None) -> bool:
+    return weight is not None and (weight.kind, weight.bits) == (NumberKind.FLOAT, 8)
 
 
 def _is_w4a8(stored: LayerSpec) -> bool:
@@ -158,7 +162,7 @@ def requantized_findings(layers: Iterable[tuple[LayerSpec, int]], host: Host, so
     static = w4a8 = False
     for spec, count in layers:
         w4a8 |= _is_w4a8(spec)
-        if spec.weight is not None and spec.weight.kind is NumberKind.FLOAT:
+        if _is_fp8(spec.weight):
             counts[spec.scheme] = counts.get(spec.scheme, 0) + count
             static |= spec.activation is not None and not spec.activation.dynamic
     concerned = {settings.FP8: bool(counts), settings.W4A8: w4a8}
@@ -183,37 +187,41 @@ def requantized_findings(layers: Iterable[tuple[LayerSpec, int]], host: Host, so
     return found
 
 
-def expert_findings(stored: LayerSpec, tensors: frozenset[str], layer: str, source: str) -> list[Finding]:
-    """Findings for features that are served for Linear layers and not for experts: activation order, and a bias.
+def expert_findings(stored: LayerSpec, layer: str, source: str) -> list[Finding]:
+    """Findings for features that are served for Linear layers and not for experts: activation order.
 
     Args:
         stored: what the checkpoint holds.
-        tensors: the optional tensors of its layout that are stored.
         layer: the experts' name. source: the file to name.
     """
-    found = []
-    if LAYOUTS[stored.layout].act_order:
-        found.append(
-            Finding(
-                "unsupported-scheme",
-                "experts with activation order would need the input sorted anew for every expert",
-                layer=layer,
-                file=source,
-                expected="desc_act false",
-                found=stored.scheme,
-                fix="re-export the checkpoint without activation order (desc_act=False, actorder weight or none)",
-            )
+    if not LAYOUTS[stored.layout].act_order:
+        return []
+    return [
+        Finding(
+            "unsupported-scheme",
+            "experts with activation order would need the input sorted anew for every expert",
+            layer=layer,
+            file=source,
+            expected="desc_act false",
+            found=stored.scheme,
+            fix="re-export the checkpoint without activation order (desc_act=False, actorder weight or none)",
         )
-    if "bias" in tensors:
-        found.append(
-            Finding(
-                "unsupported-scheme",
-                "quantized experts are served without a bias",
-                layer=layer,
-                file=source,
-                expected="no bias",
-                found=f"{layer}.bias",
-                fix="export the experts of this model as float",
-            )
-        )
-    return found
+    ]
+
+
+def expert_bias(found: str = "a bias", *, layer: str = "", file: str = "", layers: int = 1) -> Finding:
+    """The finding for quantized experts with a bias that is not zero.
+
+    Args:
+        found: the tensor with the bias.
+        layer: the first MoE layer that has one. file: where it is described. layers: how many have one.
+    """
+    return Finding(
+        "unsupported-scheme",
+        "quantized experts are served without a bias" + (f" ({layers:,} MoE layers have one)" if layers > 1 else ""),
+        layer=layer,
+        file=file,
+        expected="experts without a bias, or with zeros",
+        found=found,
+        fix="export the experts without a bias (no asymmetric smoothing of their inputs), or as float",
+    )
