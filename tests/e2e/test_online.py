@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from examples.modelslim_writer import write_modelslim
 from tests.e2e.test_reload import addresses, chunks, same, update
 from tests.e2e.twins import make_twin, read_tensors
 from tests.e2e.yardstick import engine, measure, relative_error, run
@@ -57,18 +56,6 @@ def to_int4(name: str, weight: torch.Tensor) -> torch.Tensor:
     return ((groups / scale).round().clamp(-8, 7) * scale).flatten(1)
 
 
-def test_the_integers_are_those_of_the_offline_writer(tmp_path: Path) -> None:
-    source = fixture(SOURCE)
-    written = tmp_path / "written"
-    write_modelslim(source, written, scheme="W8A8_DYNAMIC")
-    offline = run(written, inspect=quantized_tensors)
-    online = run(source, quantization="npu_w8a8", inspect=quantized_tensors)
-    assert online.methods == offline.methods
-    assert online.inspected.keys() == offline.inspected.keys()
-    assert all(torch.equal(value, offline.inspected[name]) for name, value in online.inspected.items())
-    assert same(online, offline)
-
-
 def test_int4_groups(tmp_path: Path) -> None:
     source = fixture(SOURCE)
     twin = run(changed(source, tmp_path / "twin", to_int4), plugin=False)
@@ -79,7 +66,7 @@ def test_experts(tmp_path: Path) -> None:
     source = make_twin(fixture("msmodelslim-qwen3moe-w8a8-dynamic"), tmp_path / "float")
     floats = run(source, plugin=False)
     online = run(source, quantization="npu_w8a8")
-    assert "W8A8Grouped" in " ".join(online.methods)
+    assert online.methods["W8A8DynamicExperts"] == 2
     assert relative_error(online, floats) < 0.06
 
 
@@ -88,14 +75,14 @@ def test_options(tmp_path: Path) -> None:
     options = {"quantization_config": {"quant_method": "npu_w8a16", "ignore": ["re:.*down_proj"]}}
     some = run(source, quantization="npu_w8a16", hf_overrides=options)
     every = run(source, quantization="npu_w8a16")
-    assert sum(every.methods.values()) - sum(some.methods.values()) == 2
+    assert (every.methods["WeightOnlyLinear"], some.methods["WeightOnlyLinear"]) == (8, 6)
     unknown = {"quantization_config": {"quant_method": "npu_w8a16", "group_size": 64}}
     with pytest.raises(NpuQuantError, match="group_size"):
         run(source, quantization="npu_w8a16", hf_overrides=unknown)
 
 
 def test_a_quantized_checkpoint_is_not_rounded_again() -> None:
-    with pytest.raises(NpuQuantError, match="quantized already"):
+    with pytest.raises(NpuQuantError, match="contradictory-evidence"):
         run(fixture("msmodelslim-qwen3-w8a8-dynamic"), quantization="npu_w8a8")
 
 

@@ -221,16 +221,6 @@ def test_another_recipe_is_refused_before_anything_changes(tmp_path: Path) -> No
         session.check_same()
 
 
-def test_an_order_of_inputs_that_was_not_prepared(tmp_path: Path) -> None:
-    """Without activation order no permutation was prepared, and graphs have no place for one."""
-    folder = fixture("gptq-qwen3-w4g128-asym")
-    with engine(folder) as llm:
-        session = Session(llm, folder)
-        name = next(key for key in session.tensors if key.endswith("down_proj.g_idx"))
-        refused = session.refused({**session.tensors, name: session.tensors[name].flip(0)})
-        assert [finding.code for finding in refused.findings] == ["reload-mismatch"]
-
-
 @pytest.mark.parametrize(
     ("name", "options"),
     [("msmodelslim-qwen3-w8a8", {}), ("msmodelslim-qwen3moe-w8a8-dynamic", {"enable_expert_parallel": True})],

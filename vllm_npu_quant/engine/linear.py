@@ -142,7 +142,7 @@ class NpuQuantLinearMethod(LinearMethodBase):
 
         def weight_loader(param: torch.Tensor, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             with receiver.naming(f"{tensor.name} could not be loaded"):
-                receiver.begin(param.is_meta)
+                receiver.begin(reference(), name, param)
                 origin = self._origin(args[0] if args else kwargs.get("loaded_shard_id"))
                 received = receiver.receive(tensor, loaded_weight, origin)
                 if tensor.of:
@@ -262,7 +262,7 @@ class NpuQuantLinearMethod(LinearMethodBase):
 
     def lacking(self, layer: nn.Module) -> list[Finding]:
         """Findings for tensors that have not arrived since the layer's reload began."""
-        self.receiver.begin(counting=True)
+        self.receiver.expect(counting=True)
         return self.receiver.not_filled(self.stored_names)
 
     def restore_weights_for_rl_loading(self, layer: nn.Module) -> None:

@@ -80,7 +80,7 @@ class _Product:
         entries: tuple[LayerEntry, ...],
         layers: tuple[str, ...],
         act_dtype: torch.dtype,
-        stacked: bool,
+        stacked: bool = False,
     ) -> None:
         """
         Args:
@@ -159,7 +159,6 @@ class _Product:
         """
         receiver, tensor = self.receiver, self.receiver.tensors[name]
         layer = self.layers[shard].replace("*", str(expert))
-        receiver.begin(param.is_meta)
         with receiver.naming("it could not be loaded", f"{layer}.{tensor.name}"):
             received = receiver.receive(tensor, stored, Origin(layer, self.stored, self.outputs))
             if tensor.loaded:
@@ -363,6 +362,8 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
             # Llama-4's class gives the stacked tensors of all experts of this rank, the first of which is expert_id.
             whole = product.stacked and loaded_weight.dim() == 3
             taken = False
+            with product.receiver.naming("it could not be loaded"):
+                product.receiver.begin(experts, name, param)
             for expert, stored in enumerate(loaded_weight if whole else (loaded_weight,), start=expert_id):
                 local = experts._map_global_expert_id_to_local_expert_id(expert)
                 if local >= 0:
@@ -388,7 +389,7 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
         expert_map = _expert_map(layer)
         findings: list[Finding] = []
         for product in self.products:
-            product.receiver.begin()
+            product.receiver.expect()
             findings += product.receiver.finish(layer, product.names_of(expert_map))
         raise_findings(findings)
         if not self.placed:
@@ -422,7 +423,7 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
         """Findings for tensors that have not arrived since the layer's reload began."""
         findings: list[Finding] = []
         for product in self.products:
-            product.receiver.begin(counting=True)
+            product.receiver.expect(counting=True)
             findings += product.receiver.not_filled(product.names_of(_expert_map(layer)))
         return findings
 

@@ -158,9 +158,19 @@ class Receiver:
         self._created[name] = _on(param, torch.device("meta"))
         if extent is not None:
             self._extents[name] = tuple(extent)
-        self.begin()
+        self.expect()
 
-    def begin(self, counting: bool = False) -> None:
+    def begin(self, layer: Any, name: str, param: torch.Tensor) -> None:
+        """Begin to load a stored tensor into a parameter.
+
+        Raises:
+            NpuQuantError: reload-mismatch if the layer is prepared and the parameter is no longer its own.
+        """
+        if getattr(layer, name, None) is not param:
+            _refuse_loading(param, param)
+        self.expect(param.is_meta)
+
+    def expect(self, counting: bool = False) -> None:
         """Expect the layer's tensors, unless some of them have arrived.
 
         Args:
@@ -334,7 +344,7 @@ class Receiver:
         device = next(iter(self._in_use.values())).device
         for name, created in self._created.items():
             layer.register_parameter(name, _on(created, device))
-        self.begin()
+        self.expect()
 
 
 def _on(param: torch.Tensor, device: torch.device) -> nn.Parameter:
