@@ -732,10 +732,14 @@ def _not_compressed(layers: Sequence[str], source: str) -> Finding:
 def _left_to_vllm_ascend(config: Mapping[str, Any], model: Any) -> bool:
     from vllm_npu_quant.ascend.ownership import serves_compressed_tensors
 
-    kinds = layer_kinds(config)
+    models = (model, getattr(model, "text_config", None))
+    has_experts = any(getattr(part, name, 0) for part in models for name in _EXPERT_COUNTS)
+    kinds = layer_kinds(config, has_experts=has_experts)
     return kinds is not None and serves_compressed_tensors(config, kinds)
 
 
+#: Fields of a model's config that count its routed experts.
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 #: Layers that stand for all of their kind, in the spellings of models: a target means the kind if it matches every spelling.
 _EXAMPLES = (
     ("linear", ("model.layers.1.self_attn.o_proj",)),
@@ -745,10 +749,13 @@ _EXAMPLES = (
 )
 
 
-def layer_kinds(config: Mapping[str, Any]) -> list[frozenset[str]] | None:
+def layer_kinds(config: Mapping[str, Any], *, has_experts: bool) -> list[frozenset[str]] | None:
     """For every group of a config, the kinds of layers that its targets mean: "linear", "moe" (routed experts), or both.
 
     By the names that models usually have, since config.json lists no layers; both for targets that match none of them.
+
+    Args:
+        config: the quantization_config. has_experts: whether the model has routed experts.
 
     Returns:
         None for a config whose rules cannot be matched.
@@ -764,7 +771,9 @@ def layer_kinds(config: Mapping[str, Any]) -> list[frozenset[str]] | None:
     try:
         for kind, spellings in _EXAMPLES:
             numbers = [targets.match(name)[0] for name in spellings]
-            for number in set(numbers) if None not in numbers else ():
+            if None in numbers or (kind == "moe" and not has_experts):
+                continue
+            for number in numbers:
                 if number is not None:
                     kinds[number].add(kind)
     except NpuQuantError:
