@@ -262,7 +262,13 @@ CASES: tuple[Case, ...] = (
     ),
     Case("type is a number", MS, lambda f: f.describe(**{(Q + ".weight").replace(".", "__"): 8}), "bad-config"),
     Case("group size is text", MS, lambda f: f.describe(group_size="many"), "bad-config"),
-    Case("quantized attention", MS, lambda f: f.describe(fa_quant_type="FAQuant"), "unsupported-scheme"),
+    Case(
+        "quantized attention",
+        MS,
+        lambda f: f.describe(fa_quant_type="FAQuant"),
+        "kv-cache-not-quantized",
+        severity="warning",
+    ),
     Case("static bias dropped", MS_STATIC, lambda f: f.drop(Q + ".quant_bias"), "missing-tensor", Q),
     Case(
         "static scale has two values", MS_STATIC, lambda f: f.retype(Q + ".input_scale", "F32", [2]), "wrong-shape", Q

@@ -23,7 +23,7 @@ from vllm_npu_quant import settings
 from vllm_npu_quant.checkpoint import Checkpoint
 from vllm_npu_quant.engine import platforms
 from vllm_npu_quant.engine.dequantized import DequantizedLinearMethod
-from vllm_npu_quant.engine.detection import open_model_checkpoint
+from vllm_npu_quant.engine.detection import names_vllm_ascend, open_model_checkpoint
 from vllm_npu_quant.engine.linear import CHECKPOINT_BIAS, NpuQuantLinearMethod
 from vllm_npu_quant.errors import Finding, NpuQuantError, Severity, raise_findings
 from vllm_npu_quant.formats.check import check_checkpoint, check_expert_biases
@@ -132,8 +132,10 @@ class NpuQuantConfig(QuantizationConfig):
             return None
         if not declaration.serves(hf_quant_cfg):
             return None
+        if names_vllm_ascend(user_quant):
+            return None
         named = user_quant == method or settings.takeover()
-        if settings.ascend_host() and not named and declaration.left_to_vllm_ascend(hf_quant_cfg):
+        if settings.ascend_host() and not named and declaration.left_to_vllm_ascend(hf_quant_cfg, hf_config):
             logger.info_once("This %s checkpoint is left to vllm-ascend, which serves all of its schemes", method)
             return None
         return method

@@ -13,12 +13,15 @@ from vllm.logger import init_logger
 from vllm_npu_quant import settings
 from vllm_npu_quant.checkpoint import Checkpoint, is_path, open_checkpoint
 from vllm_npu_quant.errors import NpuQuantError
-from vllm_npu_quant.formats.declaration import find_format, formats
+from vllm_npu_quant.formats.declaration import Format, find_format, formats
 from vllm_npu_quant.formats.detect import contradiction, detect_files, file_beside, quantization_config
 
-__all__ = ["detect_quantization", "open_model_checkpoint"]
+__all__ = ["detect_quantization", "names_vllm_ascend", "open_model_checkpoint"]
 
 logger = init_logger("vllm.npu_quant")
+
+#: The method of vllm-ascend that reads ModelSlim's checkpoints.
+VLLM_ASCEND = "ascend"
 
 
 @dataclass(frozen=True)
@@ -65,9 +68,7 @@ def open_model_checkpoint(model: str, revision: str | None, *, headers: bool = T
 def _detect(model: str, revision: str | None, asked: str | None) -> str | None:
     named = next((one for one in formats() if one.decisive and asked is not None and one.answers_to(asked)), None)
     if named is not None:
-        # vllm-ascend's own name for ModelSlim's checkpoints.
-        theirs = (asked or "").lower() == "ascend" and settings.ascend_host() and not settings.takeover()
-        return asked if theirs else named.method_name
+        return asked if names_vllm_ascend(asked) else named.method_name
     checkpoint = _list(model, revision)
     if checkpoint is None:
         return asked
@@ -80,7 +81,9 @@ def _detect(model: str, revision: str | None, asked: str | None) -> str | None:
     # config.json is read only beside a description; otherwise vLLM reads it.
     config = quantization_config(checkpoint.read_json("config.json")) if "config.json" in checkpoint.names else None
     if config is not None and declaration.serves(config):
-        return asked
+        bare = config.get("quant_method") == VLLM_ASCEND and not declaration.is_complete(config)
+        left = asked is None and bare and _is_left_with_bare_config(declaration, checkpoint, name)
+        return VLLM_ASCEND if left else asked
     if config is not None:
         if asked is not None:
             return asked  # vLLM compares it with config.json
@@ -94,7 +97,7 @@ def _detect(model: str, revision: str | None, asked: str | None) -> str | None:
     if settings.ascend_host() and declaration.unserved_by_vllm_ascend is not None:
         why = f"{settings.TAKEOVER}=1"
         if not settings.takeover():
-            missing = declaration.unserved_by_vllm_ascend(checkpoint.read_json(name))
+            missing = declaration.unserved_by_vllm_ascend(checkpoint.read_json(name), name)
             if not missing:
                 logger.info("%s (%s) is left to vllm-ascend: it serves all of its schemes", model, name)
                 return None
@@ -103,6 +106,21 @@ def _detect(model: str, revision: str | None, asked: str | None) -> str | None:
     title = declaration.title or declaration.name
     logger.info("%s is a %s checkpoint (%s): quantization=%s%s", model, title, name, method, f"; {why}" if why else "")
     return method
+
+
+def names_vllm_ascend(quantization: str | None) -> bool:
+    """Whether a user means vllm-ascend by ``quantization=``: it is its name for ModelSlim's checkpoints."""
+    named = quantization is not None and quantization.lower() == VLLM_ASCEND
+    return named and settings.ascend_host() and not settings.takeover()
+
+
+def _is_left_with_bare_config(declaration: Format, checkpoint: Checkpoint, name: str) -> bool:
+    """Whether vllm-ascend reads the description beside a config.json that only names the format, and serves all of it."""
+    if declaration.unserved_by_vllm_ascend is None or not names_vllm_ascend(VLLM_ASCEND):
+        return False
+    from vllm_npu_quant.ascend.ownership import accepts_bare_config
+
+    return accepts_bare_config() and not declaration.unserved_by_vllm_ascend(checkpoint.read_json(name), name)
 
 
 def _list(model: str, revision: str | None) -> Checkpoint | None:

@@ -30,7 +30,7 @@ from pydantic import (
 )
 
 from vllm_npu_quant.checkpoint.text import shown, shown_name
-from vllm_npu_quant.errors import Finding, FindingLimit
+from vllm_npu_quant.errors import Finding, FindingLimit, NpuQuantError
 from vllm_npu_quant.formats.common import (
     FLOAT_DTYPES,
     KV_CACHE_TENSORS,
@@ -741,10 +741,62 @@ def _not_compressed(layers: Sequence[str], source: str) -> Finding:
     )
 
 
-def _left_to_vllm_ascend(config: Mapping[str, Any]) -> bool:
+def _left_to_vllm_ascend(config: Mapping[str, Any], model: Any) -> bool:
     from vllm_npu_quant.ascend.ownership import serves_compressed_tensors
 
-    return serves_compressed_tensors(config)
+    models = (model, getattr(model, "text_config", None))
+    has_experts = any(getattr(part, name, 0) for part in models for name in _EXPERT_COUNTS)
+    kinds = layer_kinds(config, has_experts=has_experts)
+    return kinds is not None and serves_compressed_tensors(config, kinds)
+
+
+#: Fields of a model's config that count its routed experts.
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+#: Layers that stand for all of their kind, in the spellings of models: a target means the kind if it matches every spelling.
+_EXAMPLES = (
+    ("linear", ("model.layers.1.self_attn.o_proj",)),
+    ("linear", ("model.layers.1.mlp.down_proj",)),
+    ("linear", ("model.layers.1.mlp.shared_experts.down_proj", "model.layers.1.mlp.shared_expert.down_proj")),
+    ("moe", ("model.layers.1.mlp.experts.0.down_proj",)),
+)
+
+
+def layer_kinds(config: Mapping[str, Any], *, has_experts: bool) -> list[frozenset[str]] | None:
+    """For every group of a config, the kinds of layers that its targets mean: "linear", "moe" (routed experts), or both.
+
+    By the names that models usually have, since config.json lists no layers; both for targets that match none of them.
+
+    Args:
+        config: the quantization_config. has_experts: whether the model has routed experts.
+
+    Returns:
+        None for a config whose rules cannot be matched.
+    """
+    groups = config.get("config_groups")
+    members = groups.values() if isinstance(groups, Mapping) else ()
+    rules = [_rules(group.get("targets") if isinstance(group, Mapping) else None) for group in members]
+    ignore = _rules(config.get("ignore") or [])
+    if ignore is None or any(rule is None for rule in rules):
+        return None
+    targets = Targets([rule or () for rule in rules], ignore)
+    kinds: list[set[str]] = [set() for _ in rules]
+    try:
+        for kind, spellings in _EXAMPLES:
+            numbers = [targets.match(name)[0] for name in spellings]
+            if None in numbers or (kind == "moe" and not has_experts):
+                continue
+            for number in numbers:
+                if number is not None:
+                    kinds[number].add(kind)
+    except NpuQuantError:
+        return None
+    return None if targets.findings else [frozenset(found or ("linear", "moe")) for found in kinds]
+
+
+def _rules(value: Any) -> list[str] | None:
+    """The rules in a list of an untrusted config; None if it is anything else."""
+    is_list = isinstance(value, list) and len(value) <= MAX_RULES
+    return value if is_list and all(isinstance(rule, str) for rule in value) else None
 
 
 def _producer(config: Mapping[str, Any]) -> str:

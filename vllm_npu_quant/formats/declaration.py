@@ -66,9 +66,10 @@ class Format:
         decisive: whether that file contradicts a config.json that names another format.
         is_complete: whether a ``quantization_config`` is complete, so that a decisive file beside it is not needed.
         claims: whether a ``quantization_config`` is of this format; None compares ``quant_method``.
-        left_to_vllm_ascend: whether vllm-ascend serves all schemes of a ``quantization_config`` itself.
-        unserved_by_vllm_ascend: of a decisive file's object, the schemes that vllm-ascend does not serve, in words; empty if
-            it serves all of them. None if vllm-ascend does not read such files.
+        left_to_vllm_ascend: whether vllm-ascend serves all schemes of a ``quantization_config`` itself. The second argument
+            is the model's configuration as vLLM has it, or None.
+        unserved_by_vllm_ascend: of a decisive file's object and name, what vllm-ascend does not serve, in words; empty if it
+            serves all of it. None if vllm-ascend does not read such files.
         float_reason: why layers are float, for ``inspect``; ``{source}`` stands for the file.
         producer: the tool that wrote a config, and its version; empty if the config does not say.
         samples: the schemes that the format can name.
@@ -86,8 +87,8 @@ class Format:
     decisive: bool = False
     is_complete: Callable[[Mapping[str, Any]], bool] = field(default=lambda config: True)
     claims: Callable[[Mapping[str, Any]], bool] | None = None
-    left_to_vllm_ascend: Callable[[Mapping[str, Any]], bool] = field(default=lambda config: False)
-    unserved_by_vllm_ascend: Callable[[Mapping[str, Any]], str] | None = None
+    left_to_vllm_ascend: Callable[[Mapping[str, Any], Any], bool] = field(default=lambda config, model: False)
+    unserved_by_vllm_ascend: Callable[[Mapping[str, Any], str], str] | None = None
     float_reason: str = "{source} excludes it, or it is excluded by convention"
     producer: Callable[[Mapping[str, Any]], str] = _no_producer
     samples: Callable[[], Iterable[Sample]] = tuple

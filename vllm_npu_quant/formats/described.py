@@ -79,7 +79,7 @@ class Described:
         biased: quantized layers whose own bias is stored.
         norm_biases: RMSNorm layers that carry a bias.
         stored_as_float: layers that are stored as float although the config does not exclude them.
-        dropped: last name components of tensors that are not loaded on purpose; each has a finding.
+        dropped: last name components, one or two, of tensors that are not loaded on purpose; each has a finding.
         findings: problems and notes.
     """
 

@@ -300,6 +300,12 @@ def _config_problems(config: Fp8Config, source: str) -> list[Finding]:
     return findings + ([unknown] if unknown is not None else [])
 
 
+def _left_to_vllm_ascend(config: Mapping[str, Any], model: Any) -> bool:
+    from vllm_npu_quant.ascend.ownership import serves_fp8
+
+    return serves_fp8(config, model)
+
+
 def _producer(config: Mapping[str, Any]) -> str:
     version = config_text(config, "autoround_version")
     return f"AutoRound {version}" if version else config_text(config, "provider")
@@ -322,6 +328,7 @@ FORMAT = Format(
     read=read,
     method_name="npu_fp8",
     quant_methods=frozenset({"fp8"}),
+    left_to_vllm_ascend=_left_to_vllm_ascend,
     producer=_producer,
     samples=_samples,
 )
