@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, BeforeValidator, StrictBool, StrictInt, ValidationError, model_validator
 
 from vllm_npu_quant.checkpoint.text import shown, shown_name
 from vllm_npu_quant.errors import Finding, FindingLimit, Severity
@@ -25,6 +25,40 @@ _MAX_SHOWN = 20
 FLOAT_BY_CONVENTION = frozenset({"lm_head", "gate", "shared_expert_gate", "router"})
 
 _Model = TypeVar("_Model", bound=BaseModel)
+
+
+
+def _number(value: Any) -> Any:
+    """An integer that a producer wrote as text ("128") or as a float (128.0); anything else is returned unchanged."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    text = value.strip() if isinstance(value, str) else ""
+    return int(text) if len(text) < 20 and text.removeprefix("-").isdecimal() and text.isascii() else value
+
+
+def _truth(value: Any) -> Any:
+    """A boolean that a producer wrote as text ("true", "False") or as 0 or 1; anything else is returned unchanged."""
+    if isinstance(value, str):
+        return {"true": True, "false": False}.get(value.strip().lower(), value)
+    return bool(value) if type(value) is int and value in (0, 1) else value
+
+
+#: Integers and booleans of a config, in the spellings that producers write.
+Int = Annotated[StrictInt, BeforeValidator(_number)]
+Bool = Annotated[StrictBool, BeforeValidator(_truth)]
+
+
+class ConfigModel(BaseModel):
+    """A part of a quantization config. A null stands for an optional field's default."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {key: one for key, one in value.items() if one is not None or key not in optional}
+
 
 #: Tensors beside a layer's weight that quantize the KV cache.
 KV_CACHE_TENSORS = (
