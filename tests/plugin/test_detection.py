@@ -132,8 +132,22 @@ def test_other_files_of_a_folder_are_no_description(tmp_path: Path) -> None:
 # Evidence that contradicts.
 
 
-def test_config_json_names_another_format(tmp_path: Path) -> None:
+def test_the_weights_decide_between_config_json_and_description(tmp_path: Path) -> None:
+    """The float model's config.json had a quantization of its own, which was left in it."""
     folder = copy_of(MODELSLIM, tmp_path / "m", quantization_config=GPTQ)
+    config = EngineArgs(str(folder)).create_engine_config()
+    assert config.model_config.quantization == "modelslim"
+    assert config.quant_config.described.source == DESCRIPTION
+    packed = copy_of("gptq-qwen3-w4g128-asym", tmp_path / "packed")
+    shutil.copyfile(fixture(MODELSLIM) / DESCRIPTION, packed / DESCRIPTION)
+    config = EngineArgs(str(packed)).create_engine_config()
+    assert config.model_config.quantization == "npu_gptq"
+    assert config.quant_config.described.source == "config.json"
+
+
+def test_neither_config_json_nor_the_description_fits(tmp_path: Path) -> None:
+    folder = copy_of("msmodelslim-qwen3-w8a8-dynamic", tmp_path / "m", without=(DESCRIPTION,), quantization_config=GPTQ)
+    shutil.copyfile(fixture(MODELSLIM) / DESCRIPTION, folder / DESCRIPTION)
     finding = refused(folder)
     assert finding.code == "contradictory-evidence"
     assert "'gptq'" in finding.found
@@ -253,7 +267,7 @@ def fill(cache: Path, folder: Path, *, without: tuple[str, ...] = ()) -> Path:
 
 
 def detect(quantization: str | None = None, **options: Any) -> str | None:
-    return detect_quantization(EngineArgs(REPOSITORY, quantization=quantization, **options))
+    return detect_quantization(EngineArgs(REPOSITORY, quantization=quantization, **options)).method
 
 
 def entries(config: NpuQuantConfig) -> dict[str, Any]:
@@ -323,8 +337,8 @@ def test_a_hub_that_does_not_answer(
 
 @pytest.mark.parametrize("model", ["/no/such/model.gguf", "s3://bucket/model", "org/model:Q4_K_M"])
 def test_what_is_no_hub_id_is_left_to_vllm(model: str, no_network: None) -> None:
-    assert _detect(model, None, None) is None
-    assert _detect(model, None, "gguf") == "gguf"
+    assert _detect(model, None, None).method is None
+    assert _detect(model, None, "gguf").method == "gguf"
 
 
 @pytest.mark.parametrize(
@@ -396,9 +410,7 @@ def test_damage_of_a_hub_model_is_found_before_it_is_downloaded(
 def test_a_hub_model_with_contradicting_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = copy_of(MODELSLIM, tmp_path / "m", quantization_config=GPTQ)
     with hub_of(folder, tmp_path, monkeypatch):
-        with pytest.raises(NpuQuantError) as caught:
-            detect()
-        assert caught.value.codes == ("contradictory-evidence",)
+        assert detect() == "modelslim"
         assert detect("gptq") == "gptq"
         assert detect("modelslim") == "modelslim"
 

@@ -76,6 +76,18 @@ KV_OUTPUTS = ("output_scale", "output_zero_point")
 _KV_LAYERS = frozenset({"q_proj", "k_proj", "v_proj", "qkv_proj"})
 
 
+#: Last components of the names of quantized weights, in any dtype.
+_QUANTIZED_NAMES = frozenset({"qweight", "weight_packed"})
+
+
+def is_quantized_weight(name: str, tensor: StoredTensor) -> bool:
+    """Whether a stored tensor is a weight in a dtype, or under a name, that only quantized checkpoints have."""
+    last = name.rpartition(".")[2]
+    if last == "weight" or last.endswith(("_proj", "_proj_blocks")):  # the experts of a layer may be one tensor without ".weight"
+        return tensor.dtype.startswith(("I", "U", "F8_", "F6_", "F4"))
+    return last in _QUANTIZED_NAMES
+
+
 def config_text(config: Mapping[str, Any], key: str) -> str:
     """A short text in a config, cut to 40 characters; empty if the key is absent or holds anything else."""
     value = config.get(key)

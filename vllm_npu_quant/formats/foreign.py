@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_npu_quant.checkpoint.text import shown
+from vllm_npu_quant.checkpoint.text import shown, shown_name
 from vllm_npu_quant.errors import Finding
 from vllm_npu_quant.formats.declaration import formats, plain_method
 from vllm_npu_quant.formats.described import StoredTensor
 
-__all__ = ["FOREIGN", "Foreign", "find_by_tensors", "find_foreign", "foreign_file", "unserved", "unserved_tensors"]
+__all__ = ["FOREIGN", "Foreign", "find_by_tensors", "find_foreign", "foreign_file", "unserved", "unserved_tensor"]
 
 _FLOAT = "serve the BF16 or FP16 model that it was made from"
 _EXPORT = f"{_FLOAT}, or export that with msModelSlim, llm-compressor, AutoRound, AutoAWQ or GPTQModel"
@@ -226,13 +226,9 @@ def unserved(config: Mapping[str, Any], source: str) -> Finding:
     )
 
 
-def unserved_tensors(tensors: Mapping[str, StoredTensor], source: str = "") -> Finding | None:
-    """The finding for tensors of a known kind that is not served; None if no tensor marks one."""
-    found = find_by_tensors(tensors)
-    if found is None:
-        return None
-    foreign, name = found
-    return _finding(foreign, source or tensors[name].file, f"{shown(name, 200)} {tensors[name].dtype}")
+def unserved_tensor(foreign: Foreign, name: str, tensors: Mapping[str, StoredTensor]) -> Finding:
+    """The finding for a checkpoint of a kind that one of its tensors marks, as ``find_by_tensors`` gives them."""
+    return _finding(foreign, tensors[name].file, f"{shown_name(name)} {tensors[name].dtype}")
 
 
 def _finding(foreign: Foreign, source: str, found: str) -> Finding:

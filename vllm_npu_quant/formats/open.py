@@ -11,10 +11,12 @@ from vllm_npu_quant.checkpoint import Checkpoint, TensorInfo
 from vllm_npu_quant.checkpoint.text import shown, shown_name
 from vllm_npu_quant.errors import Finding, NpuQuantError, Severity
 from vllm_npu_quant.formats.check import check_checkpoint
+from vllm_npu_quant.formats.common import FLOAT_DTYPES, is_quantized_weight
 from vllm_npu_quant.formats.declaration import find_format
 from vllm_npu_quant.formats.described import FLOAT_ENTRY, Described
 from vllm_npu_quant.formats.detect import Detection, contradiction, detect_files, file_beside
-from vllm_npu_quant.formats.foreign import unserved, unserved_tensors
+from vllm_npu_quant.formats.foreign import find_by_tensors, unserved, unserved_tensor
+from vllm_npu_quant.formats.leftovers import refuse_leftovers
 from vllm_npu_quant.formats.names import repeated_prefix
 
 __all__ = ["describe_checkpoint", "detect_checkpoint"]
@@ -59,18 +61,20 @@ def describe_checkpoint(checkpoint: Checkpoint, detection: Detection) -> Describ
     """The layers of an opened checkpoint. Problems are in its ``findings``.
 
     Raises:
-        NpuQuantError: unknown-scheme or unsupported-scheme for a format that is not served.
+        NpuQuantError: unknown-scheme or unsupported-scheme for a format that is not served; index-mismatch or
+            duplicate-tensor for a folder that holds two sets of weights.
     """
     if not detection.format:
         return _describe_float(checkpoint, detection)
     declaration = find_format(detection.format)
     if declaration is None:
         raise NpuQuantError([unserved(detection.config, detection.file)])
+    refuse_leftovers(checkpoint, detection.file)
     described = declaration.read(detection.config, checkpoint.tensors, detection.file, checkpoint)
     if any(finding.severity is Severity.ERROR for finding in described.findings):
-        foreign = unserved_tensors(checkpoint.tensors)
+        foreign = find_by_tensors(checkpoint.tensors)
         if foreign is not None:  # what the format's reader says of these tensors misleads
-            described.findings = (foreign,)
+            raise NpuQuantError([unserved_tensor(*foreign, checkpoint.tensors)])
     described.findings += tuple(_notes(checkpoint, detection, described))
     return described
 
@@ -128,14 +132,17 @@ def _asks(name: str, detection: Detection) -> Finding:
 def _describe_float(checkpoint: Checkpoint, detection: Detection) -> Described:
     """A checkpoint whose configs name no format."""
     quantized = {
-        name.rpartition(".")[0]: tensor for name, tensor in checkpoint.tensors.items() if _is_quantized(tensor)
+        name.rpartition(".")[0]: tensor
+        for name, tensor in checkpoint.tensors.items()
+        if is_quantized_weight(name, tensor)
     }
     layers = dict.fromkeys(name.rpartition(".")[0] for name in checkpoint.tensors)
     findings = [_not_an_object(key) for key in _not_objects(detection.model)]
-    if quantized:
-        findings.append(
-            unserved_tensors(checkpoint.tensors) or _undeclared(next(iter(quantized.values())), detection.config)
-        )
+    foreign = find_by_tensors(checkpoint.tensors)
+    if foreign is not None and (quantized or checkpoint.tensors[foreign[1]].dtype not in FLOAT_DTYPES):
+        findings.append(unserved_tensor(*foreign, checkpoint.tensors))
+    elif quantized:
+        findings.append(_undeclared(next(iter(quantized.values())), detection.config))
     elif detection.config:
         findings.append(_no_method(detection.config))
     repeated = repeated_prefix(checkpoint.tensors)
@@ -145,18 +152,6 @@ def _describe_float(checkpoint: Checkpoint, detection: Detection) -> Described:
         layers={layer: FLOAT_ENTRY for layer in layers if layer not in quantized},
         findings=(*findings, *([repeated] if repeated is not None else [])),
     )
-
-
-#: Last components of the names of quantized weights, in any dtype.
-_QUANTIZED_NAMES = frozenset({"qweight", "weight_packed", "W_q", "q_weight"})
-
-
-def _is_quantized(tensor: TensorInfo) -> bool:
-    """Whether a tensor is a weight in a dtype that only quantized checkpoints have."""
-    last = tensor.name.rpartition(".")[2]
-    if last == "weight" or last.endswith(("_proj", "_blocks")):  # experts of a layer may be one tensor
-        return tensor.dtype.startswith(("I", "U", "F8_", "F6_", "F4"))
-    return last in _QUANTIZED_NAMES
 
 
 def _not_objects(model: Mapping[str, Any]) -> Iterable[str]:
