@@ -182,8 +182,9 @@ class Checkpoint:
             findings.append(_no_weights(self.folder, names))
 
         adapters = fnmatch.filter(files, "adapter_*.safetensors")
-        if adapters:
-            findings.append(_adapter(adapters[0], alone=len(files) == len(adapters)))
+        alone = len(files) == len(adapters)
+        if adapters and not (alone and "config.json" not in names):  # an adapter's folder is refused as such
+            findings.append(_adapter(adapters[0], alone=alone))
         if all(set(files).isdisjoint(index.values()) for index in indexes.values()):
             findings.extend(_missing_shards(files))
         headers = {

@@ -43,7 +43,7 @@ _ACCESS: dict[str, _HubAccess] = {}
 
 @dataclass(frozen=True)
 class Detected:
-    """What was found out about a model before vLLM reads its config.
+    """A model as it was detected before vLLM reads its config.
 
     Attributes:
         method: the quantization method to pass to vLLM: the requested one, or ours if the checkpoint calls for it.
@@ -66,10 +66,10 @@ class Detected:
             raise NpuQuantError([unserved(detection.config, detection.file)]) from error
 
     def refuse(self, model_config: Any) -> None:
-        """Refuse, before weights are read, what vLLM is about to load in a way that cannot work.
+        """Refuse, before weights are read, a checkpoint that vLLM would fail to load.
 
-        That is a checkpoint that vLLM takes for a float one, and FP8 for which vLLM itself has no operators here. What a
-        method of vLLM or of another plugin serves is left to it.
+        Such a checkpoint is one that vLLM takes for a float one, or FP8 for which vLLM itself has no operators here. Methods
+        of vLLM that work and those of other plugins are left alone.
 
         Raises:
             NpuQuantError: with the reason.

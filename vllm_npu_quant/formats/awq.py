@@ -127,7 +127,8 @@ def _samples() -> Iterator[Sample]:
 
 
 def _has_fields(config: Mapping[str, Any]) -> bool:
-    return "zero_point" in config and "desc_act" not in config and not {"bits", "w_bit"}.isdisjoint(config)
+    kernel = str(config.get("version") or "").lower().startswith("gem")  # GEMM, GEMV
+    return ("zero_point" in config or kernel) and not {"bits", "w_bit"}.isdisjoint(config)
 
 
 FORMAT = Format(

@@ -34,7 +34,7 @@ class StoredCheckpoint(Protocol):
 
 
 def tied_head_findings(described: Described, tied: bool) -> list[Finding]:
-    """The warning for a quantized lm_head of a model whose head is its embedding; vLLM drops it without a word.
+    """The warning for a quantized lm_head of a model whose head is its embedding; vLLM drops it silently.
 
     Args:
         tied: config.json's ``tie_word_embeddings``.

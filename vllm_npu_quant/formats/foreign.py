@@ -53,7 +53,7 @@ def _methods(*names: str) -> frozenset[str]:
     return frozenset(names)
 
 
-#: Every kind that is known by name. Entries with tensors are told apart by them if the config says nothing.
+#: Every kind that is known by name. Entries with tensors are recognized by these if no config names them.
 FOREIGN: tuple[Foreign, ...] = (
     Foreign(
         "NVIDIA ModelOpt",
@@ -110,7 +110,7 @@ FOREIGN: tuple[Foreign, ...] = (
         "weights of Apple's MLX: integers in U32, with scales and biases",
         _methods("mlx", "mlx-lm"),
         f"{_INT4}: MLX conversions are for Apple hardware",
-        tensors={"biases": _ANY},
+        tensors={"biases": _ANY, "weight": frozenset({"U32"})},
     ),
     Foreign(
         "Mistral's consolidated format",
@@ -255,11 +255,9 @@ def _misspelled(name: str, names: Iterable[str]) -> tuple[str, ...]:
     """The served names that differ by one edit, or by two from names longer than four; digits do not differ."""
     limit = 1 if len(name) <= 4 else 2
     digits = [char for char in name if char.isdigit()]
-    return tuple(
-        other
-        for other in names
-        if [char for char in other if char.isdigit()] == digits and _edits(name[:40], other) <= limit
-    )[:3]
+    same = [other for other in names if [char for char in other if char.isdigit()] == digits]
+    near = sorted((_edits(name[:40], other), other) for other in same)
+    return tuple(other for edits, other in near if edits <= limit)[:3]
 
 
 def _edits(first: str, second: str) -> int:

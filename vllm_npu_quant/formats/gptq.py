@@ -263,7 +263,8 @@ def _samples() -> Iterator[Sample]:
 
 
 def _has_fields(config: Mapping[str, Any]) -> bool:
-    return "desc_act" in config and not {"bits", "w_bit"}.isdisjoint(config)
+    marks = {"desc_act", "damp_percent", "true_sequential", "static_groups", "checkpoint_format"}
+    return not marks.isdisjoint(config) and not {"bits", "w_bit"}.isdisjoint(config)
 
 
 FORMAT = Format(

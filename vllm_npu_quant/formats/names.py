@@ -3,41 +3,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from vllm_npu_quant.checkpoint.text import shown_name
 from vllm_npu_quant.errors import Finding
 
 __all__ = ["repeated_prefix"]
 
-#: Components that no model class nests in itself; others may occur twice in a row (vision_tower.vision_tower).
-_NEVER_TWICE = frozenset({"language_model", "model", "text_model", "layers", "visual", "llm", "backbone"})
+#: Components that no model class nests directly in itself. Others may be (vision_tower.vision_tower), though not three times.
+_NEVER_TWICE = frozenset({"language_model", "model", "llm"})
+
+#: The most components of a prefix that are compared, and the components that are repeated together.
+_MAX_COMPONENTS = 16
+_RUNS = (1, 2)
 
 
 def repeated_prefix(tensors: Iterable[str]) -> Finding | None:
-    """The finding for names whose prefix repeats a component, as exporters write that save a wrapped model's submodule.
+    """The finding for decoder layers whose prefix repeats itself, as exporters write that save a part of a wrapped model.
 
-    Linear in the names: names of one layer share their prefix, which is looked at once.
+    Linear in the names: each prefix is looked at once.
     """
     seen: set[str] = set()
     for name in tensors:
-        prefix = name.partition(".layers.")[0]
-        if prefix == name or prefix in seen:
+        prefix, layers, _ = name.partition(".layers.")
+        if not layers or prefix in seen:
             continue
         seen.add(prefix)
-        parts = prefix.split(".")
-        for place, part in enumerate(parts):
-            times = next((n for n, other in enumerate(parts[place:]) if other != part), len(parts) - place)
-            if times >= 3 or (times == 2 and part in _NEVER_TWICE):
-                right = ".".join((*parts[:place], part, *parts[place + times :]))
-                return Finding(
-                    "bad-config",
-                    f"the tensors' names begin with {shown_name(prefix)}, which repeats {shown_name(part)}: no model has "
-                    "such names, and vLLM would find none of these layers",
-                    layer=shown_name(name.rpartition(".")[0]),
-                    expected=f"{shown_name(right)}.layers",
-                    found=f"{shown_name(prefix)}.layers",
-                    fix=f"rename the tensors from {shown_name(prefix)} to {shown_name(right)}, in the weight files, their "
-                    "index and the config's rules, or export the checkpoint again with a newer release of its producer",
-                )
+        right = _once(prefix.split(".")[:_MAX_COMPONENTS])
+        if right is not None:
+            wrong = shown_name(prefix)
+            return Finding(
+                "bad-config",
+                f"the names of the layers begin with {wrong}, which repeats itself: no model has such names, and vLLM would "
+                "not find the layers",
+                layer=shown_name(name.rpartition(".")[0]),
+                expected=f"{shown_name(right)}.layers",
+                found=f"{wrong}.layers",
+                fix=f"rename the tensors from {wrong} to {shown_name(right)} in the weight files, their index and the rules "
+                "of the config, or export the checkpoint again with a newer release of its producer",
+            )
+    return None
+
+
+def _once(parts: Sequence[str]) -> str | None:
+    """A prefix with its repetition removed; None if it has none."""
+    for length in _RUNS:
+        for start in range(len(parts) - length):
+            run = tuple(parts[start : start + length])
+            stop = start + length
+            while tuple(parts[stop : stop + length]) == run:
+                stop += length
+            times = (stop - start) // length
+            if times >= 3 or (times == 2 and (length > 1 or run[0] in _NEVER_TWICE)):
+                return ".".join((*parts[: start + length], *parts[stop:]))
     return None

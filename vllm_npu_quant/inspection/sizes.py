@@ -25,12 +25,14 @@ def size_findings(model: Model) -> list[Finding]:
     A size counts as declared if any field of its kind has it, so that embeddings of a width of their own (ALBERT, OPT) and
     second vocabularies pass.
     """
-    findings: list[Finding] = []
+    found: list[Finding] = []
     rows, width = model.size("vocab_size"), model.size("hidden_size", "n_embd", "d_model")
     for name, shape, file in _tables(model):
+        if found:
+            break  # the others say the same
         if rows and shape[0] not in _declared(model, "vocab"):
             padded = shape[0] > rows
-            findings.append(
+            found.append(
                 Finding(
                     "wrong-shape",
                     "config.json's vocab_size is smaller than the stored table: some model classes drop the rest, the others "
@@ -46,7 +48,7 @@ def size_findings(model: Model) -> list[Finding]:
                 )
             )
         if width and shape[1] not in _declared(model, "hidden", "embd", "embed", "d_model", "dim"):
-            findings.append(
+            found.append(
                 Finding(
                     "wrong-shape",
                     "config.json's hidden_size is not that of the stored table",
@@ -57,7 +59,7 @@ def size_findings(model: Model) -> list[Finding]:
                     fix="correct hidden_size in config.json, or copy the config.json that belongs to the weights",
                 )
             )
-    return findings
+    return found
 
 
 def _tables(model: Model) -> Iterator[tuple[str, tuple[int, ...], str]]:
