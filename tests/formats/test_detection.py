@@ -20,11 +20,25 @@ from vllm_npu_quant.formats.declaration import find_format, formats
 from vllm_npu_quant.formats.foreign import FOREIGN, unserved
 from vllm_npu_quant.inspection import check
 
-BYTES = {"I8": 1, "U8": 1, "F8_E4M3": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "BF16": 2, "F16": 2, "I32": 4, "U32": 4, "F32": 4}
+BYTES = {
+    "I8": 1,
+    "U8": 1,
+    "F8_E4M3": 1,
+    "F8_E8M0": 1,
+    "I16": 2,
+    "U16": 2,
+    "BF16": 2,
+    "F16": 2,
+    "I32": 4,
+    "U32": 4,
+    "F32": 4,
+}
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 
-LAYERS = tuple(f"model.layers.{layer}.mlp.{name}" for layer in range(2) for name in ("gate_proj", "up_proj", "down_proj"))
+LAYERS = tuple(
+    f"model.layers.{layer}.mlp.{name}" for layer in range(2) for name in ("gate_proj", "up_proj", "down_proj")
+)
 MODEL = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
@@ -49,9 +63,7 @@ FLOAT = stored(weight=("BF16", (256, 256)))
 INT8 = stored(weight=("I8", (256, 256)), weight_scale=("F32", (256, 1)), weight_offset=("F32", (256, 1)))
 CHANNEL = stored(weight=("I8", (256, 256)), weight_scale=("BF16", (256, 1)))
 FP8 = stored(weight=("F8_E4M3", (256, 256)), weight_scale=("BF16", (256, 1)))
-GPTQ = stored(
-    qweight=("I32", (32, 256)), qzeros=("I32", (2, 32)), scales=("F16", (2, 256)), g_idx=("I32", (256,))
-)
+GPTQ = stored(qweight=("I32", (32, 256)), qzeros=("I32", (2, 32)), scales=("F16", (2, 256)), g_idx=("I32", (256,)))
 AWQ = stored(qweight=("I32", (256, 32)), qzeros=("I32", (2, 32)), scales=("F16", (2, 256)))
 MLX = stored(weight=("U32", (256, 32)), scales=("BF16", (256, 4)), biases=("BF16", (256, 4)))
 
@@ -260,9 +272,15 @@ CASES = {
         for prefix in ("model.language_model", "language_model.model", "vision_tower.vision_tower.encoder", "thinker.model")
     },
     # Sizes of config.json.
-    "a larger vocabulary": Case(CT, CHANNEL, "compressed-tensors", error="wrong-shape", words=("vocab_size",), config={"vocab_size": 65}),
-    "a smaller vocabulary": Case(CT, CHANNEL, "compressed-tensors", warning="wrong-shape", words=("vocab_size",), config={"vocab_size": 60}),
-    "another width": Case(CT, CHANNEL, "compressed-tensors", error="wrong-shape", words=("hidden_size",), config={"hidden_size": 128}),
+    "a larger vocabulary": Case(
+        CT, CHANNEL, "compressed-tensors", error="wrong-shape", words=("vocab_size",), config={"vocab_size": 65}
+    ),
+    "a smaller vocabulary": Case(
+        CT, CHANNEL, "compressed-tensors", warning="wrong-shape", words=("vocab_size",), config={"vocab_size": 60}
+    ),
+    "another width": Case(
+        CT, CHANNEL, "compressed-tensors", error="wrong-shape", words=("hidden_size",), config={"hidden_size": 128}
+    ),
     "an embedding of its own width": Case(
         CT, CHANNEL, "compressed-tensors", config={"hidden_size": 512, "word_embed_proj_dim": 256}
     ),
@@ -323,7 +341,10 @@ def write(folder: Path, case: Case) -> Path:
         (folder / "config.json").write_text(json.dumps({**MODEL, **quantization, **case.config}))
     for name, content in case.json.items():
         (folder / name).write_text(json.dumps(content))
-    files = {"model.safetensors" if case.config is not None else "adapter_model.safetensors": case.tensors, **case.weights}
+    files = {
+        "model.safetensors" if case.config is not None else "adapter_model.safetensors": case.tensors,
+        **case.weights,
+    }
     for name, tensors in files.items():
         if tensors:
             write_weights(folder / name, tensors)
@@ -336,7 +357,8 @@ def test_what_check_says(name: str, tmp_path: Path) -> None:
     report = check(write(tmp_path, case))
     text = "\n".join(finding.render() for finding in report.findings)
     by_severity = {
-        severity: [one.code for one in report.findings if one.severity.value == severity] for severity in ("error", "warning")
+        severity: [one.code for one in report.findings if one.severity.value == severity]
+        for severity in ("error", "warning")
     }
     assert by_severity["error"] == [case.error] * bool(case.error), text
     assert by_severity["warning"] == [case.warning] * bool(case.warning), text

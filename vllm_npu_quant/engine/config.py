@@ -130,7 +130,9 @@ class NpuQuantConfig(QuantizationConfig):
             return method  # the file beside config.json decides
         if user_quant is not None and not declaration.answers_to(user_quant):
             return None
-        silent = user_quant is not None and not hf_quant_cfg.get("quant_method")  # the user says what the config does not
+        silent = user_quant is not None and not hf_quant_cfg.get(
+            "quant_method"
+        )  # the user says what the config does not
         if not declaration.serves(hf_quant_cfg) and not silent:
             return None
         named = user_quant == method or settings.takeover()

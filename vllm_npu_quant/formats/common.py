@@ -27,7 +27,6 @@ FLOAT_BY_CONVENTION = frozenset({"lm_head", "gate", "shared_expert_gate", "route
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-
 def _number(value: Any) -> Any:
     """An integer that a producer wrote as text ("128") or as a float (128.0); anything else is returned unchanged."""
     if isinstance(value, float) and value.is_integer():
@@ -83,7 +82,9 @@ _QUANTIZED_NAMES = frozenset({"qweight", "weight_packed"})
 def is_quantized_weight(name: str, tensor: StoredTensor) -> bool:
     """Whether a stored tensor is a weight in a dtype, or under a name, that only quantized checkpoints have."""
     last = name.rpartition(".")[2]
-    if last == "weight" or last.endswith(("_proj", "_proj_blocks")):  # the experts of a layer may be one tensor without ".weight"
+    if last == "weight" or last.endswith(
+        ("_proj", "_proj_blocks")
+    ):  # the experts of a layer may be one tensor without ".weight"
         return tensor.dtype.startswith(("I", "U", "F8_", "F6_", "F4"))
     return last in _QUANTIZED_NAMES
 

@@ -127,13 +127,17 @@ def detect_files(names: Iterable[str], read: Callable[[str], Mapping[str, Any]])
         declaration, file = beside
         config = read(file)
         # Producers of one format write the file names of another, with their own quant_method.
-        name = declaration.name if declaration.decisive else plain_method(config.get("quant_method")) or declaration.name
+        name = (
+            declaration.name if declaration.decisive else plain_method(config.get("quant_method")) or declaration.name
+        )
         rival = named if named is not None and named.format not in ("", name) else None
         return Detection(name, file, config, asks=not declaration.decisive, model=model, rival=rival)
     return named or _foreign_beside(names, read, model)
 
 
-def _foreign_beside(names: frozenset[str], read: Callable[[str], Mapping[str, Any]], model: Mapping[str, Any]) -> Detection:
+def _foreign_beside(
+    names: frozenset[str], read: Callable[[str], Mapping[str, Any]], model: Mapping[str, Any]
+) -> Detection:
     """The detection of a checkpoint whose config.json names no quantization, by files of formats that are not served."""
     file = foreign_file(names)
     if file is not None:

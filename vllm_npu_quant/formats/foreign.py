@@ -135,9 +135,7 @@ FOREIGN: tuple[Foreign, ...] = (
         _INT4,
         tensors={"q_weight": _ANY, "q_invperm": _ANY},
     ),
-    Foreign(
-        "ExLlamaV3 (EXL3)", "trellis codes for ExLlamaV3", _methods("exl3"), _INT4, tensors={"trellis": _ANY}
-    ),
+    Foreign("ExLlamaV3 (EXL3)", "trellis codes for ExLlamaV3", _methods("exl3"), _INT4, tensors={"trellis": _ANY}),
     Foreign("EETQ", "int8 weights for EETQ's GPU kernels", _methods("eetq"), _INT8),
     Foreign("Quanto", "tensors of Hugging Face's optimum-quanto", _methods("quanto"), tensors={"_data": _ANY}),
     Foreign("HIGGS", "Hadamard-rotated grids for FLUTE's GPU kernels", _methods("higgs"), _INT4),

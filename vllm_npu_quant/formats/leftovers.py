@@ -37,7 +37,9 @@ def _consolidated(checkpoint: Checkpoint, source: str) -> Finding | None:
     others = [name for name in checkpoint.ignored if name.endswith(".safetensors") and not _is_consolidated(name)]
     if first is None or not others:
         return None
-    remove = _listed([*filter(_is_consolidated, checkpoint.names), *(n for n in checkpoint.names if n == "params.json")])
+    remove = _listed(
+        [*filter(_is_consolidated, checkpoint.names), *(n for n in checkpoint.names if n == "params.json")]
+    )
     return Finding(
         "duplicate-tensor",
         f"the folder holds two sets of weights; vLLM loads Mistral's consolidated*.safetensors, and {source} describes the "

@@ -52,6 +52,7 @@ __all__ = [
 DESCRIPTION_FILE = "quant_model_description.json"
 _FILE_NAME = re.compile(r"quant_model_description(_[a-z0-9_]{1,40})?\.json")
 
+
 def is_description_file(name: str) -> bool:
     """Whether a file name is one of the names that msModelSlim gives its description."""
     return _FILE_NAME.fullmatch(name) is not None

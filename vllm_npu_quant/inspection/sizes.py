@@ -16,7 +16,20 @@ __all__ = ["size_findings"]
 _EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in"})
 _HEAD = "lm_head"
 #: Components of the names of a multimodal model's other parts, which have sizes of their own.
-_OTHER_PARTS = ("vision", "visual", "audio", "speech", "tts", "talker", "code", "image", "mtp", "draft", "encoder", "vq")
+_OTHER_PARTS = (
+    "vision",
+    "visual",
+    "audio",
+    "speech",
+    "tts",
+    "talker",
+    "code",
+    "image",
+    "mtp",
+    "draft",
+    "encoder",
+    "vq",
+)
 
 
 def size_findings(model: Model) -> list[Finding]:
