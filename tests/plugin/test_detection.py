@@ -22,6 +22,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers import quantization as quantization_methods
+from vllm.model_executor.layers.quantization import _CUSTOMIZED_METHOD_TO_QUANT_CONFIG, QUANTIZATION_METHODS
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.plugins import load_general_plugins
 
 from tests.configs import config_of_format
@@ -162,6 +165,102 @@ def test_the_user_decides_between_config_json_and_description(tmp_path: Path) ->
     with pytest.raises(NpuQuantError) as caught:
         EngineArgs(str(folder), quantization="gptq").create_engine_config()
     assert "wrong-dtype" in caught.value.codes
+
+
+def test_an_export_for_mindie(tmp_path: Path) -> None:
+    folder = copy_of(MODELSLIM, tmp_path / "m", quantization_config={"w_bit": 8, "group_size": -1}, quantize="w8a8")
+    config = EngineArgs(str(folder)).create_engine_config()
+    assert config.model_config.quantization == "modelslim"
+    assert config.quant_config.described.source == DESCRIPTION
+
+
+@pytest.mark.parametrize("quantization", [None, "gptq"])
+@pytest.mark.parametrize("fields", [{"desc_act": False}, {}])
+def test_a_config_without_quant_method(fields: dict[str, Any], quantization: str | None, tmp_path: Path) -> None:
+    """desc_act is GPTQ's alone; without it only the user can say which format it is."""
+    silent = {"bits": 4, "group_size": 128, "sym": False, **fields}
+    folder = copy_of(
+        "gptq-qwen3-w4g128-asym", tmp_path / "m", without=("quantize_config.json",), quantization_config=silent
+    )
+    if fields or quantization:
+        assert (
+            EngineArgs(str(folder), quantization=quantization).create_engine_config().quant_config.described.format
+            == "gptq"
+        )
+    else:
+        finding = refused(folder)
+        assert finding.code == "bad-config"
+        assert "has no quant_method" in finding.message
+
+
+def test_the_config_of_a_part_that_vllm_does_not_look_at(tmp_path: Path) -> None:
+    source = json.loads((fixture("awq-qwen3-autoawq-g128") / "config.json").read_text())
+    part = {"llm_config": {"quantization_config": source["quantization_config"]}}
+    folder = copy_of("awq-qwen3-autoawq-g128", tmp_path / "m", quantization_config=None, **part)
+    assert EngineArgs(str(folder)).create_engine_config().model_config.quantization == "npu_awq"
+
+
+# Checkpoints that nobody here serves: the reason, before weights are read.
+
+
+@pytest.mark.parametrize(
+    ("quantization", "title"),
+    [
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, "NVIDIA ModelOpt"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"quant_method": "aqlm"}, "AQLM"),
+        ({"quant_method": "w8a8_int8"}, "SGLang W8A8 int8"),
+    ],
+)
+def test_what_vllm_cannot_serve_here(quantization: dict[str, Any], title: str, tmp_path: Path) -> None:
+    finding = refused(copy_of(FLOAT, tmp_path / "m", quantization_config=quantization))
+    assert finding.code == "unsupported-scheme"
+    assert title in finding.message
+
+
+def test_the_file_of_modelopt(tmp_path: Path) -> None:
+    folder = copy_of(FLOAT, tmp_path / "m")
+    content = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}
+    (folder / "hf_quant_config.json").write_text(json.dumps(content))
+    assert "NVIDIA ModelOpt" in refused(folder).message
+
+
+def test_other_errors_of_vllm_stay(tmp_path: Path) -> None:
+    folder = copy_of(FLOAT, tmp_path / "m", quantization_config={"quant_method": "modelopt", "quant_algo": "FP8"})
+    with pytest.raises(ValueError, match="max_model_len"):
+        EngineArgs(str(folder), max_model_len=1 << 30).create_model_config()
+
+
+def test_a_method_of_another_plugin_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It serves the checkpoint, whatever our table says of it."""
+    theirs = type(
+        "Theirs", (QuantizationConfig,), {"override_quantization_method": classmethod(lambda *a, **b: "theirs")}
+    )
+    monkeypatch.setitem(_CUSTOMIZED_METHOD_TO_QUANT_CONFIG, "theirs", theirs)
+    monkeypatch.setattr(quantization_methods, "QUANTIZATION_METHODS", ["theirs", *QUANTIZATION_METHODS])
+    folder = copy_of(FLOAT, tmp_path / "m", quantization_config={"quant_method": "modelopt", "quant_algo": "FP8"})
+    assert method_of(folder) == "theirs"
+
+
+def test_an_adapter(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": "org/base"})
+    )
+    assert "serve org/base" in refused(folder).fix
+
+
+@pytest.mark.parametrize("load_format", ["auto", "safetensors"])
+def test_consolidated_files_beside_the_others(load_format: str, tmp_path: Path) -> None:
+    folder = copy_of("awq-qwen3-autoawq-g128", tmp_path / "m")
+    (source,) = fixture(FLOAT).glob("*.safetensors")
+    (folder / "consolidated.safetensors").symlink_to(source)
+    if load_format == "auto":
+        assert "remove consolidated.safetensors" in refused(folder).fix
+    else:
+        config = EngineArgs(str(folder), load_format=load_format).create_engine_config()
+        assert config.quant_config.described.is_quantized
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from vllm_npu_quant.errors import NpuQuantError, raise_findings
 from vllm_npu_quant.formats.declaration import Format, find_format, formats
 from vllm_npu_quant.formats.detect import Detection, contradiction, detect_files, file_beside, quantization_part
 from vllm_npu_quant.formats.foreign import find_foreign, unserved
+from vllm_npu_quant.formats.leftovers import is_consolidated, refuse_leftovers
 from vllm_npu_quant.formats.open import describe_checkpoint, detect_checkpoint
 
 __all__ = ["Detected", "detect_quantization", "open_model_checkpoint"]
@@ -79,10 +80,12 @@ class Detected:
             return
         foreign = find_foreign(detection.config)
         if method is None:
-            checkpoint.read_headers()
+            _read_headers(checkpoint, model_config.model)
             raise_findings(describe_checkpoint(checkpoint, detection).findings)
-        elif foreign is not None and foreign.needs_fp8 and platforms.lacks_fp8_of(method):
-            raise NpuQuantError([unserved(detection.config, detection.file)])
+        elif foreign is not None:
+            ours = any(one.method_name == method for one in formats())  # by what vLLM made of params.json
+            if ours or (foreign.needs_fp8 and platforms.lacks_fp8_of(method)):
+                raise NpuQuantError([unserved(detection.config, detection.file)])
 
 
 def detect_quantization(args: Any) -> Detected:
@@ -114,10 +117,15 @@ def open_model_checkpoint(model: str, revision: str | None, *, headers: bool = T
     checkpoint = open_checkpoint(
         model, revision=revision, token=access.token, download_dir=access.download_dir, headers=headers
     )
-    consolidated = any(name.startswith("consolidated") for name in checkpoint.files)
-    if consolidated and access.load_format not in _MISTRAL_FORMATS:
+    if access.load_format not in _MISTRAL_FORMATS and any(map(is_consolidated, checkpoint.files)):
         checkpoint.read_headers(consolidated=False)
     return checkpoint
+
+
+def _read_headers(checkpoint: Checkpoint, model: str) -> None:
+    """Read the headers of the files that vLLM loads with the user's ``--load-format``."""
+    access = _ACCESS.get(model, _HubAccess())
+    checkpoint.read_headers(consolidated=access.load_format in _MISTRAL_FORMATS)
 
 
 def _detect(model: str, revision: str | None, asked: str | None) -> Detected:
@@ -137,9 +145,12 @@ def _detect(model: str, revision: str | None, asked: str | None) -> Detected:
             return Detected(asked)  # vLLM reads config.json itself, and says what is wrong with it
         raise
     if detection.rival is not None and asked is None:
-        checkpoint.read_headers()
+        _read_headers(checkpoint, model)
         detection = detect_checkpoint(checkpoint)
     declaration = find_format(detection.format)
+    if declaration is not None and any(map(is_consolidated, checkpoint.names)):
+        _read_headers(checkpoint, model)  # vLLM may read params.json instead of config.json, and fail
+        refuse_leftovers(checkpoint, detection.file)
     if declaration is None:
         suspicious = bool(detection.format or detection.config) and asked is None
         return Detected(asked, checkpoint, detection if suspicious else None)

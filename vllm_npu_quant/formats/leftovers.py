@@ -11,7 +11,7 @@ from vllm_npu_quant.errors import Finding, NpuQuantError
 from vllm_npu_quant.formats.common import is_quantized_weight
 from vllm_npu_quant.formats.described import StoredTensor
 
-__all__ = ["refuse_leftovers"]
+__all__ = ["is_consolidated", "refuse_leftovers"]
 
 
 def refuse_leftovers(checkpoint: Checkpoint, source: str) -> None:
@@ -33,13 +33,11 @@ def refuse_leftovers(checkpoint: Checkpoint, source: str) -> None:
 
 def _consolidated(checkpoint: Checkpoint, source: str) -> Finding | None:
     """The finding for Mistral's consolidated files, which vLLM prefers, beside the set that the config describes."""
-    first = next((name for name in checkpoint.files if name.startswith("consolidated")), None)
-    others = [name for name in checkpoint.ignored if name.endswith(".safetensors") and not _is_consolidated(name)]
+    first = next(filter(is_consolidated, checkpoint.files), None)
+    others = [name for name in checkpoint.ignored if name.endswith(".safetensors") and not is_consolidated(name)]
     if first is None or not others:
         return None
-    remove = _listed(
-        [*filter(_is_consolidated, checkpoint.names), *(n for n in checkpoint.names if n == "params.json")]
-    )
+    theirs = [name for name in checkpoint.names if name.startswith("consolidated") or name == "params.json"]
     return Finding(
         "duplicate-tensor",
         f"the folder holds two sets of weights; vLLM loads Mistral's consolidated*.safetensors, and {source} describes the "
@@ -47,13 +45,14 @@ def _consolidated(checkpoint: Checkpoint, source: str) -> Finding | None:
         file=shown_name(first),
         expected="the files that the quantization config describes",
         found=f"also {_listed(others)}",
-        fix=f"to serve the Hugging Face set, remove {remove}; or start vLLM with --load-format safetensors "
+        fix=f"to serve the Hugging Face set, remove {_listed(theirs)}; or start vLLM with --load-format safetensors "
         "--config-format hf",
     )
 
 
-def _is_consolidated(name: str) -> bool:
-    return name.startswith("consolidated")
+def is_consolidated(name: str) -> bool:
+    """Whether a file is one of Mistral's, which vLLM prefers."""
+    return name.startswith("consolidated") and name.endswith(".safetensors")
 
 
 def _not_in_the_index(checkpoint: Checkpoint) -> Finding | None:
