@@ -138,6 +138,15 @@ CASES = {
         MINDIE | {"group_size": "128"}, INT8, "modelslim", json={DESCRIPTION: described(INT8, group_size="128")}
     ),
     "ModelSlim, one group": Case(None, INT8, "modelslim", json={DESCRIPTION: described(INT8, group_size=-1)}),
+    "MindIE, an index of its own": Case(
+        MINDIE, {}, "modelslim", weights={"quant_model_weight_w8a8_dynamic-00001-of-00001.safetensors": INT8},
+        json={
+            DYNAMIC_DESCRIPTION: described(INT8),
+            "quant_model_weight_w8a8_dynamic.safetensors.index.json": {
+                "weight_map": dict.fromkeys(INT8, "quant_model_weight_w8a8_dynamic-00001-of-00001.safetensors")
+            },
+        },
+    ),
     # Spellings of configs.
     "GPTQ with nulls": Case(
         {"quant_method": "gptq", **GPTQ_FIELDS, "desc_act": None, "static_groups": None, "dynamic": None, "lm_head": None},
@@ -224,6 +233,15 @@ CASES = {
         words=("remove consolidated.safetensors, params.json", "--load-format safetensors"), json={"params.json": {}},
         weights={"consolidated.safetensors": {"layers.0.attention.wq.weight": ("F8_E4M3", (256, 256))}},
     ),
+    "both with an index": Case(
+        None, FLOAT, error="index-mismatch", words=("model.safetensors.index.json, model.safetensors",),
+        json={
+            DESCRIPTION: described(INT8),
+            "model.safetensors.index.json": {"weight_map": dict.fromkeys(FLOAT, "model.safetensors")},
+            "quant_model_weights.safetensors.index.json": {"weight_map": dict.fromkeys(INT8, "quant_model_weights.safetensors")},
+        },
+        weights={"quant_model_weights.safetensors": INT8},
+    ),
     "layers that the index leaves out": Case(
         CT, CHANNEL, "compressed-tensors", weights={"layer_0.safetensors": CHANNEL},
         json={"model.safetensors.index.json": {"weight_map": dict.fromkeys(CHANNEL, "model.safetensors")}},
@@ -233,6 +251,10 @@ CASES = {
         None, {"base_model.model.model.layers.0.q_proj.lora_A.weight": ("F32", (8, 256))}, error="unreadable-file",
         words=("an adapter (LoRA)", "serve org/base", "--lora-modules"), config=None,
         json={"adapter_config.json": {"peft_type": "LORA", "base_model_name_or_path": "org/base"}},
+    ),
+    "an adapter with the config of its model": Case(
+        None, {"base_model.model.model.layers.0.q_proj.lora_A.weight": ("F32", (8, 256))}, error="unreadable-file",
+        words=("a LoRA adapter's", "--lora-modules"), config=None, json={"adapter_config.json": {}, "config.json": MODEL},
     ),
     "FP8 that was not converted": Case(
         CT_FP8, FLOAT, "compressed-tensors", warning=UNDECLARED, words=("the whole model is float",)

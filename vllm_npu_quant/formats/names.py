@@ -26,7 +26,7 @@ def repeated_prefix(tensors: Iterable[str]) -> Finding | None:
     seen: set[str] = set()
     for name in tensors:
         prefix, layers, _ = name.partition(".layers.")
-        if not layers or prefix in seen:
+        if not layers or prefix in seen or ".lora_" in name:  # PEFT's adapters begin with base_model.model.model
             continue
         seen.add(prefix)
         right = _once(prefix.split(".")[:_MAX_COMPONENTS])
