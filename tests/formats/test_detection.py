@@ -238,7 +238,9 @@ CASES = {
         json={
             DESCRIPTION: described(INT8),
             "model.safetensors.index.json": {"weight_map": dict.fromkeys(FLOAT, "model.safetensors")},
-            "quant_model_weights.safetensors.index.json": {"weight_map": dict.fromkeys(INT8, "quant_model_weights.safetensors")},
+            "quant_model_weights.safetensors.index.json": {
+                "weight_map": dict.fromkeys(INT8, "quant_model_weights.safetensors")
+            },
         },
         weights={"quant_model_weights.safetensors": INT8},
     ),
