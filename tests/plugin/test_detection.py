@@ -226,7 +226,7 @@ def test_the_file_of_modelopt(tmp_path: Path) -> None:
 
 
 def test_other_errors_of_vllm_stay(tmp_path: Path) -> None:
-    folder = copy_of(FLOAT, tmp_path / "m", quantization_config={"quant_method": "modelopt", "quant_algo": "FP8"})
+    folder = copy_of(FLOAT, tmp_path / "m", quantization_config={"quant_method": "quark"})
     with pytest.raises(ValueError, match="max_model_len"):
         EngineArgs(str(folder), max_model_len=1 << 30).create_model_config()
 
@@ -238,7 +238,7 @@ def test_a_method_of_another_plugin_stays(tmp_path: Path, monkeypatch: pytest.Mo
     )
     monkeypatch.setitem(_CUSTOMIZED_METHOD_TO_QUANT_CONFIG, "theirs", theirs)
     monkeypatch.setattr(quantization_methods, "QUANTIZATION_METHODS", ["theirs", *QUANTIZATION_METHODS])
-    folder = copy_of(FLOAT, tmp_path / "m", quantization_config={"quant_method": "modelopt", "quant_algo": "FP8"})
+    folder = copy_of(FLOAT, tmp_path / "m", quantization_config={"quant_method": "quark"})
     assert method_of(folder) == "theirs"
 
 
