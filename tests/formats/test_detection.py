@@ -230,7 +230,7 @@ CASES = {
     ),
     "consolidated beside the Hugging Face set": Case(
         {"quant_method": "fp8"}, FP8, error="duplicate-tensor",
-        words=("remove consolidated.safetensors, params.json", "--load-format safetensors"), json={"params.json": {}},
+        words=("remove consolidated.safetensors, params.json",), json={"params.json": {}},
         weights={"consolidated.safetensors": {"layers.0.attention.wq.weight": ("F8_E4M3", (256, 256))}},
     ),
     "both with an index": Case(

@@ -22,14 +22,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.layers import quantization as quantization_methods
-from vllm.model_executor.layers.quantization import _CUSTOMIZED_METHOD_TO_QUANT_CONFIG, QUANTIZATION_METHODS
+from vllm.model_executor.layers.quantization import (
+    _CUSTOMIZED_METHOD_TO_QUANT_CONFIG,
+    QUANTIZATION_METHODS,
+    register_quantization_config,
+)
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.plugins import load_general_plugins
 
 from tests.configs import config_of_format
 from tests.fixtures_index import fixture
 from tests.hub_server import COMMIT, Hub, environment_of, serve, use_hub
+from vllm_npu_quant.checkpoint import Checkpoint
 from vllm_npu_quant.engine import detection
 from vllm_npu_quant.engine.config import NpuQuantConfig
 from vllm_npu_quant.engine.detection import _detect, detect_quantization
@@ -195,7 +199,7 @@ def test_a_config_without_quant_method(fields: dict[str, Any], quantization: str
 
 def test_the_config_of_a_part_that_vllm_does_not_look_at(tmp_path: Path) -> None:
     source = json.loads((fixture("awq-qwen3-autoawq-g128") / "config.json").read_text())
-    part = {"llm_config": {"quantization_config": source["quantization_config"]}}
+    part = {"language_config": {"quantization_config": source["quantization_config"]}}
     folder = copy_of("awq-qwen3-autoawq-g128", tmp_path / "m", quantization_config=None, **part)
     assert EngineArgs(str(folder)).create_engine_config().model_config.quantization == "npu_awq"
 
@@ -231,13 +235,24 @@ def test_other_errors_of_vllm_stay(tmp_path: Path) -> None:
         EngineArgs(str(folder), max_model_len=1 << 30).create_model_config()
 
 
-def test_a_method_of_another_plugin_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class TheirConfig(QuantizationConfig):
+    """The config class of another plugin, which takes every checkpoint."""
+
+    @classmethod
+    def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: Any = None) -> str:
+        return "theirs"
+
+
+@pytest.fixture
+def another_plugin() -> Iterator[None]:
+    register_quantization_config("theirs")(TheirConfig)
+    yield
+    QUANTIZATION_METHODS.remove("theirs")
+    del _CUSTOMIZED_METHOD_TO_QUANT_CONFIG["theirs"]
+
+
+def test_a_method_of_another_plugin_stays(tmp_path: Path, another_plugin: None) -> None:
     """It serves the checkpoint, whatever our table says of it."""
-    theirs = type(
-        "Theirs", (QuantizationConfig,), {"override_quantization_method": classmethod(lambda *a, **b: "theirs")}
-    )
-    monkeypatch.setitem(_CUSTOMIZED_METHOD_TO_QUANT_CONFIG, "theirs", theirs)
-    monkeypatch.setattr(quantization_methods, "QUANTIZATION_METHODS", ["theirs", *QUANTIZATION_METHODS])
     folder = copy_of(FLOAT, tmp_path / "m", quantization_config={"quant_method": "quark"})
     assert method_of(folder) == "theirs"
 
@@ -253,11 +268,17 @@ def test_an_adapter(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("load_format", ["auto", "safetensors"])
 def test_consolidated_files_beside_the_others(load_format: str, tmp_path: Path) -> None:
+    """An index leaves them out where vLLM does not prefer them."""
     folder = copy_of("awq-qwen3-autoawq-g128", tmp_path / "m")
+    (weights,) = folder.glob("*.safetensors")
     (source,) = fixture(FLOAT).glob("*.safetensors")
     (folder / "consolidated.safetensors").symlink_to(source)
+    index = {"weight_map": dict.fromkeys(Checkpoint.open(folder).header(weights.name).tensors, weights.name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     if load_format == "auto":
-        assert "remove consolidated.safetensors" in refused(folder).fix
+        fix = refused(folder).fix
+        assert "remove consolidated.safetensors" in fix
+        assert "--load-format safetensors" in fix
     else:
         config = EngineArgs(str(folder), load_format=load_format).create_engine_config()
         assert config.quant_config.described.is_quantized

@@ -37,6 +37,7 @@ def _consolidated(checkpoint: Checkpoint, source: str) -> Finding | None:
     others = [name for name in checkpoint.ignored if name.endswith(".safetensors") and not is_consolidated(name)]
     if first is None or not others:
         return None
+    index = next((name for name in checkpoint.indexes if name.startswith("model.")), None)
     theirs = [name for name in checkpoint.names if name.startswith("consolidated") or name == "params.json"]
     return Finding(
         "duplicate-tensor",
@@ -45,8 +46,9 @@ def _consolidated(checkpoint: Checkpoint, source: str) -> Finding | None:
         file=shown_name(first),
         expected="the files that the quantization config describes",
         found=f"also {_listed(others)}",
-        fix=f"to serve the Hugging Face set, remove {_listed(theirs)}; or start vLLM with --load-format safetensors "
-        "--config-format hf",
+        fix=f"to serve the Hugging Face set, remove {_listed(theirs)}"
+        # Without an index vLLM would load the files of both.
+        + ("; or start vLLM with --load-format safetensors --config-format hf" if index is not None else ""),
     )
 
 
