@@ -147,6 +147,9 @@ def _foreign_beside(
         quantization = read(MISTRAL_CONFIG).get("quantization")
         if isinstance(quantization, Mapping) and quantization:
             return Detection("mistral", MISTRAL_CONFIG, {**quantization, "quant_method": "mistral"})
+    quantization = model.get("quantization")  # MLX's key
+    if isinstance(quantization, Mapping) and quantization:
+        return Detection("", "config.json", quantization, model=model)
     return Detection("", "", {}, model=model)
 
 

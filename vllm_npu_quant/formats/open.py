@@ -175,7 +175,7 @@ def _undeclared(tensor: TensorInfo, config: Mapping[str, Any]) -> Finding:
     missing = "config.json names no quantization"
     fix = "copy the producer's config.json, or its quantization_config, into the folder"
     if config:
-        missing = "quantization_config has no quant_method"
+        missing = "the quantization config has no quant_method"
         fix = 'add "quant_method" to it ("gptq", "awq", ...), as the producer\'s tool writes it, or pass --quantization'
     return Finding(
         "bad-config",
@@ -192,9 +192,9 @@ def _no_method(config: Mapping[str, Any]) -> Finding:
     """The finding for a quantization_config without a quant_method over float weights."""
     return Finding(
         "bad-config",
-        "quantization_config has no quant_method, and the weights are float: they run as float",
+        "the quantization config has no quant_method, and the weights are float: they run as float",
         file="config.json",
         found=", ".join(shown(key, 40) for key in list(config)[:6]),
-        fix="remove quantization_config, or copy the producer's weights into the folder",
+        fix="remove it, or copy the producer's weights into the folder",
         severity=Severity.WARNING,
     )
