@@ -39,21 +39,21 @@ def test_all_schemes_must_be_served() -> None:
     ],
 )
 def test_what_vllm_ascend_serves_is_left_to_it(name: str, expected: str | None) -> None:
-    assert _detect(str(fixture(name)), None, None) == expected
+    assert _detect(str(fixture(name)), None, None).method == expected
 
 
 @pytest.mark.usefixtures("on_ascend")
 def test_takeover(monkeypatch: pytest.MonkeyPatch) -> None:
     model = str(fixture("msmodelslim-qwen3-w8a8-dynamic"))
-    assert _detect(model, None, "ascend") == "ascend"
+    assert _detect(model, None, "ascend").method == "ascend"
     monkeypatch.setenv("VLLM_NPU_QUANT_TAKEOVER", "1")
-    assert _detect(model, None, None) == "modelslim"
-    assert _detect(model, None, "ascend") == "modelslim"
+    assert _detect(model, None, None).method == "modelslim"
+    assert _detect(model, None, "ascend").method == "modelslim"
 
 
 @pytest.mark.usefixtures("on_ascend")
 def test_naming_our_method_is_enough() -> None:
-    assert _detect(str(fixture("msmodelslim-qwen3-w8a8-dynamic")), None, "modelslim") == "modelslim"
+    assert _detect(str(fixture("msmodelslim-qwen3-w8a8-dynamic")), None, "modelslim").method == "modelslim"
     embedded = {"quant_method": "modelslim", "a.q_proj.weight": "W8A8"}
     assert config_of_format("modelslim").override_quantization_method(embedded, "modelslim") == "modelslim"
 
@@ -69,7 +69,7 @@ def test_compressed_tensors_that_vllm_ascend_serves_are_left_to_it(monkeypatch: 
 
 
 def test_elsewhere_ascend_is_an_alias() -> None:
-    assert _detect(str(fixture("msmodelslim-qwen3-w8a8-dynamic")), None, "ascend") == "modelslim"
+    assert _detect(str(fixture("msmodelslim-qwen3-w8a8-dynamic")), None, "ascend").method == "modelslim"
 
 
 def _config(**changes: Any) -> dict[str, Any]:

@@ -282,6 +282,7 @@ CASES: tuple[Case, ...] = (
             "config.json", {**f.json("config.json"), "quantization_config": {"quant_method": "awq"}}
         ),
         "contradictory-evidence",
+        severity="warning",
     ),
     Case("description is a list", MS, lambda f: f.text("quant_model_description.json", "[]"), "unreadable-file"),
     Case("description ends early", MS, lambda f: f.text("quant_model_description.json", '{"a": '), "unreadable-file"),
@@ -367,7 +368,8 @@ CASES: tuple[Case, ...] = (
     Case("AutoRound data type", ROUND, lambda f: f.quantization(data_type="mx_fp"), "unsupported-scheme"),
     Case("AutoRound scales missing", ROUND, lambda f: f.drop(Q + ".scales"), "missing-tensor", Q),
     # Which format
-    Case("unknown format", AWQ, lambda f: f.quantization(quant_method="hqq"), "unknown-scheme"),
+    Case("unknown format", AWQ, lambda f: f.quantization(quant_method="nonsense"), "unknown-scheme"),
+    Case("another runtime's format", AWQ, lambda f: f.quantization(quant_method="hqq"), "unsupported-scheme"),
     Case("format is a number", AWQ, lambda f: f.quantization(quant_method=7), "unknown-scheme"),
     Case("config.json is not JSON", AWQ, lambda f: f.text("config.json", "bits: 4"), "unreadable-file"),
     Case("config.json is binary", AWQ, lambda f: f.text("config.json", b"\xff\xfe\x00"), "unreadable-file"),

@@ -18,16 +18,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StrictBool,
-    StrictInt,
-    StrictStr,
-    field_validator,
-    model_validator,
-)
+from pydantic import ConfigDict, Field, StrictStr, field_validator, model_validator
 
 from vllm_npu_quant.checkpoint.text import shown, shown_name
 from vllm_npu_quant.errors import Finding, FindingLimit, NpuQuantError
@@ -36,6 +27,9 @@ from vllm_npu_quant.formats.common import (
     KV_CACHE_TENSORS,
     KV_OUTPUTS,
     MAX_RULES,
+    Bool,
+    ConfigModel,
+    Int,
     config_text,
     kv_cache_finding,
     kv_cache_tensors,
@@ -83,7 +77,7 @@ _DENSE_SINCE = (0, 18)
 _NO_FORMAT = ("mixed-precision", "dense", "fakequant")
 
 
-class _Model(BaseModel):
+class _Model(ConfigModel):
     """Unknown fields are accepted if they are empty; others may change the meaning of the weights."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -102,13 +96,13 @@ class _Model(BaseModel):
 class QuantizationArgs(_Model):
     """Quantization of one tensor: weights, input_activations, output_activations or the KV cache."""
 
-    num_bits: StrictInt = Field(default=8, ge=1, le=16)
+    num_bits: Int = Field(default=8, ge=1, le=16)
     type: Literal["int", "float"] = "int"
-    symmetric: StrictBool = True
-    group_size: StrictInt | None = Field(default=None, ge=-1, le=1 << 20)
+    symmetric: Bool = True
+    group_size: Int | None = Field(default=None, ge=-1, le=1 << 20)
     strategy: Literal["tensor", "channel", "group", "block", "token", "tensor_group", "attn_head"] | None = None
-    block_structure: tuple[StrictInt, StrictInt] | None = None
-    dynamic: StrictBool | Literal["local"] = False
+    block_structure: tuple[Int, Int] | None = None
+    dynamic: Bool | Literal["local"] = False
     actorder: Literal["group", "weight"] | None = None
     scale_dtype: StrictStr | None = None
     zp_dtype: StrictStr | None = None
@@ -206,7 +200,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class CompressedTensorsConfig(BaseModel):
+class CompressedTensorsConfig(ConfigModel):
     """The quantization_config. Unknown fields are reported, and ignored as by the library."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -223,8 +217,8 @@ class CompressedTensorsConfig(BaseModel):
     transform_config: dict[str, Any] | None = None
     version: StrictStr | None = None
     run_compressed: Any = None
-    total_num_heads: StrictInt | None = None
-    total_num_kv_heads: StrictInt | None = None
+    total_num_heads: Int | None = None
+    total_num_kv_heads: Int | None = None
     provider: StrictStr | None = None
 
     @field_validator("config_groups", mode="before")
@@ -241,11 +235,9 @@ class CompressedTensorsConfig(BaseModel):
             groups[name] = group
         return groups
 
-    @field_validator("ignore", "kv_cache_scheme", mode="before")
+    @field_validator("kv_cache_scheme", mode="before")
     @classmethod
-    def _none(cls, value: Any, info: Any) -> Any:
-        if info.field_name == "ignore":
-            return () if value is None else value
+    def _none(cls, value: Any) -> Any:
         return None if value == {} else value
 
 
@@ -846,6 +838,7 @@ FORMAT = Format(
     read=read,
     method_name="npu_compressed_tensors",
     quant_methods=frozenset({"compressed-tensors"}),
+    has_fields=lambda config: "config_groups" in config and "quant_algo" not in config,
     left_to_vllm_ascend=_left_to_vllm_ascend,
     producer=_producer,
     samples=_samples,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
-from vllm_npu_quant.errors import Finding, NpuQuantError, nearest_names
+from vllm_npu_quant.errors import Finding, NpuQuantError
 from vllm_npu_quant.formats.described import Described, StoredTensor
 from vllm_npu_quant.layouts.tables import LayoutRow, register_layout
 
@@ -65,7 +65,7 @@ class Format:
         needs_file: the file that users should look for if none describes the quantization.
         decisive: whether that file contradicts a config.json that names another format.
         is_complete: whether a ``quantization_config`` is complete, so that a decisive file beside it is not needed.
-        claims: whether a ``quantization_config`` is of this format; None compares ``quant_method``.
+        has_fields: whether a ``quantization_config`` without a ``quant_method`` has fields that only this format has.
         left_to_vllm_ascend: whether vllm-ascend serves all schemes of a ``quantization_config`` itself. The second argument
             is the model's configuration as vLLM has it, or None.
         unserved_by_vllm_ascend: of a decisive file's object and name, what vllm-ascend does not serve, in words; empty if it
@@ -86,7 +86,7 @@ class Format:
     needs_file: str = ""
     decisive: bool = False
     is_complete: Callable[[Mapping[str, Any]], bool] = field(default=lambda config: True)
-    claims: Callable[[Mapping[str, Any]], bool] | None = None
+    has_fields: Callable[[Mapping[str, Any]], bool] = field(default=lambda config: False)
     left_to_vllm_ascend: Callable[[Mapping[str, Any], Any], bool] = field(default=lambda config, model: False)
     unserved_by_vllm_ascend: Callable[[Mapping[str, Any], str], str] | None = None
     float_reason: str = "{source} excludes it, or it is excluded by convention"
@@ -95,10 +95,9 @@ class Format:
     layouts: Mapping[str, LayoutRow] = field(default_factory=dict)
 
     def serves(self, quantization_config: Mapping[str, Any]) -> bool:
-        """Whether config.json's quantization_config is of this format."""
-        if self.claims is not None:
-            return self.claims(quantization_config)
-        return plain_method(quantization_config.get("quant_method")) in self.quant_methods
+        """Whether config.json's quantization_config is of this format: by its quant_method, or by its fields without one."""
+        method = plain_method(quantization_config.get("quant_method"))
+        return method in self.quant_methods if method else self.has_fields(quantization_config)
 
     def answers_to(self, quantization: str) -> bool:
         """Whether a user may mean this format by ``quantization=``."""
@@ -165,17 +164,15 @@ def require_format(name: str, source: str) -> Format:
     """
     declaration = find_format(name)
     if declaration is None:
-        names = [one.name for one in formats()]
         raise NpuQuantError(
             [
                 Finding(
                     "unknown-scheme",
-                    "this quantization format is not served",
+                    "no format of this name is registered here",
                     file=source,
-                    expected="one of " + ", ".join(names),
-                    found=f"quant_method: {name[:60]!r}",
-                    nearest=nearest_names(name[:60], names),
-                    fix="export the checkpoint with msModelSlim, llm-compressor, AutoRound, AutoAWQ or GPTQModel",
+                    expected="one of " + ", ".join(one.name for one in formats()),
+                    found=name[:60],
+                    fix="install the extension that adds it",
                 )
             ]
         )

@@ -94,6 +94,12 @@ class Described:
     dropped: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether a layer is quantized."""
+        experts = (entry for one in self.experts.values() for entry in (one.gate, one.up, one.down))
+        return any(not entry.spec.is_float for entry in (*self.layers.values(), *experts))
+
     def find(self, layer: str) -> LayerEntry | None:
         """The entry of a checkpoint layer ("model.layers.0.mlp.up_proj"); None if the checkpoint has no such layer."""
         return self.layers.get(layer)

@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictStr, TypeAdapter, ValidationError
 
 from vllm_npu_quant.checkpoint.text import shown_name
 from vllm_npu_quant.errors import Finding, FindingLimit, NpuQuantError, Severity, nearest_names
-from vllm_npu_quant.formats.common import FLOAT_DTYPES, kv_cache_finding, unexpected_tensor
+from vllm_npu_quant.formats.common import FLOAT_DTYPES, ConfigModel, Int, kv_cache_finding, unexpected_tensor
 from vllm_npu_quant.formats.declaration import Format, Sample
 from vllm_npu_quant.formats.described import FLOAT_ENTRY, Described, LayerEntry, StoredTensor
 from vllm_npu_quant.formats.experts import holds_fused_floats, split_expert
@@ -45,7 +45,6 @@ __all__ = [
     "FORMAT",
     "TYPES",
     "description_name",
-    "embedded_description",
     "is_description_file",
     "read",
     "vllm_ascend_schemes",
@@ -53,9 +52,6 @@ __all__ = [
 
 DESCRIPTION_FILE = "quant_model_description.json"
 _FILE_NAME = re.compile(r"quant_model_description(_[a-z0-9_]{1,40})?\.json")
-
-#: quant_method values under which the description is embedded in config.json.
-_METHODS = frozenset({"modelslim", "ascend", ""})
 
 
 def is_description_file(name: str) -> bool:
@@ -85,22 +81,14 @@ def description_name(names: Iterable[str]) -> str | None:
     return found[0] if found else None
 
 
-def embedded_description(config: Mapping[str, Any]) -> bool:
-    """Whether a quantization_config is msModelSlim's description itself."""
-    method = str(config.get("quant_method") or "").lower()
-    if method not in _METHODS:
-        return False
-    return method != "" or any(str(key).endswith(".weight") for key in config)
-
-
-class DescriptionHeader(BaseModel):
+class DescriptionHeader(ConfigModel):
     """The entries of a description that are not tensors. Fields that later releases add are accepted and ignored."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     version: StrictStr | None = None
     model_quant_type: StrictStr | None = None
-    group_size: StrictInt = Field(default=0, ge=0, le=65536)
+    group_size: Int = Field(default=0, ge=-1, le=65536)
     metadata: dict[str, Any] | None = None
     optional: dict[str, Any] | None = None
     kv_cache_type: StrictStr | None = None
@@ -856,7 +844,7 @@ FORMAT = Format(
     needs_file="quant_model_description.json beside config.json",
     decisive=True,
     is_complete=_lists_tensors,
-    claims=embedded_description,
+    has_fields=_lists_tensors,
     left_to_vllm_ascend=_left_to_vllm_ascend,
     unserved_by_vllm_ascend=_unserved_by_vllm_ascend,
     float_reason="{source} says FLOAT",
