@@ -28,12 +28,14 @@ CODES: dict[str, str] = {
     "other. The finding names the field. Re-export the checkpoint with its producer, or correct the field by hand.",
     "unreadable-file": "A file is missing, does not have the type that its name says, exceeds the size limit for its kind, "
     "or is nested too deeply. None of its content was used. Copy or download the file again.",
-    "contradictory-evidence": "Two files of the checkpoint name different quantization formats, and none is preferred. "
-    "Remove the file that does not belong to the weights, or pass quantization= to name the format.",
+    "contradictory-evidence": "Two files of the checkpoint name different quantization formats. The one that fits all stored "
+    "tensors is used, with a warning; if both or neither fit, none is preferred. Remove the file that does not belong to the "
+    "weights, or pass quantization= to name the format.",
     "unknown-scheme": "The checkpoint names a quantization scheme that this version does not know. It is not loaded as "
     "another scheme.",
     "unsupported-scheme": "The scheme is known, but no NPU method class implements it for this kind of layer, or the chip "
-    "has no instructions for it. The finding says which.",
+    "has no instructions for it, or the checkpoint is of another runtime (ModelOpt, bitsandbytes, MLX, ...). The finding "
+    "says which, and what can be served instead.",
     "undescribed-layer": "vLLM asked for a layer that the quantization config does not describe. The finding lists every "
     "name that was tried and the nearest names that exist. Usually the model's name mapping and the checkpoint disagree.",
     "fused-shards-disagree": "vLLM runs several checkpoint layers as one fused layer (q/k/v, gate/up, the experts of a "

@@ -54,14 +54,23 @@ def register_all() -> None:
 def with_detection(create_model_config: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap ``EngineArgs.create_model_config`` to find the quantization method of a checkpoint if the user named none.
 
-    vLLM looks for a quantization config in config.json only; msModelSlim writes none there.
+    vLLM looks for a quantization config in config.json only; msModelSlim writes none there. What vLLM refuses, or would fail
+    to load, is refused with the reason.
     """
 
     def detecting(self: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm_npu_quant.engine.detection import detect_quantization
 
-        if settings.plugin_enabled():
-            self.quantization = detect_quantization(self)
-        return create_model_config(self, *args, **kwargs)
+        if not settings.plugin_enabled():
+            return create_model_config(self, *args, **kwargs)
+        detected = detect_quantization(self)
+        self.quantization = detected.method
+        try:
+            config = create_model_config(self, *args, **kwargs)
+        except ValueError as error:
+            detected.explain(error)
+            raise
+        detected.refuse(config)
+        return config
 
     return detecting

@@ -22,7 +22,7 @@ from vllm_npu_quant.layouts.tables import (
 from vllm_npu_quant.serving.decide import expert_bias
 from vllm_npu_quant.spec import LayerSpec, TransformSpec
 
-__all__ = ["check_checkpoint", "check_expert_biases", "check_layer"]
+__all__ = ["check_checkpoint", "check_expert_biases", "check_layer", "tied_head_findings"]
 
 
 class StoredCheckpoint(Protocol):
@@ -40,6 +40,32 @@ class ReadableCheckpoint(StoredCheckpoint, Protocol):
     @property
     def has_values(self) -> bool: ...
     def read(self, name: str) -> Any: ...
+
+
+def tied_head_findings(described: Described, tied: bool) -> list[Finding]:
+    """The warning for a quantized lm_head of a model whose head is its embedding; vLLM drops it silently.
+
+    Args:
+        tied: config.json's ``tie_word_embeddings``.
+    """
+    heads = [
+        (layer, entry)
+        for layer, entry in described.layers.items()
+        if tied and layer.rpartition(".")[2] == "lm_head" and not entry.spec.is_float
+    ]
+    return [
+        Finding(
+            "served-otherwise",
+            "the stored lm_head is not used: tie_word_embeddings makes the float embedding the head",
+            layer=layer,
+            file=described.source,
+            expected="no lm_head, or tie_word_embeddings: false",
+            found=f"{entry.spec.scheme}, and tie_word_embeddings: true",
+            fix="set tie_word_embeddings to false in config.json if the head was quantized from one of its own; else nothing",
+            severity=Severity.WARNING,
+        )
+        for layer, entry in heads
+    ]
 
 
 @dataclass

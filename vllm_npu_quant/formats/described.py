@@ -79,7 +79,7 @@ class Described:
         biased: quantized layers whose own bias is stored.
         norm_biases: RMSNorm layers that carry a bias.
         stored_as_float: layers that are stored as float although the config does not exclude them.
-        dropped: last name components of tensors that are not loaded on purpose; each has a finding.
+        dropped: last name components, one or two, of tensors that are not loaded on purpose; each has a finding.
         findings: problems and notes.
     """
 
@@ -93,6 +93,12 @@ class Described:
     stored_as_float: frozenset[str] = frozenset()
     dropped: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether a layer is quantized."""
+        experts = (entry for one in self.experts.values() for entry in (one.gate, one.up, one.down))
+        return any(not entry.spec.is_float for entry in (*self.layers.values(), *experts))
 
     def find(self, layer: str) -> LayerEntry | None:
         """The entry of a checkpoint layer ("model.layers.0.mlp.up_proj"); None if the checkpoint has no such layer."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from vllm_npu_quant.errors import Finding, FindingLimit, NpuQuantError, Severity
-from vllm_npu_quant.formats.check import check_checkpoint, check_expert_biases
+from vllm_npu_quant.formats.check import check_checkpoint, check_expert_biases, tied_head_findings
 from vllm_npu_quant.formats.described import Described
 from vllm_npu_quant.formats.index import is_embedding
 from vllm_npu_quant.formats.resolve import FUSED_FAMILIES, LayerResolver
@@ -18,6 +18,7 @@ from vllm_npu_quant.inspection.limits import limit_findings
 from vllm_npu_quant.inspection.model import Model, open_model
 from vllm_npu_quant.inspection.overview import dtype_of
 from vllm_npu_quant.inspection.parallel import parallel_findings
+from vllm_npu_quant.inspection.sizes import size_findings
 from vllm_npu_quant.serving import dispatch
 from vllm_npu_quant.serving.decide import expert_findings, requantized_findings
 from vllm_npu_quant.spec import LayerKind
@@ -88,6 +89,8 @@ def check(
         return _report(opened, [*opened.findings, *opened.checkpoint.findings], readable=False)
     described = opened.described
     findings = [*opened.findings, *described.findings, *check_checkpoint(described, opened.checkpoint)]
+    findings += tied_head_findings(described, opened.tied_embeddings)
+    findings += size_findings(opened)
     layers = layers_of(opened)
     findings += served_findings(layers, described)
     findings += difference_findings(layers, described.source)
