@@ -211,6 +211,14 @@ INTERNALS = (
         _TORCH,
     ),
     Internal(
+        "torch.nn:Module",
+        Kind.USES,
+        "engine.reloading",
+        "tells which buffers of a module are no part of its state",
+        _TORCH,
+        attributes=("_non_persistent_buffers_set",),
+    ),
+    Internal(
         "torch._ops:OpOverload",
         Kind.USES,
         "engine.coverage",

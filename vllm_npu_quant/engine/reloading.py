@@ -46,20 +46,22 @@ class _Saved:
         Args:
             values: whether to copy the values to the host's memory; otherwise the tensors alone are kept.
         """
-        self.parameters = dict(module._parameters)
+        self.parameters = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+        buffers = dict(module.named_buffers(recurse=False, remove_duplicate=False))
         transient = module._non_persistent_buffers_set
-        self.buffers = {name: (buffer, name not in transient) for name, buffer in module._buffers.items()}
-        tensors = [*self.parameters.values(), *module._buffers.values()]
+        self.buffers = {name: (buffer, name not in transient) for name, buffer in buffers.items()}
+        tensors = [*self.parameters.values(), *buffers.values()]
         self.kept = [
             # vLLM replaces the weight loaders of tensors that it leaves in place.
             (tensor, dict(tensor.__dict__), tensor.detach().to("cpu", copy=True) if values else None)
             for tensor in tensors
-            if tensor is not None and not tensor.is_meta
+            if not tensor.is_meta
         ]
 
     def restore(self, module: nn.Module) -> None:
         """Put the tensors back, with their attributes and values."""
-        for name in (*module._parameters, *module._buffers):
+        present = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        for name, _ in present:
             delattr(module, name)
         for name, parameter in self.parameters.items():
             module.register_parameter(name, parameter)
@@ -79,7 +81,6 @@ class _Reload:
         values = settings.reload_mode() == "safe"
         self.saved = [(module, _Saved(module, values)) for module in model.modules()]
         self.load_weights = model.__dict__.get("load_weights")
-        self.torchao = getattr(model, "_do_torchao_reload", False)
 
     def guard(self, model: nn.Module) -> None:
         """Make every failure of ``model.load_weights`` undo the reload."""
@@ -102,7 +103,6 @@ class _Reload:
     def undo(self, model: nn.Module) -> None:
         """Put the tensors back that were in use before."""
         self.release(model)
-        model._do_torchao_reload = self.torchao  # type: ignore[assignment]
         for module, saved in self.saved:
             get_layerwise_info(module).reset()
             saved.restore(module)

@@ -109,7 +109,7 @@ def _stays_float(layer: str) -> bool:
 
 
 def _told(described: Described, spec: LayerSpec, rounded: list[str], ignore: tuple[str, ...]) -> Finding:
-    """What is rounded, and which experts are not; an error if there is nothing to round."""
+    """The finding about the rounded layers and the experts that stay float; an error if there is nothing to round."""
     if not rounded:
         return Finding(
             "unsupported-scheme",
