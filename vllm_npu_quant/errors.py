@@ -69,6 +69,8 @@ CODES: dict[str, str] = {
     "`vllm-npu-quant doctor` reports it.",
     "engine-failed": "vLLM's engine stopped with an error of its own while a command ran it, such as too little memory. The "
     "finding has the type and the text of that error; the checkpoint may be fine.",
+    "reload-mismatch": "Weights that are loaded into a running engine are not stored as those that it serves, or do not come "
+    "by one of vLLM's ways to load weights again. The engine keeps its weights.",
     "kv-cache-not-quantized": "The checkpoint holds scales for a quantized KV cache. The weights are served; the KV cache "
     "has the model's dtype, and the scales are dropped.",
 }

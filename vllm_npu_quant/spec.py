@@ -82,6 +82,9 @@ class Layout(str, Enum):
     FP8 = "fp8"
     #: DeepSeek's and transformers' blockwise FP8: the same with weight_scale_inv.
     FP8_INV = "fp8_inv"
+    #: Float weights [N, K] that are rounded while they load, to int8 or to pairs of 4-bit integers.
+    ROUNDED = "rounded"
+    ROUNDED_PAIRS = "rounded_pairs"
     #: AWQ "gemm": eight integers per int32 along N, in the order 0 2 4 6 1 3 5 7.
     AWQ_GEMM = "awq_gemm"
     #: GPTQ: integers packed along K, zero points along N and stored minus one.

@@ -408,7 +408,7 @@ def test_a_method_and_a_tensor_are_of_one_kind() -> None:
     assert len(tensors) == len(set(tensors))
 
 
-@pytest.mark.parametrize("method", [method for one in FOREIGN for method in one.methods])
+@pytest.mark.parametrize("method", sorted(method for one in FOREIGN for method in one.methods))
 def test_every_kind_has_its_name_and_a_next_step(method: str) -> None:
     for spelled in (method, method.replace("-", "_").upper()):
         finding = unserved({"quant_method": spelled}, "config.json")

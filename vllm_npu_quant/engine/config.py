@@ -150,6 +150,11 @@ class NpuQuantConfig(QuantizationConfig):
             NpuQuantError: unreadable-file if no file describes it in this format.
         """
         declaration = self.declaration
+        if declaration.rounds:
+            detection = detect_checkpoint(checkpoint)
+            if detection.format:
+                raise NpuQuantError([_quantized_already(declaration, detection)])
+            return Detection(declaration.name, "config.json", self._options())
         if self.raw and declaration.is_complete(self.raw):
             return Detection(declaration.name, "config.json", self.raw)
         file = declaration.file_beside(checkpoint.names) if declaration.decisive else None
@@ -159,6 +164,12 @@ class NpuQuantConfig(QuantizationConfig):
         if find_format(detection.format) is not declaration:
             raise NpuQuantError([_wrong_method(declaration, checkpoint, detection)])
         return replace(detection, asks=False)  # vLLM knows the method already
+
+    def _options(self) -> dict[str, Any]:
+        """The options of a method that rounds float weights; vLLM's own part of them is taken over."""
+        online, self.online_quantization_config = getattr(self, "online_quantization_config", None), None
+        ignore = [*(self.raw.get("ignore") or ()), *(online.args.ignore if online is not None else ())]
+        return {**self.raw, "ignore": ignore}
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Read the checkpoint's quantization, and check its files against it before any weight is read.
@@ -344,6 +355,18 @@ def _lost_bias(resolved: ResolvedLayer, source: str) -> Finding:
             f"{name}.bias" for name, entry in zip(resolved.shards, resolved.entries, strict=True) if entry.tensors
         ),
         fix="re-export the checkpoint with this layer quantized, or with symmetric smoothing",
+    )
+
+
+def _quantized_already(declaration: Format, detection: Detection) -> Finding:
+    """The finding for a quantized checkpoint whose weights would be rounded again."""
+    return Finding(
+        "contradictory-evidence",
+        f"quantization={declaration.method_name} rounds float weights, and this checkpoint is quantized already",
+        file=detection.file,
+        expected="a float checkpoint",
+        found=detection.format,
+        fix="leave quantization= out, or take the float model that the checkpoint was made from",
     )
 
 

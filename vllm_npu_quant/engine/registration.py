@@ -31,6 +31,7 @@ def register_all() -> None:
 
     from vllm_npu_quant.engine.config import config_classes
     from vllm_npu_quant.engine.loading import with_check
+    from vllm_npu_quant.engine.reloading import with_finish, with_source_check, with_start
 
     classes = config_classes()
     if not settings.ascend_host():
@@ -42,6 +43,9 @@ def register_all() -> None:
         register_norm()
     patches.wrap(patches.LOAD_MODEL, with_check)
     patches.wrap(patches.CREATE_MODEL_CONFIG, with_detection)
+    patches.wrap(patches.START_RELOAD, with_start)
+    patches.wrap(patches.FINISH_RELOAD, with_finish)
+    patches.wrap(patches.RELOAD_WEIGHTS, with_source_check)
     for config in classes:
         register_quantization_config(config.declaration.method_name)(config)
     _done = True

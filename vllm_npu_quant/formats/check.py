@@ -97,7 +97,7 @@ def check_checkpoint(described: Described, checkpoint: StoredCheckpoint) -> list
             continue
         known = forms.get(id(entry))
         if known is None:
-            known = forms[id(entry)] = _Forms(entry, [tensor.name for tensor in tensors_of(entry.spec, entry.tensors)])
+            known = forms[id(entry)] = _Forms(entry, [tensor.name for tensor in stored_tensors_of(entry)])
         stored = [tensors.get(f"{layer}.{name}") for name in known.names]
         form = tuple([None if tensor is None else (tensor.dtype, tensor.shape) for tensor in stored])
         if form in known.faultless:
@@ -109,6 +109,11 @@ def check_checkpoint(described: Described, checkpoint: StoredCheckpoint) -> list
         if not findings:
             known.faultless.add(form)
     return [*checkpoint.findings, *found.close()]
+
+
+def stored_tensors_of(entry: LayerEntry) -> list[TensorSpec]:
+    """The tensors of a layer that its files hold."""
+    return [tensor for tensor in tensors_of(entry.spec, entry.tensors) if not tensor.of]
 
 
 def check_expert_biases(described: Described, checkpoint: ReadableCheckpoint, *, every: bool = False) -> list[Finding]:
@@ -172,7 +177,7 @@ def check_layer(
 
     ``near`` adds the stored names nearest to the missing ones, which takes a search of all stored names.
     """
-    wanted = tensors_of(entry.spec, entry.tensors)
+    wanted = stored_tensors_of(entry)
     weight = tensors.get(f"{layer}.{wanted[0].name}")
     findings = [
         Finding(

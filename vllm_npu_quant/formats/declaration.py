@@ -26,7 +26,7 @@ __all__ = ["EXTENSIONS", "Format", "Sample", "find_format", "formats", "register
 EXTENSIONS = "vllm_npu_quant.extensions"
 
 #: Modules of the built-in formats, in the order in which vLLM asks their config classes.
-_BUILT_IN = ("modelslim", "compressed_tensors", "fp8", "awq", "gptq", "auto_round")
+_BUILT_IN = ("modelslim", "compressed_tensors", "fp8", "awq", "gptq", "auto_round", "online")
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class Format:
         file_beside: from the names of a folder's files to the one that describes the quantization if config.json does not.
         title: the name in messages; ``name`` if empty.
         needs_file: the file that users should look for if none describes the quantization.
+        rounds: whether it is no format of checkpoints, but rounds the weights of float ones while they load, if a user asks.
         decisive: whether that file contradicts a config.json that names another format.
         is_complete: whether a ``quantization_config`` is complete, so that a decisive file beside it is not needed.
         has_fields: whether a ``quantization_config`` without a ``quant_method`` has fields that only this format has.
@@ -84,6 +85,7 @@ class Format:
     file_beside: Callable[[Iterable[str]], str | None] = field(default=lambda names: None)
     title: str = ""
     needs_file: str = ""
+    rounds: bool = False
     decisive: bool = False
     is_complete: Callable[[Mapping[str, Any]], bool] = field(default=lambda config: True)
     has_fields: Callable[[Mapping[str, Any]], bool] = field(default=lambda config: False)
@@ -135,7 +137,9 @@ def formats() -> tuple[Format, ...]:
     """Every format: the built-in ones, then those of extensions."""
     for module in _BUILT_IN:
         if module not in _loaded:
-            register_format(import_module(f"vllm_npu_quant.formats.{module}").FORMAT)
+            found = import_module(f"vllm_npu_quant.formats.{module}")
+            for declaration in getattr(found, "FORMATS", None) or (found.FORMAT,):
+                register_format(declaration)
             _loaded.add(module)
     if EXTENSIONS not in _loaded:
         _loaded.add(EXTENSIONS)  # before they are loaded: an extension may ask for the formats itself

@@ -175,6 +175,7 @@ class TensorSpec:
             vLLM's layer, which may hold several checkpoint layers.
         loaded: False for a tensor that is checked and then dropped because it follows from the others.
         role: the role of its values, for ``check --values`` and for placeholders.
+        of: the stored tensor of the same layer from which ``rearrange`` computes it; empty for a tensor that is stored.
     """
 
     name: str
@@ -186,6 +187,7 @@ class TensorSpec:
     rearrange: str | Callable[..., Any] = ""
     loaded: bool = True
     role: Role = Role.OTHER
+    of: str = ""
 
     def as_loaded(self) -> TensorSpec:
         """The spec with the shape of the parameter."""
@@ -370,6 +372,40 @@ def _fp8(scale: str) -> tuple[TensorSpec, ...]:
     )
 
 
+_ROUNDED = "vllm_npu_quant.layouts.rounded:"
+
+
+def _rounded(packed: bool) -> LayoutRow:
+    """Float weights that are rounded while they load: integers, and scales computed from the whole stored rows, so that they
+    do not depend on the number of ranks."""
+    stored = ("BF16", "F16", "F32", "F64")
+    integers = (OUT, Dim(Axis.IN, 2)) if packed else (OUT, IN)
+    return LayoutRow(
+        (
+            TensorSpec(
+                "weight",
+                stored,
+                (OUT, IN),
+                "int8",
+                loaded_dims=integers,
+                rearrange=_ROUNDED + ("packed_integers" if packed else "integers"),
+            ),
+            TensorSpec(
+                "weight_scale",
+                stored,
+                (OUT, IN),
+                "float32",
+                loaded_dims=(OUT, GROUP),
+                rearrange=_ROUNDED + "scales",
+                role=Role.SCALE,
+                of="weight",
+            ),
+            BIAS,
+        ),
+        _ROUNDED + ("packed_to_canonical" if packed else "to_canonical"),
+    )
+
+
 _AWQ = "vllm_npu_quant.layouts.awq:"
 _GPTQ = "vllm_npu_quant.layouts.gptq:"
 
@@ -429,6 +465,8 @@ LAYOUTS: dict[Layout | str, LayoutRow] = {
     Layout.CT_PACKED_PLAIN_ZERO_ACT_ORDER: _ct_packed(Axis.ALL_GROUPS, plain_zero=True),
     Layout.FP8: LayoutRow(_fp8("weight_scale"), _FP8 + "to_canonical"),
     Layout.FP8_INV: LayoutRow(_fp8("weight_scale_inv"), _FP8 + "to_canonical"),
+    Layout.ROUNDED: _rounded(packed=False),
+    Layout.ROUNDED_PAIRS: _rounded(packed=True),
     Layout.AWQ_GEMM: LayoutRow(
         (
             TensorSpec("qweight", ("I32",), (IN, Dim(Axis.OUT, 8)), "int32"),
