@@ -70,13 +70,13 @@ def test_other_values_are_refused(
 def test_all_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in settings.VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    assert Settings.read() == (Settings("auto", False, "int8", "int8", "fast"), ())
+    assert Settings.read() == (Settings("auto", False, "int8", "int8", "safe", "fast"), ())
     monkeypatch.setenv(settings.TAKEOVER, "on")
     monkeypatch.setenv(settings.MODE, "perhaps")
     monkeypatch.setenv(settings.W4A8, "w4a4")
     found, findings = Settings.read()
     # What is invalid is read as the default, and everything is reported.
-    assert found == Settings("auto", True, "int8", "int8", "fast")
+    assert found == Settings("auto", True, "int8", "int8", "safe", "fast")
     assert [finding.found for finding in findings] == ["perhaps", "w4a4"]
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "float_weights_mode",
     "plugin_enabled",
     "plugin_mode",
+    "reload_mode",
     "takeover",
     "w4a8_mode",
 ]
@@ -42,12 +43,15 @@ FP8 = "VLLM_NPU_QUANT_FP8"
 #: How layers with 4-bit weights and 8-bit activations are computed. int8 (the default): as stored. w4a16: with activations
 #: in the model's dtype, a different scheme, which is reported.
 W4A8 = "VLLM_NPU_QUANT_W4A8"
+#: Loading weights again into a running engine. safe (the default): the weights in use are copied to the host's memory first,
+#: and serve again if the reload fails. direct: without the copy.
+RELOAD = "VLLM_NPU_QUANT_RELOAD"
 #: Kernels that emulate the operators. fast (the default): compiled ones. reference: plain torch. Same numbers.
 EMULATION = "VLLM_NPU_QUANT_EMULATION"
 #: Folder of the emulation's compiled kernels, and of downloads of the demo, the tests and the benchmarks.
 CACHE = "VLLM_NPU_QUANT_CACHE"
 #: All variables.
-VARIABLES = (MODE, TAKEOVER, FLOAT_WEIGHTS, FP8, W4A8, EMULATION, CACHE)
+VARIABLES = (MODE, TAKEOVER, FLOAT_WEIGHTS, FP8, W4A8, RELOAD, EMULATION, CACHE)
 
 #: Spellings of the values 1 and 0, in any case.
 _BOOLEANS = dict.fromkeys(("true", "yes", "on"), "1") | dict.fromkeys(("false", "no", "off"), "0")
@@ -117,6 +121,15 @@ def w4a8_mode() -> str:
     return _read(W4A8, "int8", "w4a16")
 
 
+def reload_mode() -> str:
+    """The value of VLLM_NPU_QUANT_RELOAD: "safe" or "direct".
+
+    Raises:
+        NpuQuantError: bad-config, for any other value.
+    """
+    return _read(RELOAD, "safe", "direct")
+
+
 def emulation_mode() -> str:
     """The value of VLLM_NPU_QUANT_EMULATION: "fast" or "reference".
 
@@ -145,13 +158,15 @@ class Settings:
 
     Attributes:
         mode: "auto", "1" or "0". takeover: whether to serve vllm-ascend's checkpoints.
-        float_weights: "int8", "w8a16" or "bf16". w4a8: "int8" or "w4a16". emulation: "fast" or "reference".
+        float_weights: "int8", "w8a16" or "bf16". w4a8: "int8" or "w4a16". reload: "safe" or "direct".
+        emulation: "fast" or "reference".
     """
 
     mode: str = "auto"
     takeover: bool = False
     float_weights: str = "int8"
     w4a8: str = "int8"
+    reload: str = "safe"
     emulation: str = "fast"
 
     @classmethod
@@ -171,6 +186,7 @@ class Settings:
             takeover=valid(takeover, cls.takeover),
             float_weights=valid(float_weights_mode, cls.float_weights),
             w4a8=valid(w4a8_mode, cls.w4a8),
+            reload=valid(reload_mode, cls.reload),
             emulation=valid(emulation_mode, cls.emulation),
         )
         return settings, tuple(findings)

@@ -101,6 +101,9 @@ class Layout(str, Enum):
     NVFP4 = "nvfp4"
     #: compressed-tensors and AutoRound: weight_packed and weight_scale, which is divided by weight_global_scale.
     CT_NVFP4 = "ct_nvfp4"
+    #: Float weights [N, K] that are rounded while they load, to int8 or to pairs of 4-bit integers.
+    ROUNDED = "rounded"
+    ROUNDED_PAIRS = "rounded_pairs"
     #: AWQ "gemm": eight integers per int32 along N, in the order 0 2 4 6 1 3 5 7.
     AWQ_GEMM = "awq_gemm"
     #: GPTQ: integers packed along K, zero points along N and stored minus one.

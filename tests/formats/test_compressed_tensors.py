@@ -24,6 +24,7 @@ from vllm_npu_quant.formats.compressed_tensors import (
     Match,
     QuantizationArgs,
     Targets,
+    layer_kinds,
     read,
 )
 from vllm_npu_quant.formats.described import Described
@@ -254,10 +255,10 @@ def test_actorder_in_every_spelling(written: Any, meant: str | None) -> None:
         {"num_bits": 0},
         {"num_bits": 64},
         {"num_bits": True},
-        {"num_bits": "8"},
+        {"num_bits": "eight"},
         {"type": "complex"},
-        {"symmetric": 1},
-        {"group_size": 64.0},
+        {"symmetric": 2},
+        {"group_size": 64.5},
         {"group_size": 1 << 40},
         {"dynamic": "sometimes"},
         {"actorder": "random"},
@@ -784,6 +785,16 @@ REFUSED = {
         "unsupported-scheme",
         "sparse weights (sparsity_config)",
     ),
+    "experts that were pruned": (
+        config(moe_sparsity_config={"method": "prune", "num_experts": [None, 6]}),
+        "unsupported-scheme",
+        "moe_sparsity_config",
+    ),
+    "experts that were replaced": (
+        config(moe_sparsity_config={"method": "novice", "num_experts": [4, 6]}),
+        "unsupported-scheme",
+        "moe_sparsity_config",
+    ),
     "transforms": (
         config(transform_config={"config_groups": {"R1": {"type": "hadamard", "apply": []}}}),
         "unsupported-scheme",
@@ -918,6 +929,7 @@ def test_empty_transforms_and_dense_sparsity_are_nothing() -> None:
     described = read(config(transform_config={"config_groups": {}}, sparsity_config={"format": "dense"}), {})
     assert described.findings == ()
     assert read(config(transform_config=None, sparsity_config=None, kv_cache_scheme={}), {}).findings == ()
+    assert read(config(moe_sparsity_config=None), {}).findings == ()
 
 
 def test_transforms_that_the_producer_fused_into_the_weights_are_nothing() -> None:
@@ -1032,7 +1044,41 @@ def test_samples_are_what_they_say() -> None:
     ],
 )
 def test_what_vllm_ascend_serves_is_left_to_it(quantization: dict[str, Any], left: bool) -> None:
-    assert FORMAT.left_to_vllm_ascend(quantization) is left
+    assert FORMAT.left_to_vllm_ascend(quantization, None) is left
+
+
+@pytest.mark.parametrize(
+    ("targets", "ignore", "kinds"),
+    [
+        (["Linear"], [], {"linear", "moe"}),
+        (["Linear"], ["re:.*experts.*"], {"linear"}),
+        (["Linear"], ["re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|down)_proj.*"], {"moe"}),
+        (["Linear"], ["re:.*self_attn.*", r"re:.*mlp\.(gate|up|down)_proj.*", "re:.*shared_expert.*"], {"moe"}),
+        ([r"re:.*\.experts\..*"], [], {"moe"}),
+        (["re:.*self_attn.*"], [], {"linear"}),
+        (["re:.*vision.*"], [], {"linear", "moe"}),
+        (["MoE"], [], {"linear", "moe"}),
+    ],
+)
+def test_the_kinds_of_layers_that_targets_mean(targets: list[str], ignore: list[str], kinds: set[str]) -> None:
+    quantization = {"config_groups": {"group_0": {"targets": targets}}, "ignore": ignore}
+    assert layer_kinds(quantization, has_experts=True) == [kinds]
+    dense = {"linear"} if "linear" in kinds and targets in (["Linear"], ["re:.*self_attn.*"]) else {"linear", "moe"}
+    assert layer_kinds(quantization, has_experts=False) == [dense]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"config_groups": {"group_0": {"targets": "Linear"}}},
+        {"config_groups": {"group_0": ["Linear"]}},
+        {"config_groups": {"group_0": {"targets": [1]}}},
+        {"config_groups": {"group_0": {"targets": ["Linear"]}}, "ignore": "lm_head"},
+        {"config_groups": {"group_0": {"targets": ["re:(?P<a>x)(?P=a)"]}}},
+    ],
+)
+def test_rules_that_cannot_be_matched_mean_no_kinds(broken: dict[str, Any]) -> None:
+    assert layer_kinds(broken, has_experts=True) is None
 
 
 def test_the_declaration_serves_configs_of_both_spellings() -> None:

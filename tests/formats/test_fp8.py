@@ -346,7 +346,7 @@ def test_power_of_two_scales_are_taken() -> None:
 BROKEN = {
     "blocks of one size": ({**DEEPSEEK, "weight_block_size": [128]}, "bad-config", "weight_block_size"),
     "blocks of nothing": ({**DEEPSEEK, "weight_block_size": [128, 0]}, "bad-config", "weight_block_size"),
-    "blocks of text": ({**DEEPSEEK, "weight_block_size": ["128", "128"]}, "bad-config", "weight_block_size"),
+    "blocks of text": ({**DEEPSEEK, "weight_block_size": ["128", "one"]}, "bad-config", "weight_block_size"),
     "an unknown activation scheme": ({**DEEPSEEK, "activation_scheme": "sometimes"}, "bad-config", "activation_scheme"),
     "a list of numbers": ({**DEEPSEEK, "modules_to_not_convert": [1]}, "bad-config", "modules_to_not_convert"),
     "a string for a list": ({**DEEPSEEK, "ignored_layers": "lm_head"}, "bad-config", "ignored_layers"),

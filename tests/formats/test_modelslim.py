@@ -378,7 +378,7 @@ def test_unfused_smoothing_is_found_behind_a_layer_with_the_same_tensors() -> No
 
 def test_the_support_matrix_has_a_sample_of_every_type() -> None:
     samples = {sample.label: sample for sample in FORMAT.samples()}
-    assert list(samples) == [*TYPES, "W4A4_MXFP4_FLATQUANT", "W8A8SC", "FAQuant"]
+    assert list(samples) == [*TYPES, "W4A4_MXFP4_FLATQUANT", "W8A8SC"]
     for label, sample in samples.items():
         found = read(sample.config, sample.tensors)
         if label not in TYPES:
@@ -408,19 +408,71 @@ def test_schemes_come_from_the_type_strings_alone() -> None:
         **{f"{LAYER}.{name}": "W8A8_DYNAMIC" for name in SCALES},
         **{f"m.experts.0.{part}.{name}": "W4A8_DYNAMIC" for part in ("w1", "w2", "w3") for name in SCALES},
         **{f"m.q_proj.{name}": "W4A4_FLATQUANT_DYNAMIC" for name in FLATQUANT},
+        **{f"m.experts.{number}.w1.{name}": "W9A9" for number in range(1, 3) for name in SCALES},
+        "m.shared_experts.w1.weight": "W4A16",
         "m.norm.weight": "FLOAT",
         "m.a.weight": "W8A8_MXFP8",
         "m.b.weight": "W9A9",
-        "m.c.weight": "W9A9",
+        "m.c.weight": "W16A16S",
+        "m.d.div.mul_scale": "FLOAT",
     }
-    assert vllm_ascend_schemes({**types, **V1, "fa_quant_type": "FAQuant"}) == {
+    assert vllm_ascend_schemes({**types, **V1}) == {
         ("W8A8_DYNAMIC", "linear"),
         ("W4A8_DYNAMIC", "moe"),
         ("W4A4_FLATQUANT_DYNAMIC", "linear"),
+        ("W4A16", "linear"),
         ("W8A8_MXFP8", "linear"),
         ("W9A9", "linear"),
-        ("FAQuant", "linear"),
+        ("W9A9", "moe"),
+        ("W16A16S", "linear"),
+        ("smoothing that is not fused", "linear"),
     }
+
+
+EXPERT = "m.experts.0.w1"
+FA_SCALE = {"m.self_attn.fa_v.scale": "FAQuant"}
+
+
+@pytest.mark.parametrize(
+    ("entries", "header", "expected"),
+    [
+        ({}, {"fa_quant_type": "FAKQuant"}, ("FAKQuant", "attention")),
+        ({}, {"indexer_quant_type": "INT8_DYNAMIC"}, ("INT8_DYNAMIC", "attention")),
+        ({}, {"kv_cache_type": "C8"}, ("C8", "attention")),
+        ({"m.k_proj.kv_cache_scale": "C8"}, {}, ("C8 without kv_cache_type", "attention")),
+        ({**FA_SCALE, "m.self_attn.quant_type": "QK_X_V_Y"}, {}, ("QK_X_V_Y", "attention")),
+        (FA_SCALE, {}, ("scales without fa_quant_type", "attention")),
+        (FA_SCALE, {"kv_cache_type": "X"}, ("X", "attention")),
+        (
+            {"m.indexer.q_rot": "FLOAT", "m.indexer.k_rot": "FLOAT"},
+            {},
+            ("rotations without indexer_quant_type", "attention"),
+        ),
+        ({"m.self_attn.quant_type": "INT8_DYNAMIC"}, {}, None),
+        ({}, {"fa_quant_type": "FLOAT", "kv_cache_type": ""}, None),
+        ({f"{EXPERT}.weight": "W4A16"}, {}, ("W4A16 without weight_packed", "moe")),
+        ({f"{EXPERT}.weight_packed": "W4A16"}, {}, ("W4A16", "moe")),
+        ({f"{EXPERT}.weight": "W4A8_DYNAMIC"}, {"group_size": 256}, ("W4A8_DYNAMIC per group", "moe")),
+        (
+            {f"{EXPERT}.weight": "W4A8_DYNAMIC", f"{EXPERT}.weight_scale_second": "W4A8_DYNAMIC"},
+            {},
+            ("W4A8_DYNAMIC per group", "moe"),
+        ),
+        ({"m.experts.gate_up_proj": "W8A8_DYNAMIC"}, {}, ("W8A8_DYNAMIC", "moe")),
+        (
+            {},
+            {"metadata": {"quarot": {"heads_rotation": {"layers": ["m.o_proj"]}}}},
+            ("inputs that are rotated at run time", "linear"),
+        ),
+        ({"m.a.weight": "W8A8\x1b[2J"}, {}, ("'W8A8\\x1b[2J'", "linear")),
+    ],
+)
+def test_what_vllm_ascend_needs_a_class_for(
+    entries: dict[str, str], header: dict[str, Any], expected: tuple[str, str] | None
+) -> None:
+    always = {"m.o_proj.weight": "W8A8_DYNAMIC"}
+    needed = vllm_ascend_schemes({**always, **entries, **V1, **header})
+    assert needed == {("W8A8_DYNAMIC", "linear"), *([expected] if expected else [])}
 
 
 @pytest.mark.parametrize(

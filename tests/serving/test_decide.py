@@ -199,3 +199,15 @@ def test_the_settings_are_read_by_the_host_alone(monkeypatch: pytest.MonkeyPatch
     assert decide(LayerKind.LINEAR, FP8_BLOCK, Host(), layer="l").spec.weight == WeightSpec(8)
     served = decide(LayerKind.LINEAR, FP8_BLOCK, Host.read(), layer="l")
     assert served.spec.weight == WeightSpec(16, NumberKind.FLOAT)
+
+
+@pytest.mark.parametrize(
+    "weight", [WeightSpec(4, NumberKind.FLOAT, Granularity.GROUP, 16), WeightSpec(8, NumberKind.MX)]
+)
+@pytest.mark.parametrize("kind", LayerKind)
+@pytest.mark.parametrize("host", [Host(), Host(fp8="bf16")])
+def test_other_floats_are_not_taken_for_fp8(weight: WeightSpec, kind: LayerKind, host: Host) -> None:
+    stored = LayerSpec("OTHER", Layout.FP8, weight)
+    served = decide(kind, stored, host, layer="l")
+    assert (served.spec, served.row) == (stored, None)
+    assert requantized_findings([(stored, 3)], host, "config.json") == []

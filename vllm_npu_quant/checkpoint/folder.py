@@ -149,21 +149,25 @@ class Checkpoint:
         values = map_tensor(self.path(tensor.file), tensor, self.sizes[tensor.file])
         return to_float32(values, tensor) if float32 else values
 
-    def read_headers(self) -> None:
-        """Set ``files``, ``tensors``, ``findings`` and the other attributes from the files in ``names``."""
+    def read_headers(self, *, consolidated: bool = True) -> None:
+        """Set ``files``, ``tensors``, ``findings`` and the other attributes from the files in ``names``.
+
+        Args:
+            consolidated: whether vLLM prefers Mistral's consolidated*.safetensors, as by default.
+        """
         findings: list[Finding] = []
         names = list(self.names)
         weights = fnmatch.filter(names, "*.safetensors")
-        consolidated = fnmatch.filter(weights, "consolidated*.safetensors")
+        mistral = fnmatch.filter(weights, "consolidated*.safetensors") if consolidated else []
         ignored: dict[str, str] = {}
         vllm_index = VLLM_INDEX
         candidates = weights
-        if consolidated:
-            vllm_index, candidates = CONSOLIDATED_INDEX, consolidated
-            others = [name for name in weights if name not in consolidated]
+        if mistral:
+            vllm_index, candidates = CONSOLIDATED_INDEX, mistral
+            others = [name for name in weights if name not in mistral]
             ignored |= dict.fromkeys(others, "vLLM loads consolidated*.safetensors where they exist")
             if others:
-                findings.append(_two_copies(consolidated, others))
+                findings.append(_two_copies(mistral, others))
         self.indexes = tuple(fnmatch.filter(names, "*.safetensors.index.json"))
         indexes = {name: index for name in self.indexes if (index := self._read_index(name, findings)) is not None}
         files = candidates
@@ -178,14 +182,15 @@ class Checkpoint:
             findings.append(_no_weights(self.folder, names))
 
         adapters = fnmatch.filter(files, "adapter_*.safetensors")
-        if adapters and len(files) > len(adapters):
-            findings.append(_adapter(adapters[0]))
+        alone = len(files) == len(adapters)
+        if adapters and not (alone and "config.json" not in names):  # an adapter's folder is refused as such
+            findings.append(_adapter(adapters[0], alone=alone))
         if all(set(files).isdisjoint(index.values()) for index in indexes.values()):
             findings.extend(_missing_shards(files))
         headers = {
             name: Header(name, {}, {}, (_leaves(name, self.leaving[name]),), 0)
             if name in self.leaving
-            else self._header(name)
+            else self.header(name)
             for name in files
         }
         for header in headers.values():
@@ -198,7 +203,8 @@ class Checkpoint:
             findings.extend(self._compare(name, index, headers, weights, indexes, vllm_index))
         self.findings = tuple(findings)
 
-    def _header(self, name: str) -> Header:
+    def header(self, name: str) -> Header:
+        """The header of one of the folder's safetensors files, one that vLLM would not load included."""
         return read_header(self.path(name))
 
     def _read_index(self, name: str, findings: list[Finding]) -> dict[str, str] | None:
@@ -367,7 +373,15 @@ def _two_copies(consolidated: list[str], others: list[str]) -> Finding:
     )
 
 
-def _adapter(name: str) -> Finding:
+def _adapter(name: str, *, alone: bool) -> Finding:
+    if alone:
+        return Finding(
+            "unreadable-file",
+            "the weights are a LoRA adapter's, and no model's",
+            file=shown_name(name),
+            expected="the weights of a model",
+            fix="Serve the model that the adapter was trained on, and pass this folder with --enable-lora --lora-modules.",
+        )
     return Finding(
         "unexpected-tensor",
         "a LoRA adapter lies beside the weights, and vLLM loads it as if it were a part of them",

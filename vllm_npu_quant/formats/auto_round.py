@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, field_validator, model_validator
+from pydantic import ConfigDict, Field, StrictStr, field_validator, model_validator
 
 from vllm_npu_quant.errors import Finding, FindingLimit
-from vllm_npu_quant.formats.common import MAX_RULES
+from vllm_npu_quant.formats.common import MAX_RULES, Bool, ConfigModel, Int
 from vllm_npu_quant.formats.declaration import Format, Sample
 from vllm_npu_quant.formats.described import Described, StoredTensor
 from vllm_npu_quant.formats.fp8 import fp8_spec, fp8_weight
@@ -68,17 +68,17 @@ _BLOCK_FLOATS = {
 }
 
 
-class LayerScheme(BaseModel):
+class LayerScheme(ConfigModel):
     """Fields of one layer's scheme; None if they are inherited."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    bits: StrictInt | None = None
-    group_size: GroupSize | tuple[StrictInt, StrictInt] | None = None
-    sym: StrictBool | None = None
+    bits: Int | None = None
+    group_size: GroupSize | tuple[Int, Int] | None = None
+    sym: Bool | None = None
     data_type: StrictStr | None = None
-    act_bits: StrictInt | None = None
-    super_bits: StrictInt | None = None
+    act_bits: Int | None = None
+    super_bits: Int | None = None
     rotation_config: Any = None
 
     @property
@@ -92,22 +92,22 @@ class LayerScheme(BaseModel):
         return base.model_copy(update=own)
 
 
-class AutoRoundConfig(BaseModel):
+class AutoRoundConfig(ConfigModel):
     """``quantization_config`` of an AutoRound checkpoint. Unknown fields are accepted and reported."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     quant_method: StrictStr = "auto-round"
-    bits: StrictInt
-    group_size: GroupSize | tuple[StrictInt, StrictInt]
-    sym: StrictBool = True
+    bits: Int
+    group_size: GroupSize | tuple[Int, Int]
+    sym: Bool = True
     data_type: StrictStr = "int"
-    act_bits: StrictInt | None = None
+    act_bits: Int | None = None
     act_data_type: Any = None
     act_group_size: Any = None
     act_sym: Any = None
     act_dynamic: Any = None
-    super_bits: StrictInt | None = None
+    super_bits: Int | None = None
     super_group_size: Any = None
     rotation_config: Any = None
     weight_block_size: Any = None
@@ -125,9 +125,6 @@ class AutoRoundConfig(BaseModel):
             names = config.get("to_quant_block_names")
         merged = merge_spellings(config, {"bits": (), "group_size": ()}, lower=("packing_format", "data_type"))
         merged["block_name_to_quantize"] = names
-        for name in ("extra_config", "packing_format"):
-            if merged.get(name, 0) is None:
-                del merged[name]
         return merged
 
     @field_validator("block_name_to_quantize", mode="before")
@@ -334,12 +331,17 @@ def _samples() -> Iterator[Sample]:
         yield Sample(label, config, sample_tensors(_spec(parsed.base(), parsed), listed))
 
 
+def _has_fields(config: Mapping[str, Any]) -> bool:
+    marks = {"autoround_version", "auto_round_version", "packing_format"}
+    return "bits" in config and not marks.isdisjoint(config)
+
+
 FORMAT = Format(
     name="auto-round",
     read=read,
     method_name="npu_auto_round",
-    quant_methods=frozenset({"auto-round", "intel/auto-round"}),
-    aliases=frozenset({"inc"}),
+    quant_methods=frozenset({"auto-round", "autoround", "intel/auto-round", "inc"}),
+    has_fields=_has_fields,
     producer=producer_of,
     samples=_samples,
 )

@@ -18,24 +18,18 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StrictBool,
-    StrictInt,
-    StrictStr,
-    field_validator,
-    model_validator,
-)
+from pydantic import ConfigDict, Field, StrictStr, field_validator, model_validator
 
 from vllm_npu_quant.checkpoint.text import shown, shown_name
-from vllm_npu_quant.errors import Finding, FindingLimit
+from vllm_npu_quant.errors import Finding, FindingLimit, NpuQuantError
 from vllm_npu_quant.formats.common import (
     FLOAT_DTYPES,
     KV_CACHE_TENSORS,
     KV_OUTPUTS,
     MAX_RULES,
+    Bool,
+    ConfigModel,
+    Int,
     config_text,
     kv_cache_finding,
     kv_cache_tensors,
@@ -86,7 +80,7 @@ _DENSE_SINCE = (0, 18)
 _NO_FORMAT = ("mixed-precision", "dense", "fakequant")
 
 
-class _Model(BaseModel):
+class _Model(ConfigModel):
     """Unknown fields are accepted if they are empty; others may change the meaning of the weights."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -105,13 +99,13 @@ class _Model(BaseModel):
 class QuantizationArgs(_Model):
     """Quantization of one tensor: weights, input_activations, output_activations or the KV cache."""
 
-    num_bits: StrictInt = Field(default=8, ge=1, le=16)
+    num_bits: Int = Field(default=8, ge=1, le=16)
     type: Literal["int", "float"] = "int"
-    symmetric: StrictBool = True
-    group_size: StrictInt | None = Field(default=None, ge=-1, le=1 << 20)
+    symmetric: Bool = True
+    group_size: Int | None = Field(default=None, ge=-1, le=1 << 20)
     strategy: Literal["tensor", "channel", "group", "block", "token", "tensor_group", "attn_head"] | None = None
-    block_structure: tuple[StrictInt, StrictInt] | None = None
-    dynamic: StrictBool | Literal["local"] = False
+    block_structure: tuple[Int, Int] | None = None
+    dynamic: Bool | Literal["local"] = False
     actorder: Literal["group", "weight"] | None = None
     scale_dtype: StrictStr | None = None
     zp_dtype: StrictStr | None = None
@@ -217,7 +211,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class CompressedTensorsConfig(BaseModel):
+class CompressedTensorsConfig(ConfigModel):
     """The quantization_config. Unknown fields are reported, and ignored as by the library."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -230,11 +224,12 @@ class CompressedTensorsConfig(BaseModel):
     quantization_status: StrictStr | None = None
     global_compression_ratio: float | None = None
     sparsity_config: dict[str, Any] | None = None
+    moe_sparsity_config: dict[str, Any] | None = None
     transform_config: dict[str, Any] | None = None
     version: StrictStr | None = None
     run_compressed: Any = None
-    total_num_heads: StrictInt | None = None
-    total_num_kv_heads: StrictInt | None = None
+    total_num_heads: Int | None = None
+    total_num_kv_heads: Int | None = None
     provider: StrictStr | None = None
 
     @field_validator("config_groups", mode="before")
@@ -251,11 +246,9 @@ class CompressedTensorsConfig(BaseModel):
             groups[name] = group
         return groups
 
-    @field_validator("ignore", "kv_cache_scheme", mode="before")
+    @field_validator("kv_cache_scheme", mode="before")
     @classmethod
-    def _none(cls, value: Any, info: Any) -> Any:
-        if info.field_name == "ignore":
-            return () if value is None else value
+    def _none(cls, value: Any) -> Any:
         return None if value == {} else value
 
 
@@ -449,6 +442,17 @@ def _refused_parts(config: CompressedTensorsConfig, source: str) -> list[Finding
                 expected="no sparsity_config, or format: dense",
                 found=f"format {shown(sparsity.get('format'))}",
                 fix="export the checkpoint without sparse compression",
+            )
+        )
+    if config.moe_sparsity_config:
+        findings.append(
+            Finding(
+                "unsupported-scheme",
+                "MoE layers from which experts were removed (moe_sparsity_config) are not served",
+                file=source,
+                expected="no moe_sparsity_config",
+                found=f"method {shown(config.moe_sparsity_config.get('method'))}",
+                fix="export the model with all of its experts, or with the same number in every layer and in config.json",
             )
         )
     if not config.config_groups and config.kv_cache_scheme is None:
@@ -758,10 +762,62 @@ def _not_compressed(layers: Sequence[str], source: str) -> Finding:
     )
 
 
-def _left_to_vllm_ascend(config: Mapping[str, Any]) -> bool:
+def _left_to_vllm_ascend(config: Mapping[str, Any], model: Any) -> bool:
     from vllm_npu_quant.ascend.ownership import serves_compressed_tensors
 
-    return serves_compressed_tensors(config)
+    models = (model, getattr(model, "text_config", None))
+    has_experts = any(getattr(part, name, 0) for part in models for name in _EXPERT_COUNTS)
+    kinds = layer_kinds(config, has_experts=has_experts)
+    return kinds is not None and serves_compressed_tensors(config, kinds)
+
+
+#: Fields of a model's config that count its routed experts.
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+#: Layers that stand for all of their kind, in the spellings of models: a target means the kind if it matches every spelling.
+_EXAMPLES = (
+    ("linear", ("model.layers.1.self_attn.o_proj",)),
+    ("linear", ("model.layers.1.mlp.down_proj",)),
+    ("linear", ("model.layers.1.mlp.shared_experts.down_proj", "model.layers.1.mlp.shared_expert.down_proj")),
+    ("moe", ("model.layers.1.mlp.experts.0.down_proj",)),
+)
+
+
+def layer_kinds(config: Mapping[str, Any], *, has_experts: bool) -> list[frozenset[str]] | None:
+    """For every group of a config, the kinds of layers that its targets mean: "linear", "moe" (routed experts), or both.
+
+    By the names that models usually have, since config.json lists no layers; both for targets that match none of them.
+
+    Args:
+        config: the quantization_config. has_experts: whether the model has routed experts.
+
+    Returns:
+        None for a config whose rules cannot be matched.
+    """
+    groups = config.get("config_groups")
+    members = groups.values() if isinstance(groups, Mapping) else ()
+    rules = [_rules(group.get("targets") if isinstance(group, Mapping) else None) for group in members]
+    ignore = _rules(config.get("ignore") or [])
+    if ignore is None or any(rule is None for rule in rules):
+        return None
+    targets = Targets([rule or () for rule in rules], ignore)
+    kinds: list[set[str]] = [set() for _ in rules]
+    try:
+        for kind, spellings in _EXAMPLES:
+            numbers = [targets.match(name)[0] for name in spellings]
+            if None in numbers or (kind == "moe" and not has_experts):
+                continue
+            for number in numbers:
+                if number is not None:
+                    kinds[number].add(kind)
+    except NpuQuantError:
+        return None
+    return None if targets.findings else [frozenset(found or ("linear", "moe")) for found in kinds]
+
+
+def _rules(value: Any) -> list[str] | None:
+    """The rules in a list of an untrusted config; None if it is anything else."""
+    is_list = isinstance(value, list) and len(value) <= MAX_RULES
+    return value if is_list and all(isinstance(rule, str) for rule in value) else None
 
 
 def _producer(config: Mapping[str, Any]) -> str:
@@ -815,6 +871,7 @@ FORMAT = Format(
     read=read,
     method_name="npu_compressed_tensors",
     quant_methods=frozenset({"compressed-tensors"}),
+    has_fields=lambda config: "config_groups" in config and "quant_algo" not in config,
     left_to_vllm_ascend=_left_to_vllm_ascend,
     producer=_producer,
     samples=_samples,

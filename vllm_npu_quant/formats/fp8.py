@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FP8 checkpoints (``quant_method: fp8``).
+"""FP8 checkpoints (``quant_method: fp8``, and ``fbgemm_fp8``, which is FP8 per channel).
 
 Spellings: DeepSeek's and transformers' blocks (``weight_block_size``, ``weight_scale_inv``), per-tensor and per-channel
 scales (``weight_scale``), Mistral's per-tensor ``weight_scale_inv`` with ``activation_scale``; static and dynamic
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, field_validator
+from pydantic import ConfigDict, Field, StrictStr, field_validator
 
 from vllm_npu_quant.checkpoint.text import shown
 from vllm_npu_quant.errors import Finding, FindingLimit
@@ -21,6 +21,9 @@ from vllm_npu_quant.formats.common import (
     KV_CACHE_TENSORS,
     KV_OUTPUTS,
     MAX_RULES,
+    Bool,
+    ConfigModel,
+    Int,
     config_text,
     kv_cache_finding,
     kv_cache_tensors,
@@ -94,24 +97,25 @@ _AUTO_ROUND_FIELDS = frozenset(
 )
 
 
-class Fp8Config(BaseModel):
+class Fp8Config(ConfigModel):
     """``quantization_config`` of an FP8 checkpoint. Unknown fields are accepted, and reported unless they are empty."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     quant_method: StrictStr = "fp8"
     activation_scheme: Literal["dynamic", "static"] = "dynamic"
-    weight_block_size: tuple[StrictInt, StrictInt] | None = None
+    weight_block_size: tuple[Int, Int] | None = None
     modules_to_not_convert: tuple[StrictStr, ...] | None = Field(default=None, max_length=MAX_RULES)
     ignored_layers: tuple[StrictStr, ...] | None = Field(default=None, max_length=MAX_RULES)
     fmt: StrictStr | None = None
     scale_fmt: StrictStr | None = None
-    dequantize: StrictBool | None = None
+    dequantize: Bool | None = None
     kv_cache_scheme: Any = None
     store_dtype: StrictStr | None = None
-    is_checkpoint_fp8_serialized: StrictBool | None = None
-    weight_per_tensor: StrictBool | None = None
-    act_per_tensor: StrictBool | None = None
+    is_checkpoint_fp8_serialized: Bool | None = None
+    activation_scale_ub: float | None = None
+    weight_per_tensor: Bool | None = None
+    act_per_tensor: Bool | None = None
 
     @field_validator("weight_block_size")
     @classmethod
@@ -327,6 +331,12 @@ def _config_problems(config: Fp8Config, source: str) -> list[Finding]:
     return findings + ([unknown] if unknown is not None else [])
 
 
+def _left_to_vllm_ascend(config: Mapping[str, Any], model: Any) -> bool:
+    from vllm_npu_quant.ascend.ownership import serves_fp8
+
+    return serves_fp8(config, model)
+
+
 def _producer(config: Mapping[str, Any]) -> str:
     version = config_text(config, "autoround_version")
     return f"AutoRound {version}" if version else config_text(config, "provider")
@@ -348,7 +358,9 @@ FORMAT = Format(
     name="fp8",
     read=read,
     method_name="npu_fp8",
-    quant_methods=frozenset({"fp8"}),
+    quant_methods=frozenset({"fp8", "fbgemm-fp8"}),
+    has_fields=lambda config: "activation_scheme" in config and "bits" not in config,
+    left_to_vllm_ascend=_left_to_vllm_ascend,
     producer=_producer,
     samples=_samples,
 )

@@ -318,12 +318,16 @@ def _block_spec(algorithm: str, group_size: int | None, names: frozenset[str]) -
     return block_float_spec(floats, Layout.MXFP4 if floats == "MXFP4" else layout, _WEIGHTS[floats], bits)
 
 
-def _claims(config: Mapping[str, Any]) -> bool:
-    """Whether a config is ModelOpt's: by its ``quant_method``, or by the producer in hf_quant_config.json."""
-    method = plain_method(config.get("quant_method"))
+def _has_fields(config: Mapping[str, Any]) -> bool:
+    """Whether a config without a ``quant_method`` is ModelOpt's, by the producer that hf_quant_config.json names."""
     producer = config.get("producer")
-    named = isinstance(producer, Mapping) and producer.get("name") == "modelopt"
-    return method in FORMAT.quant_methods or (not method and named)
+    return isinstance(producer, Mapping) and producer.get("name") == "modelopt"
+
+
+def _left_to_vllm_ascend(config: Mapping[str, Any], model: Any) -> bool:
+    from vllm_npu_quant.ascend.ownership import serves_modelopt
+
+    return serves_modelopt(config)
 
 
 def _beside(names: Iterable[str]) -> str | None:
@@ -367,7 +371,8 @@ FORMAT = Format(
     file_beside=_beside,
     read_by_vllm=True,
     needs_file=f"{HF_QUANT_CONFIG} beside config.json, or quantization_config in it",
-    claims=_claims,
+    has_fields=_has_fields,
+    left_to_vllm_ascend=_left_to_vllm_ascend,
     producer=_producer,
     samples=_samples,
 )

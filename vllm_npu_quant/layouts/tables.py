@@ -176,6 +176,7 @@ class TensorSpec:
             vLLM's layer, which may hold several checkpoint layers.
         loaded: False for a tensor that is checked and then dropped because it follows from the others.
         role: the role of its values, for ``check --values`` and for placeholders.
+        of: the stored tensor of the same layer from which ``rearrange`` computes it; empty for a tensor that is stored.
     """
 
     name: str
@@ -187,6 +188,7 @@ class TensorSpec:
     rearrange: str | Callable[..., Any] = ""
     loaded: bool = True
     role: Role = Role.OTHER
+    of: str = ""
 
     def as_loaded(self) -> TensorSpec:
         """The spec with the shape of the parameter."""
@@ -405,6 +407,40 @@ def _nvfp4(weight: str, factor: str, input_factor: str) -> LayoutRow:
     )
 
 
+_ROUNDED = "vllm_npu_quant.layouts.rounded:"
+
+
+def _rounded(packed: bool) -> LayoutRow:
+    """Float weights that are rounded while they load: integers, and scales computed from the whole stored rows, so that they
+    do not depend on the number of ranks."""
+    stored = ("BF16", "F16", "F32", "F64")
+    integers = (OUT, Dim(Axis.IN, 2)) if packed else (OUT, IN)
+    return LayoutRow(
+        (
+            TensorSpec(
+                "weight",
+                stored,
+                (OUT, IN),
+                "int8",
+                loaded_dims=integers,
+                rearrange=_ROUNDED + ("packed_integers" if packed else "integers"),
+            ),
+            TensorSpec(
+                "weight_scale",
+                stored,
+                (OUT, IN),
+                "float32",
+                loaded_dims=(OUT, GROUP),
+                rearrange=_ROUNDED + "scales",
+                role=Role.SCALE,
+                of="weight",
+            ),
+            BIAS,
+        ),
+        _ROUNDED + ("packed_to_canonical" if packed else "to_canonical"),
+    )
+
+
 _AWQ = "vllm_npu_quant.layouts.awq:"
 _GPTQ = "vllm_npu_quant.layouts.gptq:"
 
@@ -471,6 +507,8 @@ LAYOUTS: dict[Layout | str, LayoutRow] = {
     Layout.CT_MXFP4: _fp4("weight_packed", _e8m0("weight_scale")),
     Layout.NVFP4: _nvfp4("weight", "weight_scale_2", "input_scale"),
     Layout.CT_NVFP4: _nvfp4("weight_packed", "weight_global_scale", "input_global_scale"),
+    Layout.ROUNDED: _rounded(packed=False),
+    Layout.ROUNDED_PAIRS: _rounded(packed=True),
     Layout.AWQ_GEMM: LayoutRow(
         (
             TensorSpec("qweight", ("I32",), (IN, Dim(Axis.OUT, 8)), "int32"),

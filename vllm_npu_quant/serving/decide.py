@@ -16,7 +16,16 @@ from vllm_npu_quant.layouts.tables import LAYOUTS
 from vllm_npu_quant.serving.dispatch import Row, describe, find_row, unsupported
 from vllm_npu_quant.spec import ActivationSpec, Granularity, LayerKind, LayerSpec, Layout, NumberKind, WeightSpec
 
-__all__ = ["Host", "Served", "decide", "expert_findings", "float_experts", "float_name", "requantized_findings"]
+__all__ = [
+    "Host",
+    "Served",
+    "decide",
+    "expert_bias",
+    "expert_findings",
+    "float_experts",
+    "float_name",
+    "requantized_findings",
+]
 
 _INT8 = WeightSpec(8)
 _PER_TOKEN = ActivationSpec(8, dynamic=True, granularity=Granularity.TOKEN)
@@ -218,37 +227,41 @@ def _requantized(host: Host, names: str, *, exact: bool) -> tuple[str, str]:
     return message, f"{settings.FLOAT_WEIGHTS}=bf16 dequantizes them to the model's dtype instead, two bytes per weight"
 
 
-def expert_findings(stored: LayerSpec, tensors: frozenset[str], layer: str, source: str) -> list[Finding]:
-    """Findings for features that are served for Linear layers and not for experts: activation order, and a bias.
+def expert_findings(stored: LayerSpec, layer: str, source: str) -> list[Finding]:
+    """Findings for features that are served for Linear layers and not for experts: activation order.
 
     Args:
         stored: what the checkpoint holds.
-        tensors: the optional tensors of its layout that are stored.
         layer: the experts' name. source: the file to name.
     """
-    found = []
-    if LAYOUTS[stored.layout].act_order:
-        found.append(
-            Finding(
-                "unsupported-scheme",
-                "experts with activation order would need the input sorted anew for every expert",
-                layer=layer,
-                file=source,
-                expected="desc_act false",
-                found=stored.scheme,
-                fix="re-export the checkpoint without activation order (desc_act=False, actorder weight or none)",
-            )
+    if not LAYOUTS[stored.layout].act_order:
+        return []
+    return [
+        Finding(
+            "unsupported-scheme",
+            "experts with activation order would need the input sorted anew for every expert",
+            layer=layer,
+            file=source,
+            expected="desc_act false",
+            found=stored.scheme,
+            fix="re-export the checkpoint without activation order (desc_act=False, actorder weight or none)",
         )
-    if "bias" in tensors:
-        found.append(
-            Finding(
-                "unsupported-scheme",
-                "quantized experts are served without a bias",
-                layer=layer,
-                file=source,
-                expected="no bias",
-                found=f"{layer}.bias",
-                fix="export the experts of this model as float",
-            )
-        )
-    return found
+    ]
+
+
+def expert_bias(found: str = "a bias", *, layer: str = "", file: str = "", layers: int = 1) -> Finding:
+    """The finding for quantized experts with a bias that is not zero.
+
+    Args:
+        found: the tensor with the bias.
+        layer: the first MoE layer that has one. file: where it is described. layers: how many have one.
+    """
+    return Finding(
+        "unsupported-scheme",
+        "quantized experts are served without a bias" + (f" ({layers:,} MoE layers have one)" if layers > 1 else ""),
+        layer=layer,
+        file=file,
+        expected="experts without a bias, or with zeros",
+        found=found,
+        fix="export the experts without a bias (no asymmetric smoothing of their inputs), or as float",
+    )
