@@ -13,6 +13,7 @@ from typing import TypeVar
 from vllm_npu_quant.errors import Finding, NpuQuantError
 
 __all__ = [
+    "FLOAT_WEIGHTS",
     "FP8",
     "VARIABLES",
     "W4A8",
@@ -21,7 +22,7 @@ __all__ = [
     "cache_dir",
     "cpu_build",
     "emulation_mode",
-    "fp8_mode",
+    "float_weights_mode",
     "plugin_enabled",
     "plugin_mode",
     "reload_mode",
@@ -33,7 +34,11 @@ __all__ = [
 MODE = "VLLM_NPU_QUANT"
 #: 1: on an Ascend host, serve also the checkpoints that vllm-ascend serves itself.
 TAKEOVER = "VLLM_NPU_QUANT_TAKEOVER"
-#: FP8 weights on chips without FP8. int8 (the default): one byte per weight. bf16: the model's dtype, two bytes.
+#: Weights stored as 8- or 4-bit floats (FP8, MXFP8, MXFP4, NVFP4) on chips without these numbers. int8 (the default): int8
+#: weights and, where the checkpoint quantizes them, int8 activations. w8a16: int8 weights, activations in the model's dtype.
+#: bf16: the model's dtype, two bytes per weight.
+FLOAT_WEIGHTS = "VLLM_NPU_QUANT_FLOAT_WEIGHTS"
+#: The earlier name of FLOAT_WEIGHTS, which is read if that is not set.
 FP8 = "VLLM_NPU_QUANT_FP8"
 #: How layers with 4-bit weights and 8-bit activations are computed. int8 (the default): as stored. w4a16: with activations
 #: in the model's dtype, a different scheme, which is reported.
@@ -46,7 +51,7 @@ EMULATION = "VLLM_NPU_QUANT_EMULATION"
 #: Folder of the emulation's compiled kernels, and of downloads of the demo, the tests and the benchmarks.
 CACHE = "VLLM_NPU_QUANT_CACHE"
 #: All variables.
-VARIABLES = (MODE, TAKEOVER, FP8, W4A8, RELOAD, EMULATION, CACHE)
+VARIABLES = (MODE, TAKEOVER, FLOAT_WEIGHTS, FP8, W4A8, RELOAD, EMULATION, CACHE)
 
 #: Spellings of the values 1 and 0, in any case.
 _BOOLEANS = dict.fromkeys(("true", "yes", "on"), "1") | dict.fromkeys(("false", "no", "off"), "0")
@@ -97,13 +102,14 @@ def takeover() -> bool:
     return _read(TAKEOVER, "0", "1") == "1"
 
 
-def fp8_mode() -> str:
-    """The value of VLLM_NPU_QUANT_FP8: "int8" or "bf16".
+def float_weights_mode() -> str:
+    """The value of VLLM_NPU_QUANT_FLOAT_WEIGHTS, or of VLLM_NPU_QUANT_FP8: "int8", "w8a16" or "bf16".
 
     Raises:
         NpuQuantError: bad-config, for any other value.
     """
-    return _read(FP8, "int8", "bf16")
+    name = next((name for name in (FLOAT_WEIGHTS, FP8) if os.environ.get(name, "").strip()), FLOAT_WEIGHTS)
+    return _read(name, "int8", "w8a16", "bf16")
 
 
 def w4a8_mode() -> str:
@@ -151,13 +157,14 @@ class Settings:
     """All settings but the cache folder, read together.
 
     Attributes:
-        mode: "auto", "1" or "0". takeover: whether to serve vllm-ascend's checkpoints. fp8: "int8" or "bf16".
-        w4a8: "int8" or "w4a16". reload: "safe" or "direct". emulation: "fast" or "reference".
+        mode: "auto", "1" or "0". takeover: whether to serve vllm-ascend's checkpoints.
+        float_weights: "int8", "w8a16" or "bf16". w4a8: "int8" or "w4a16". reload: "safe" or "direct".
+        emulation: "fast" or "reference".
     """
 
     mode: str = "auto"
     takeover: bool = False
-    fp8: str = "int8"
+    float_weights: str = "int8"
     w4a8: str = "int8"
     reload: str = "safe"
     emulation: str = "fast"
@@ -177,7 +184,7 @@ class Settings:
         settings = cls(
             mode=valid(plugin_mode, cls.mode),
             takeover=valid(takeover, cls.takeover),
-            fp8=valid(fp8_mode, cls.fp8),
+            float_weights=valid(float_weights_mode, cls.float_weights),
             w4a8=valid(w4a8_mode, cls.w4a8),
             reload=valid(reload_mode, cls.reload),
             emulation=valid(emulation_mode, cls.emulation),

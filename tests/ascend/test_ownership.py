@@ -210,5 +210,5 @@ def test_a_description_in_config_json_is_left_by_its_name_and_schemes(monkeypatc
 
 @pytest.mark.usefixtures("on_ascend")
 def test_vllm_ascend_does_not_find_a_description_under_its_old_name() -> None:
-    assert _detect(str(fixture("msmodelslim-qwen3-v0-w8a8")), None, None) is None
-    assert _detect(str(fixture("msmodelslim-qwen3-v0-w8a8-old")), None, None) == "modelslim"
+    assert _detect(str(fixture("msmodelslim-qwen3-v0-w8a8")), None, None).method is None
+    assert _detect(str(fixture("msmodelslim-qwen3-v0-w8a8-old")), None, None).method == "modelslim"

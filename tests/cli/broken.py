@@ -226,7 +226,10 @@ CASES: tuple[Case, ...] = (
         "microscaling type",
         MS,
         lambda f: f.describe(
-            **{f"{Q}.{name}".replace(".", "__"): "W8A8_MXFP8" for name in ("weight", "weight_scale", "weight_offset")}
+            **dict.fromkeys(
+                (f"{Q}.{name}".replace(".", "__") for name in ("weight", "weight_scale", "weight_offset")),
+                "W4A4_MXFP4_FLATQUANT",
+            )
         ),
         "unsupported-scheme",
         Q,

@@ -14,6 +14,8 @@ from vllm_npu_quant.inspection import check
 
 #: What is neither an error nor a warning, with the format that is found.
 LOADS = {
+    "fp8-modelopt-config": "modelopt",
+    "fp8-modelopt-file-only": "modelopt",
     "ms-mindie-format": "modelslim",
     "ms-mindie-group-minus-one": "modelslim",
     "ms-group-size-text": "modelslim",
@@ -49,8 +51,6 @@ TOLD = {
     "ct-pangu-router-int8": ("warning", "bad-config", "quantize"),
     "gptq-tied-quantized-head": ("warning", "served-otherwise", "the stored lm_head is not used"),
     "gptq-marlin-format": ("error", "unsupported-scheme", "marlin"),
-    "fp8-modelopt-config": ("error", "unsupported-scheme", "NVIDIA ModelOpt"),
-    "fp8-modelopt-file-only": ("error", "unsupported-scheme", "NVIDIA ModelOpt"),
     "other-bnb4": ("error", "unsupported-scheme", "bitsandbytes"),
     "other-gptoss-mxfp4": ("error", "unsupported-scheme", "MXFP4"),
 }

@@ -312,11 +312,6 @@ CASES = {
         CT, CHANNEL, "compressed-tensors", config={"vocab_size": 99, "hidden_size": 8, "text_config": MODEL}
     ),
     # Kinds that are not served.
-    "ModelOpt": foreign({"quant_method": "modelopt", "quant_algo": "FP8"}, FP8, "NVIDIA ModelOpt", "'FP8'"),
-    "ModelOpt's file": foreign(
-        None, FP8, "NVIDIA ModelOpt", "hf_quant_config.json",
-        json={"hf_quant_config.json": {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}},
-    ),
     "bitsandbytes": foreign(
         {"quant_method": "bitsandbytes", "load_in_4bit": True},
         stored(**{"weight": ("U8", (32768, 1)), "weight.absmax": ("U8", (1024,))}), "bitsandbytes", "-bnb-4bit",

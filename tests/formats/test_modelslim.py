@@ -21,7 +21,7 @@ from vllm_npu_quant.formats.samples import EXPERTS
 from vllm_npu_quant.formats.samples import LAYER as SAMPLE_LAYER
 from vllm_npu_quant.serving.decide import Host, decide
 from vllm_npu_quant.serving.dispatch import describe, find_row
-from vllm_npu_quant.spec import Granularity, LayerKind, LayerSpec, Layout, NumberKind, TransformSpec
+from vllm_npu_quant.spec import Granularity, LayerKind, LayerSpec, Layout, NumberKind, TransformSpec, WeightSpec
 
 LAYER = "model.layers.0.self_attn.o_proj"
 SCALES = ("weight", "weight_scale", "weight_offset")
@@ -183,6 +183,25 @@ def test_fp8_is_what_the_checkpoint_stores() -> None:
     assert (spec.activation.bits, spec.activation.kind, spec.activation.dynamic) == (8, NumberKind.FLOAT, True)
 
 
+@pytest.mark.parametrize(
+    ("kind", "weight", "layout", "bits", "input_bits"),
+    [
+        ("W8A8_MXFP8", Stored("F8_E4M3", (64, 256)), Layout.MXFP8, 8, 8),
+        ("W4A8_MXFP", Stored("U8", (64, 128)), Layout.MXFP4, 4, 8),
+        ("W4A4_MXFP4", Stored("U8", (64, 128)), Layout.MXFP4, 4, 4),
+        ("W4A16_MXFP4", Stored("U8", (64, 128)), Layout.MXFP4, 4, None),
+    ],
+)
+def test_microscaling(kind: str, weight: Stored, layout: Layout, bits: int, input_bits: int | None) -> None:
+    tensors = stored(weight=weight, weight_scale=Stored("U8", (64, 8)))
+    assert errors(described(SCALES[:2], kind, **V1), tensors) == []
+    spec = entry_of(described(SCALES[:2], kind, **V1), tensors).spec
+    assert (spec.scheme, spec.layout) == (kind, layout)
+    assert spec.weight == WeightSpec(bits, NumberKind.MX, Granularity.GROUP, 32)
+    activation = spec.activation
+    assert (activation and (activation.bits, activation.kind)) == (input_bits and (input_bits, NumberKind.MX))
+
+
 FLATQUANT_TENSORS = scaled(int8(64, 256), (64, 1), left_trans=f32(8, 8), right_trans=f32(32, 32), clip_ratio=f32(1))
 HEADS_TENSORS = scaled(int8(64, 256), (64, 1), heads_rotation=f32(4, 4))
 KRONECKER_TENSORS = scaled(int8(64, 256), (64, 1), kronecker_rotation_m=f32(8, 8), kronecker_rotation_n=f32(32, 32))
@@ -235,10 +254,25 @@ UNFUSED = {f"{LAYER}.div.mul_scale": "FLOAT", **{f"{LAYER}.linear.{name}": "W8A8
 
 #: description, tensors (None for those that the description lists), code, what the message says.
 BROKEN = {
-    "MXFP8": (described(SCALES[:2], "W8A8_MXFP8", **V1), None, "unsupported-scheme", "Ascend 950"),
-    "MXFP4": (described(SCALES[:2], "W4A4_MXFP4", **V1), None, "unsupported-scheme", "W8A8_DYNAMIC, W4A8_DYNAMIC"),
+    "MXFP8 without its scales": (
+        described(("weight",), "W8A8_MXFP8", **V1),
+        stored(weight=Stored("F8_E4M3", (64, 256))),
+        "missing-tensor",
+        "weight_scale",
+    ),
+    "MXFP4 with float scales": (
+        described(SCALES[:2], "W4A4_MXFP4", **V1),
+        stored(weight=Stored("U8", (64, 128)), weight_scale=f32(64, 8)),
+        "wrong-dtype",
+        "U8 or F8_E8M0",
+    ),
+    "MXFP4 in groups of 64": (
+        described(SCALES[:2], "W4A8_MXFP", **V1),
+        stored(weight=Stored("U8", (64, 128)), weight_scale=Stored("U8", (64, 4))),
+        "wrong-shape",
+        "[N, G] = [64, 8]",
+    ),
     "MXFP4 FlatQuant": (described(SCALES, "W4A4_MXFP4_FLATQUANT", **V1), None, "unsupported-scheme", "Ascend 950"),
-    "W4A8_MXFP": (described(SCALES[:2], "W4A8_MXFP", **V1), None, "unsupported-scheme", "microscaling"),
     "compressed": (described(SCALES, "W8A8SC", **V1), None, "unsupported-scheme", "310P"),
     "NF4": (described(("weight",), "NF4", **V1), None, "unsupported-scheme", "NormalFloat"),
     "diffusion": (described(SCALES, "W8A8_TIMESTEP", **V1), None, "unsupported-scheme", "diffusion"),
@@ -327,10 +361,11 @@ def test_broken_descriptions_give_one_clear_error(name: str) -> None:
 
 
 def test_a_refused_type_is_said_once_for_all_its_layers() -> None:
-    types = {f"model.layers.{number}.mlp.up_proj.weight": "W8A8_MXFP8" for number in range(30)}
+    types = {f"model.layers.{number}.mlp.up_proj.weight": "W4A4_MXFP4_FLATQUANT" for number in range(30)}
     types["model.layers.7.mlp.down_proj.weight"] = "NF4"
     first, second = read_with_headers({**types, **V1}).findings
-    assert (first.code, first.layer, first.found) == ("unsupported-scheme", "model.layers.0.mlp.up_proj", "W8A8_MXFP8")
+    assert (first.code, first.layer) == ("unsupported-scheme", "model.layers.0.mlp.up_proj")
+    assert first.found == "W4A4_MXFP4_FLATQUANT"
     assert first.message.endswith("(30 layers)")
     assert (second.layer, second.found) == ("model.layers.7.mlp.down_proj", "NF4")
 
@@ -343,7 +378,7 @@ def test_unfused_smoothing_is_found_behind_a_layer_with_the_same_tensors() -> No
 
 def test_the_support_matrix_has_a_sample_of_every_type() -> None:
     samples = {sample.label: sample for sample in FORMAT.samples()}
-    assert list(samples) == [*TYPES, "W8A8_MXFP8", "W4A8_MXFP", "W4A4_MXFP4", "W8A8SC"]
+    assert list(samples) == [*TYPES, "W4A4_MXFP4_FLATQUANT", "W8A8SC"]
     for label, sample in samples.items():
         found = read(sample.config, sample.tensors)
         if label not in TYPES:
@@ -479,7 +514,7 @@ def description_of(folder: Path) -> dict[str, Any]:
     return json.loads(next(path for path in folder.iterdir() if is_description_file(path.name)).read_text())
 
 
-#: Every dense ModelSlim checkpoint of the set: the layouts of its quantized layers, or the code that refuses it.
+#: Every dense ModelSlim checkpoint of the set: the layouts of its quantized layers.
 REAL = {
     "msmodelslim-qwen3-v0-w4a16-asym": {Layout.MODELSLIM_PACKED_K},
     "msmodelslim-qwen3-v0-w4a16-g64": {Layout.MODELSLIM_PACKED_N},
@@ -494,8 +529,8 @@ REAL = {
     "msmodelslim-qwen3-w8a8c8": {Layout.MODELSLIM_STATIC},
     "msmodelslim-qwen3-wfp8afp8": {Layout.FP8},
     "msmodelslim-qwen3fp32-w8a16-g128": {Layout.MODELSLIM_INT},
-    "msmodelslim-qwen3-w8a8-mxfp8": "unsupported-scheme",
-    "msmodelslim-qwen3-w4a4-mxfp4": "unsupported-scheme",
+    "msmodelslim-qwen3-w8a8-mxfp8": {Layout.MXFP8},
+    "msmodelslim-qwen3-w4a4-mxfp4": {Layout.MXFP4},
 }
 
 
@@ -509,9 +544,6 @@ def test_real_checkpoints(name: str) -> None:
     found = read(description_of(folder), checkpoint.tensors)
     codes = {finding.code for finding in found.findings if finding.severity is Severity.ERROR}
     expected = REAL[name]
-    if isinstance(expected, str):
-        assert codes == {expected}
-        return
     assert codes == set()
     assert [finding for finding in check_checkpoint(found, checkpoint) if finding.severity is Severity.ERROR] == []
     quantized = {entry.spec for entry in found.layers.values() if not entry.spec.is_float}

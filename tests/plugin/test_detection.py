@@ -210,7 +210,7 @@ def test_the_config_of_a_part_that_vllm_does_not_look_at(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("quantization", "title"),
     [
-        ({"quant_method": "modelopt", "quant_algo": "FP8"}, "NVIDIA ModelOpt"),
+        ({"quant_method": "quark", "global_quant_config": {}}, "AMD Quark"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
         ({"quant_method": "aqlm"}, "AQLM"),
         ({"quant_method": "w8a8_int8"}, "SGLang W8A8 int8"),
@@ -220,13 +220,6 @@ def test_what_vllm_cannot_serve_here(quantization: dict[str, Any], title: str, t
     finding = refused(copy_of(FLOAT, tmp_path / "m", quantization_config=quantization))
     assert finding.code == "unsupported-scheme"
     assert title in finding.message
-
-
-def test_the_file_of_modelopt(tmp_path: Path) -> None:
-    folder = copy_of(FLOAT, tmp_path / "m")
-    content = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}
-    (folder / "hf_quant_config.json").write_text(json.dumps(content))
-    assert "NVIDIA ModelOpt" in refused(folder).message
 
 
 def test_other_errors_of_vllm_stay(tmp_path: Path) -> None:

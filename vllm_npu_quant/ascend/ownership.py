@@ -15,7 +15,7 @@ from typing import Any
 
 from vllm_npu_quant.ascend import host
 
-__all__ = ["accepts_bare_config", "serves_compressed_tensors", "serves_fp8", "unserved"]
+__all__ = ["accepts_bare_config", "serves_compressed_tensors", "serves_fp8", "serves_modelopt", "unserved"]
 
 #: The second key of vllm-ascend's registries.
 LINEAR, MOE, ATTENTION = "linear", "moe", "attention"
@@ -212,6 +212,17 @@ def serves_fp8(config: Mapping[str, Any], model: Any) -> bool:
         fp4 = getattr(model, "expert_dtype", "fp4") == "fp4"
         return fp4 and _serves_fp8("ds_linear") and any(map(_serves_fp8, experts))
     return _serves_fp8(LINEAR) and _serves_fp8(MOE)
+
+
+def serves_modelopt(config: Mapping[str, Any]) -> bool:
+    """Whether vllm-ascend serves a checkpoint of ``quant_method`` "mxfp8" or "modelopt" in its own precision: MXFP8 only.
+
+    Args:
+        config: the quantization_config.
+    """
+    mxfp8 = config.get("quant_method") in ("mxfp8", "modelopt_mxfp8") or config.get("quant_algo") == "MXFP8"
+    theirs = host.attribute("vllm_ascend.quantization.configs.modelopt_mxfp8_config", "AscendModelOptMxFp8Config")
+    return mxfp8 and theirs is not None and all(_serves("W8A8_MXFP8", kind) for kind in (LINEAR, MOE))
 
 
 def _serves_fp8(kind: str) -> bool:

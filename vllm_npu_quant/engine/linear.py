@@ -280,7 +280,7 @@ class NpuQuantLinearMethod(LinearMethodBase):
                 inputs than the layer, and no tensor gives their number.
         """
         tensors = {tensor.name: getattr(layer, name).data for name, tensor in self.receiver.tensors.items()}
-        canonical = self.receiver.canonical(tensors)
+        canonical = self.receiver.canonical(tensors, self.spec)
         order, wanted = canonical.input_permutation, self.receiver.part.sizes.inputs
         inputs = canonical.weight.inputs if order is None else int((order >= 0).sum())
         if inputs != wanted:

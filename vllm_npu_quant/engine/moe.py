@@ -207,7 +207,7 @@ class _Product:
 
     def _canonical(self, tensors: dict[str, torch.Tensor]) -> CanonicalLinear:
         if not self.stored.is_float:
-            return self.receiver.canonical(tensors)
+            return self.receiver.canonical(tensors, self.served.spec)
         values = tensors["weight"]
         weight = CanonicalWeight.of(values, values.new_ones(1, 1, dtype=torch.float32))
         weight.float_rows = lambda start, stop: values[start:stop].to(torch.float32)

@@ -34,7 +34,7 @@ from vllm_npu_quant.layouts.tables import (
     rows_per_scale_of,
 )
 from vllm_npu_quant.serving.shards import RankPart
-from vllm_npu_quant.spec import LayerSpec, TransformSpec
+from vllm_npu_quant.spec import Granularity, LayerSpec, TransformSpec
 
 __all__ = ["TORCH_DTYPES", "UNWITNESSED_LOADS", "Origin", "Receiver", "load_is_checked", "refusal"]
 
@@ -295,13 +295,20 @@ class Receiver:
         else:
             param.fill_(1 if tensor.role is Role.SCALE else 0)
 
-    def canonical(self, tensors: Mapping[str, torch.Tensor]) -> CanonicalLinear:
-        """The canonical numbers of loaded tensors, which are named as in the layout.
+    def canonical(self, tensors: Mapping[str, torch.Tensor], served: LayerSpec) -> CanonicalLinear:
+        """The canonical numbers of loaded tensors.
+
+        Args:
+            tensors: named as in the layout.
+            served: the served spec: exact integers in groups are taken if its weight has groups.
 
         Raises:
             NpuQuantError: values that the layout's conversion refuses.
         """
-        return load_object(LAYOUTS[self.part.spec.layout].to_canonical)(tensors, self.part.spec)
+        linear: CanonicalLinear = load_object(LAYOUTS[self.part.spec.layout].to_canonical)(tensors, self.part.spec)
+        exact, weight = linear.weight.exact, served.weight
+        grouped = weight is not None and weight.granularity is Granularity.GROUP
+        return replace(linear, weight=exact) if grouped and exact is not None else linear
 
     def drop(self, layer: nn.Module) -> None:
         """Delete the parameters that received the checkpoint's tensors."""

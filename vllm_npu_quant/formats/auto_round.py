@@ -2,7 +2,8 @@
 """AutoRound checkpoints (``quant_method: auto-round``).
 
 ``packing_format`` names the layout of the weights: GPTQ's with zero points minus one (auto_round:auto_gptq), GPTQ's with
-zero points as they are (auto_round, auto_round:gptqmodel), AWQ's (auto_round:auto_awq), or FP8 in blocks or per output.
+zero points as they are (auto_round, auto_round:gptqmodel), AWQ's (auto_round:auto_awq), compressed-tensors' MXFP8, MXFP4 and
+NVFP4 (auto_round:llm_compressor), or FP8 in blocks or per output.
 Layers under ``block_name_to_quantize`` have the scheme of the config; ``extra_config`` overrides fields of single layers by
 name, and of others by regular expressions found anywhere in their names, the first that matches; 16 bits mean float.
 """
@@ -35,7 +36,8 @@ from vllm_npu_quant.formats.packed import (
 )
 from vllm_npu_quant.formats.patterns import PatternSet
 from vllm_npu_quant.formats.samples import sample_tensors
-from vllm_npu_quant.spec import Granularity, LayerSpec, Layout
+from vllm_npu_quant.formats.small_floats import MXFP4, MXFP8, NVFP4, block_float_spec
+from vllm_npu_quant.spec import Granularity, LayerSpec, Layout, WeightSpec
 
 if TYPE_CHECKING:
     from vllm_npu_quant.checkpoint import Checkpoint
@@ -58,6 +60,12 @@ _SPECIAL = frozenset("*+?^$()[]{}|\\")
 
 #: Names of E4M3 in data_type.
 _FP8_TYPES = ("fp", "fp8", "fp8_e4m3")
+#: (beginning of data_type, bits) -> name, layout and weight of floats with scales per block of inputs.
+_BLOCK_FLOATS = {
+    ("mx_fp", 8): ("MXFP8", Layout.MXFP8, MXFP8),
+    ("mx_fp", 4): ("MXFP4", Layout.CT_MXFP4, MXFP4),
+    ("nv_fp", 4): ("NVFP4", Layout.CT_NVFP4, NVFP4),
+}
 
 
 class LayerScheme(ConfigModel):
@@ -227,8 +235,17 @@ def _spec(scheme: LayerScheme, config: AutoRoundConfig) -> LayerSpec:
         static = config.act_dynamic is False
         name = "FP8_CHANNEL_STATIC" if static else "FP8_CHANNEL_DYNAMIC"
         return fp8_spec(name, fp8_weight(Granularity.CHANNEL), Layout.FP8, static=static)
+    blocks = _block_floats(scheme)
+    if blocks is not None:
+        quantized = scheme.act_bits is not None and scheme.act_bits < FLOAT_BITS
+        return block_float_spec(*blocks, scheme.act_bits if quantized else None)
     layout = _PACKINGS.get(config.packing_format, Layout.GPTQ)
     return integer_spec("AutoRound", layout, scheme.bits or config.bits, scheme.group_size or -1, bool(scheme.sym))
+
+
+def _block_floats(scheme: LayerScheme) -> tuple[str, Layout, WeightSpec] | None:
+    """Name, layout and weight of a scheme of floats with scales per block of inputs; None for other schemes."""
+    return _BLOCK_FLOATS.get(((scheme.data_type or "")[:5], scheme.bits or 0))
 
 
 def _problems(config: AutoRoundConfig, source: str) -> Iterator[Finding]:
@@ -252,9 +269,12 @@ def _unsupported_part(scheme: LayerScheme, packing: str) -> tuple[str, str, str]
         return "scales that are quantized, too", "no super_bits", f"super_bits: {scheme.super_bits}"
     if scheme.data_type in _FP8_TYPES and scheme.bits == 8:
         return _unsupported_fp8(scheme)
+    blocks = _block_floats(scheme)
+    if blocks is not None:
+        return _unsupported_blocks(scheme, *blocks)
     if scheme.data_type != "int" or isinstance(scheme.group_size, tuple):
         value = f"data_type: {scheme.data_type}, group_size: {scheme.group_size}"
-        return f"data_type {scheme.data_type!r:.40}", "data_type int, or FP8 in blocks", value
+        return f"data_type {scheme.data_type!r:.40}", "data_type int, FP8, mx_fp or nv_fp", value
     if scheme.act_bits is not None and scheme.act_bits < FLOAT_BITS:
         expected = "the format llm_compressor, which quantizes activations, too"
         return f"{scheme.act_bits}-bit activations", expected, f"act_bits: {scheme.act_bits}"
@@ -264,6 +284,18 @@ def _unsupported_part(scheme: LayerScheme, packing: str) -> tuple[str, str, str]
     if scheme.bits not in supported:
         expected = " or ".join(map(str, supported)) + f" bits for packing_format {packing}"
         return f"{scheme.bits} bits", expected, f"bits: {scheme.bits}"
+    return None
+
+
+def _unsupported_blocks(
+    scheme: LayerScheme, name: str, layout: Layout, weight: WeightSpec
+) -> tuple[str, str, str] | None:
+    """``_unsupported_part`` for floats with scales per block of inputs."""
+    if scheme.group_size != weight.group_size or scheme.sym is False:
+        expected = f"group_size: {weight.group_size}, sym: true"
+        return f"{name} in other groups", expected, f"group_size: {scheme.group_size}, sym: {scheme.sym}"
+    if scheme.act_bits not in (None, 4, 8) and (scheme.act_bits or 0) < FLOAT_BITS:
+        return f"{scheme.act_bits}-bit activations", "act_bits: 4, 8 or 16", f"act_bits: {scheme.act_bits}"
     return None
 
 
@@ -283,11 +315,15 @@ def _samples() -> Iterator[Sample]:
     gptq = {**integers, "packing_format": "auto_round:auto_gptq"}
     awq = {**integers, "bits": 4, "sym": False, "packing_format": "auto_round:auto_awq"}
     fp8 = {**integers, "bits": 8, "data_type": "fp", "act_bits": 8, "packing_format": "auto_round:fp8"}
+    mxfp = {**fp8, "data_type": "mx_fp", "group_size": 32, "packing_format": "auto_round:llm_compressor"}
     schemes: list[tuple[str, dict[str, Any]]] = [
         *((f"{bits} bits, auto_gptq packing", {**gptq, "bits": bits}) for bits in BITS),
         ("4 bits, auto_awq packing", awq),
         ("FP8 per channel", {**fp8, "group_size": -1}),
         ("FP8 per block", {**fp8, "group_size": [128, 128]}),
+        ("MXFP8", mxfp),
+        ("MXFP4", {**mxfp, "bits": 4, "act_bits": 4}),
+        ("NVFP4", {**mxfp, "bits": 4, "act_bits": 4, "data_type": "nv_fp", "group_size": 16}),
     ]
     for label, config in schemes:
         parsed = AutoRoundConfig.model_validate(config)

@@ -44,6 +44,7 @@ from vllm_npu_quant.formats.index import index_by_rules, is_embedding, stored_la
 from vllm_npu_quant.formats.patterns import PatternSet
 from vllm_npu_quant.formats.resolve import variants
 from vllm_npu_quant.formats.samples import sample_tensors
+from vllm_npu_quant.formats.small_floats import MXFP4, MXFP8, NVFP4, block_float_spec
 from vllm_npu_quant.spec import ActivationSpec, Granularity, LayerSpec, Layout, NumberKind, WeightSpec
 
 if TYPE_CHECKING:
@@ -59,16 +60,18 @@ _CHIPS_WITHOUT = "Ascend A2, A3 and 310P have no {what} instructions; Ascend 950
 
 #: Formats that are refused by name, and why.
 _REFUSED_FORMATS = {
-    "nvfp4-pack-quantized": _CHIPS_WITHOUT.format(what="FP4")
-    + " FP4 of the MX kind, with power-of-two scales, but not this one",
-    "mxfp4-pack-quantized": _CHIPS_WITHOUT.format(what="MXFP4") + " them, and this version does not serve them there",
-    "mxfp8-quantized": _CHIPS_WITHOUT.format(what="MXFP8") + " them, and this version does not serve them there",
     "marlin-24": "the weights are packed for the 2:4 sparse instructions of NVIDIA GPUs",
     "sparse-24-bitmask": "weights of 2:4 sparsity are not decompressed",
     "sparse-bitmask": "sparse weights are not decompressed",
 }
 _PACKED, _INT, _FLOAT, _NAIVE = "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"
-_SERVED_FORMATS = (_PACKED, _INT, _FLOAT, _NAIVE)
+#: Formats of floats with scales per block of inputs: their name, layout and weight.
+_BLOCK_FLOATS = {
+    "mxfp8-quantized": ("MXFP8", Layout.MXFP8, MXFP8),
+    "mxfp4-pack-quantized": ("MXFP4", Layout.CT_MXFP4, MXFP4),
+    "nvfp4-pack-quantized": ("NVFP4", Layout.CT_NVFP4, NVFP4),
+}
+_SERVED_FORMATS = (_PACKED, _INT, _FLOAT, _NAIVE, *_BLOCK_FLOATS)
 
 _VERSION = re.compile(r"(\d{1,4})\.(\d{1,4})")
 #: The first release that packs integers as a stream of bits, without padding.
@@ -183,6 +186,8 @@ def _args(num_bits: int, strategy: str, **fields: Any) -> dict[str, Any]:
 
 _PER_TOKEN_8 = _args(8, "token", dynamic=True)
 _FP8_PER_TOKEN = _args(8, "token", dynamic=True, type="float")
+_MXFP8, _MXFP4 = (_args(bits, "group", group_size=32, type="float") for bits in (8, 4))
+_NVFP4 = _args(4, "tensor_group", group_size=16, type="float")
 #: Names of schemes that may replace a group's arguments: {"W8A8": ["Linear"]}.
 _PRESETS: dict[str, dict[str, Any]] = {
     "W8A16": {"weights": _args(8, "group", group_size=128)},
@@ -197,6 +202,12 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "weights": _args(8, "block", block_structure=[128, 128], type="float"),
         "input_activations": _args(8, "group", group_size=128, dynamic=True, type="float"),
     },
+    "MXFP8A16": {"weights": _MXFP8},
+    "MXFP8": {"weights": _MXFP8, "input_activations": {**_MXFP8, "dynamic": True}},
+    "MXFP4A16": {"weights": _MXFP4},
+    "MXFP4": {"weights": _MXFP4, "input_activations": {**_MXFP4, "dynamic": True}},
+    "NVFP4A16": {"weights": _NVFP4},
+    "NVFP4": {"weights": _NVFP4, "input_activations": {**_NVFP4, "dynamic": "local"}},
 }
 
 
@@ -499,6 +510,8 @@ def _group_of(scheme: QuantizationScheme, packing: str) -> _Group:
     _check_format(packing, weights)
     if weights.dynamic:
         raise _Refused("weights cannot be dynamic", code="bad-config", found=weights.describe())
+    if packing in _BLOCK_FLOATS:
+        return _block_float_group(packing, weights, inputs)
     return _float_group(packing, weights, inputs) if weights.type == "float" else _int_group(packing, weights, inputs)
 
 
@@ -514,8 +527,6 @@ def _check_format(packing: str, weights: QuantizationArgs) -> None:
     """Refuse a format whose weights are not read."""
     if packing in _REFUSED_FORMATS:
         raise _Refused(f"{packing}: {_REFUSED_FORMATS[packing]}", found=weights.describe())
-    if weights.type == "float" and weights.num_bits == 4:
-        raise _Refused(_CHIPS_WITHOUT.format(what="FP4") + " some", found=weights.describe())
     if packing in _SERVED_FORMATS:
         return
     known = (*_SERVED_FORMATS, *_REFUSED_FORMATS, *_NO_FORMAT)
@@ -550,6 +561,24 @@ def _float_group(packing: str, weights: QuantizationArgs, inputs: QuantizationAr
     name = f"FP8{'' if granularity is Granularity.TENSOR else '_' + granularity.value.upper()}_{kind}"
     spec = fp8_spec(name, fp8_weight(granularity, weights.block_structure or (0, 0)), Layout.FP8, static=static)
     return _Group(spec, frozenset({"input_scale"}) if static else frozenset())
+
+
+def _block_float_group(packing: str, weights: QuantizationArgs, inputs: QuantizationArgs | None) -> _Group:
+    """A group with MXFP8, MXFP4 or NVFP4 weights."""
+    name, layout, weight = _BLOCK_FLOATS[packing]
+    stored = (weights.type, weights.num_bits, weights.group_size, weights.symmetric)
+    if stored != ("float", weight.bits, weight.group_size, True):
+        raise _Refused(
+            f"{packing} holds {name} weights, and the config says something else",
+            code="bad-config",
+            expected=f"{weight.bits}-bit float per group of {weight.group_size}, symmetric",
+            found=weights.describe(),
+        )
+    if inputs is not None and (inputs.type != "float" or inputs.num_bits not in (4, 8)):
+        raise _Refused(
+            f"{name} weights are served with 4- or 8-bit float inputs, or float ones", found=inputs.describe()
+        )
+    return _Group(block_float_spec(name, layout, weight, None if inputs is None else inputs.num_bits))
 
 
 def _int_group(packing: str, weights: QuantizationArgs, inputs: QuantizationArgs | None) -> _Group:
@@ -819,8 +848,12 @@ _SCHEMES: tuple[tuple[str, dict[str, Any], dict[str, Any] | None, str], ...] = (
     ("FP8 dynamic", *_PRESETS["FP8_DYNAMIC"].values(), _FLOAT),
     ("FP8 static", *_PRESETS["FP8"].values(), _FLOAT),
     ("FP8 block", *_PRESETS["FP8_BLOCK"].values(), _FLOAT),
-    ("MXFP4", _args(4, "group", group_size=32, type="float"), None, "mxfp4-pack-quantized"),
-    ("NVFP4", _args(4, "tensor_group", group_size=16, type="float"), None, "nvfp4-pack-quantized"),
+    ("MXFP8", *_PRESETS["MXFP8"].values(), "mxfp8-quantized"),
+    ("MXFP4", *_PRESETS["MXFP4"].values(), "mxfp4-pack-quantized"),
+    ("MXFP4 weights, FP8 inputs", _MXFP4, _FP8_PER_TOKEN, "mxfp4-pack-quantized"),
+    ("MXFP4 weights", _MXFP4, None, "mxfp4-pack-quantized"),
+    ("NVFP4", *_PRESETS["NVFP4"].values(), "nvfp4-pack-quantized"),
+    ("NVFP4 weights", _NVFP4, None, "nvfp4-pack-quantized"),
 )
 
 

@@ -26,7 +26,7 @@ __all__ = ["EXTENSIONS", "Format", "Sample", "find_format", "formats", "register
 EXTENSIONS = "vllm_npu_quant.extensions"
 
 #: Modules of the built-in formats, in the order in which vLLM asks their config classes.
-_BUILT_IN = ("modelslim", "compressed_tensors", "fp8", "awq", "gptq", "auto_round", "online")
+_BUILT_IN = ("modelslim", "compressed_tensors", "fp8", "modelopt", "awq", "gptq", "auto_round", "online")
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class Format:
         file_beside: from the names of a folder's files to the one that describes the quantization if config.json does not.
         title: the name in messages; ``name`` if empty.
         needs_file: the file that users should look for if none describes the quantization.
+        read_by_vllm: whether vLLM looks for that file itself.
         rounds: whether it is no format of checkpoints, but rounds the weights of float ones while they load, if a user asks.
         decisive: whether that file contradicts a config.json that names another format.
         is_complete: whether a ``quantization_config`` is complete, so that a decisive file beside it is not needed.
@@ -85,6 +86,7 @@ class Format:
     file_beside: Callable[[Iterable[str]], str | None] = field(default=lambda names: None)
     title: str = ""
     needs_file: str = ""
+    read_by_vllm: bool = False
     rounds: bool = False
     decisive: bool = False
     is_complete: Callable[[Mapping[str, Any]], bool] = field(default=lambda config: True)

@@ -131,7 +131,8 @@ def detect_files(names: Iterable[str], read: Callable[[str], Mapping[str, Any]])
             declaration.name if declaration.decisive else plain_method(config.get("quant_method")) or declaration.name
         )
         rival = named if named is not None and named.format not in ("", name) else None
-        return Detection(name, file, config, asks=not declaration.decisive, model=model, rival=rival)
+        asks = not (declaration.decisive or declaration.read_by_vllm)
+        return Detection(name, file, config, asks=asks, model=model, rival=rival)
     return named or _foreign_beside(names, read, model)
 
 

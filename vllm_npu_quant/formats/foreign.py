@@ -56,14 +56,11 @@ def _methods(*names: str) -> frozenset[str]:
 #: Every kind that is known by name. Entries with tensors are recognized by these if no config names them.
 FOREIGN: tuple[Foreign, ...] = (
     Foreign(
-        "NVIDIA ModelOpt",
-        "FP8, NVFP4 or MXFP8 weights for NVIDIA GPUs",
-        _methods("modelopt", "modelopt-fp4", "modelopt-mxfp8", "modelopt-mixed", "nvfp4", "petit-nvfp4"),
-        f"{_FLOAT}; or an FP8 release of llm-compressor or of the model's makers (quant_method: fp8, compressed-tensors)",
-        fields=frozenset({"quant_algo", "modelopt_quant_config", "quantization"}),
+        "NVFP4",
+        "FP4 weights with FP8 scales",
+        _methods("nvfp4", "petit-nvfp4"),
+        "copy the producer's config.json or hf_quant_config.json (ModelOpt), which say how they are stored, into the folder",
         tensors={"weight_scale_2": _ANY},
-        file="hf_quant_config.json",
-        needs_fp8=True,
     ),
     Foreign(
         "DeepSeek-V4",
@@ -82,13 +79,6 @@ FOREIGN: tuple[Foreign, ...] = (
             name: frozenset({"U8"})
             for name in ("gate_up_proj_blocks", "gate_up_proj_scales", "down_proj_blocks", "down_proj_scales")
         },
-    ),
-    Foreign(
-        "MXFP8",
-        "FP8 weights with one power-of-two scale for 32 inputs",
-        _methods("mxfp8"),
-        f"{_INT8}; Ascend 950 (A5) has instructions for MXFP8: try vllm-ascend there",
-        needs_fp8=True,
     ),
     Foreign(
         "AMD Quark",

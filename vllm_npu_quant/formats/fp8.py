@@ -41,7 +41,19 @@ from vllm_npu_quant.spec import ActivationSpec, Granularity, LayerSpec, Layout, 
 if TYPE_CHECKING:
     from vllm_npu_quant.checkpoint import Checkpoint
 
-__all__ = ["FORMAT", "FP8_DTYPES", "Fp8Config", "fp8_activation", "fp8_spec", "fp8_weight", "read"]
+__all__ = [
+    "FORMAT",
+    "FP8_DTYPES",
+    "ExcludedLayers",
+    "Fp8Config",
+    "fp8_activation",
+    "fp8_spec",
+    "fp8_weight",
+    "named_fp8_spec",
+    "read",
+    "stored_fp8_weight",
+    "stored_quantized",
+]
 
 #: safetensors dtypes of 8-bit floats.
 FP8_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
@@ -147,7 +159,7 @@ def _describe_layers(
 ) -> None:
     """Fill ``described`` with the stored layers."""
     source = described.source
-    excluded = _ExcludedLayers(config.skipped, source)
+    excluded = ExcludedLayers(config.skipped, source, "ignored_layers")
     found.extend(excluded.patterns.findings)
     layers = _Layers(config, excluded, source, found)
     index_by_rules(described, stored_layers_of(tensors), layers.entry, layers.stored_as_float, found)
@@ -157,7 +169,7 @@ def _describe_layers(
         found.add(kv_cache_finding("k_scale, v_scale" if layers.kv_cache else "kv_cache_scheme", source))
 
 
-class _ExcludedLayers:
+class ExcludedLayers:
     """The layers that a config calls float, by names and by regular expressions after "re:".
 
     Attributes:
@@ -165,11 +177,16 @@ class _ExcludedLayers:
         patterns: the regular expressions, matched at the start of a layer's name.
     """
 
-    def __init__(self, rules: Sequence[str], source: str) -> None:
+    def __init__(self, rules: Sequence[str], source: str, where: str) -> None:
+        """
+        Args:
+            rules: names, and expressions after "re:".
+            source, where: the file and the field to name in findings.
+        """
         self.names = frozenset(rule for rule in rules if not rule.startswith("re:"))
         self._lengths = {name.count(".") + 1 for name in self.names} & _RUN_LENGTHS
         expressions = [rule.removeprefix("re:") for rule in rules if rule.startswith("re:")]
-        self.patterns = PatternSet(expressions, file=source, where="ignored_layers")
+        self.patterns = PatternSet(expressions, file=source, where=where)
 
     def contains(self, layer: str) -> bool:
         """Whether a rule names exactly this layer, or a regular expression matches it."""
@@ -202,7 +219,7 @@ class _Layers:
     """
 
     config: Fp8Config
-    excluded: _ExcludedLayers
+    excluded: ExcludedLayers
     source: str
     found: FindingLimit
     stored_as_float: list[str] = field(default_factory=list)
@@ -222,34 +239,43 @@ class _Layers:
                 self.stored_as_float.append(layer)
             return FLOAT_ENTRY
         if self.excluded.contains(layer):
-            self.found.add(self._stored_quantized(layer, weight))
+            self.found.add(stored_quantized(layer, weight, self.source, "modules_to_not_convert (or ignored_layers)"))
             return None
-        stored = _stored_weight(self.config, weight, scale)
+        stored = stored_fp8_weight(weight, scale, self.config.weight_block_size)
         static = not {"input_scale", "activation_scale"}.isdisjoint(named)
         layout = Layout.FP8_INV if scale_name == "weight_scale_inv" else Layout.FP8
-        return layer_entry(layer, _spec(stored, layout, static=static), named, self.found, ignored=kv)
-
-    def _stored_quantized(self, layer: str, weight: StoredTensor) -> Finding:
-        return Finding(
-            "bad-config",
-            "the config calls the layer float, and its weight is stored quantized",
-            layer=layer,
-            file=self.source,
-            expected="a float weight",
-            found=f"{weight.dtype} in {weight.file}",
-            fix="remove the layer from modules_to_not_convert (or ignored_layers), or re-export the weights",
-        )
+        return layer_entry(layer, named_fp8_spec(stored, layout, static=static), named, self.found, ignored=kv)
 
 
-def _stored_weight(config: Fp8Config, weight: StoredTensor, scale: StoredTensor | None) -> WeightSpec:
-    """Granularity from the shape of the scale; falls back to the config."""
-    block = config.weight_block_size
+def stored_quantized(layer: str, weight: StoredTensor, source: str, where: str) -> Finding:
+    """The finding for a layer that the config calls float in the field ``where``, and whose weight is stored quantized."""
+    return Finding(
+        "bad-config",
+        "the config calls the layer float, and its weight is stored quantized",
+        layer=layer,
+        file=source,
+        expected="a float weight",
+        found=f"{weight.dtype} in {weight.file}",
+        fix=f"remove the layer from {where}, or re-export the weights",
+    )
+
+
+def stored_fp8_weight(
+    weight: StoredTensor, scale: StoredTensor | None, block: tuple[int, int] | None = None
+) -> WeightSpec:
+    """The spec of a stored FP8 weight, by the shape of its scale.
+
+    Args:
+        block: output rows and inputs per scale, if the config names blocks; taken if the shape fits nothing else.
+    """
     named = fp8_weight(Granularity.BLOCK, block) if block else fp8_weight(Granularity.TENSOR)
     if scale is None or len(weight.shape) != 2:
         return named
     outputs, inputs = weight.shape
-    if block and scale.shape == (-(-outputs // block[0]), -(-inputs // block[1])):
-        return named
+    if block:
+        rows, columns = -(-outputs // block[0]), -(-inputs // block[1])
+        if scale.shape in ((rows, columns), (rows, 1, columns, 1)):
+            return named
     if scale.shape in ((), (1,), (1, 1)):
         return fp8_weight(Granularity.TENSOR)
     if scale.shape in ((outputs,), (outputs, 1)):
@@ -257,7 +283,8 @@ def _stored_weight(config: Fp8Config, weight: StoredTensor, scale: StoredTensor 
     return named
 
 
-def _spec(weight: WeightSpec, layout: Layout, *, static: bool) -> LayerSpec:
+def named_fp8_spec(weight: WeightSpec, layout: Layout, *, static: bool) -> LayerSpec:
+    """``fp8_spec`` with a scheme by granularity and activation: "FP8_BLOCK_DYNAMIC"."""
     granularity = "" if weight.granularity is Granularity.TENSOR else f"_{weight.granularity.value.upper()}"
     return fp8_spec(f"FP8{granularity}_{'STATIC' if static else 'DYNAMIC'}", weight, layout, static=static)
 
@@ -316,9 +343,9 @@ def _producer(config: Mapping[str, Any]) -> str:
 
 
 def _samples() -> Iterator[Sample]:
-    block = _spec(fp8_weight(Granularity.BLOCK, (128, 128)), Layout.FP8_INV, static=False)
+    block = named_fp8_spec(fp8_weight(Granularity.BLOCK, (128, 128)), Layout.FP8_INV, static=False)
     tensor = fp8_weight(Granularity.TENSOR)
-    dynamic, static = (_spec(tensor, Layout.FP8, static=static) for static in (False, True))
+    dynamic, static = (named_fp8_spec(tensor, Layout.FP8, static=static) for static in (False, True))
     config = {"quant_method": "fp8", "activation_scheme": "dynamic"}
     yield Sample("block 128 x 128", {**config, "weight_block_size": [128, 128]}, sample_tensors(block))
     yield Sample("per tensor, dynamic", config, sample_tensors(dynamic))

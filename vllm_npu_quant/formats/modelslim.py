@@ -25,6 +25,7 @@ from vllm_npu_quant.formats.described import FLOAT_ENTRY, Described, LayerEntry,
 from vllm_npu_quant.formats.experts import holds_fused_floats, split_expert
 from vllm_npu_quant.formats.index import add_layers
 from vllm_npu_quant.formats.samples import LAYER, sample_tensors
+from vllm_npu_quant.formats.small_floats import MXFP4, MXFP8, block_float_input
 from vllm_npu_quant.layouts.tables import LAYOUTS
 from vllm_npu_quant.spec import (
     FLOAT,
@@ -123,6 +124,7 @@ _STATIC_INT8 = ActivationSpec(8, dynamic=False, granularity=Granularity.TENSOR, 
 _INT8 = WeightSpec(8)
 _INT4 = WeightSpec(4)
 _FP8 = WeightSpec(8, NumberKind.FLOAT)
+_MX8, _MX4 = (block_float_input(NumberKind.MX, bits) for bits in (8, 4))
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,10 @@ TYPES: dict[str, _Type] = {
         needs=frozenset({"left_trans", "clip_ratio"}),
     ),
     "WFP8AFP8_DYNAMIC": _Type(Layout.FP8, _FP8, _FP8_PER_TOKEN),
+    "W8A8_MXFP8": _Type(Layout.MXFP8, MXFP8, _MX8),
+    "W4A8_MXFP": _Type(Layout.MXFP4, MXFP4, _MX8),
+    "W4A4_MXFP4": _Type(Layout.MXFP4, MXFP4, _MX4),
+    "W4A16_MXFP4": _Type(Layout.MXFP4, MXFP4),
 }
 FLOAT_TYPE = "FLOAT"
 #: Types of tensors that are not quantized: "W16A16S" is float that was made sparse.
@@ -181,8 +187,8 @@ _REFUSED = {
     "W8A8_TIMESTEP": "scales per diffusion step have no meaning for a language model",
 }
 _ONLY_950 = (
-    "microscaling formats (MXFP8, MXFP4) are computed by Ascend 950 (A5) only: Atlas A2, A3 and 310P have no instructions "
-    "for them"
+    "this microscaling type is computed by Ascend 950 (A5) only: Atlas A2, A3 and 310P have no instructions for it, and it "
+    "is not among those that are converted at load"
 )
 #: The type of tensors that quantize the KV cache of dense attention.
 KV_CACHE_TYPE = "C8"
@@ -254,7 +260,7 @@ class _Findings(FindingLimit):
                 layer=layers[0],
                 found=kind[:80],
                 fix="serve it on a chip that has this format, or export the checkpoint for Atlas A2 and A3: W8A8_DYNAMIC, "
-                "W4A8_DYNAMIC",
+                "W4A8_DYNAMIC, W8A8_MXFP8",
             )
         for kinds, layers in self.unknown.items():
             self.report(
@@ -599,7 +605,7 @@ def _is_served(layer: str, quantized: Collection[str], rotation: frozenset[str],
             fix="quantize the layer, or export the checkpoint without online rotation",
         )
         return False
-    refused = next((kind for kind in quantized if kind in _REFUSED or "MXFP" in kind), None)
+    refused = next((kind for kind in quantized if kind in _REFUSED or ("MXFP" in kind and kind not in TYPES)), None)
     if refused is not None:
         found.refused.setdefault(refused, []).append(layer)
         return False
@@ -797,7 +803,7 @@ def _producer(description: Mapping[str, Any]) -> str:
 
 
 #: Types that msModelSlim writes and that are refused, for the support matrix.
-_REFUSED_SAMPLES = ("W8A8_MXFP8", "W4A8_MXFP", "W4A4_MXFP4", "W8A8SC")
+_REFUSED_SAMPLES = ("W4A4_MXFP4_FLATQUANT", "W8A8SC")
 
 
 def _samples() -> Iterator[Sample]:

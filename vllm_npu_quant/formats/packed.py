@@ -49,7 +49,7 @@ _MAX_PARTS = 100
 _MAX_COMPONENTS = 24
 
 #: Tensors that mark a layer as quantized, in case its qweight is missing.
-_MARKS = frozenset({"qweight", "qzeros", "scales", "g_idx"})
+_MARKS = frozenset({"qweight", "qzeros", "scales", "g_idx", "weight_packed"})
 
 
 def _group_size(value: int) -> int:

@@ -7,14 +7,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from vllm_npu_quant import settings
 from vllm_npu_quant.checkpoint import Checkpoint, TensorInfo
+from vllm_npu_quant.checkpoint.values import to_float32
 from vllm_npu_quant.errors import Finding, FindingLimit, NpuQuantError, Severity
+from vllm_npu_quant.formats.check import check_layer
 from vllm_npu_quant.formats.common import FLOAT_DTYPES
 from vllm_npu_quant.formats.described import LayerEntry
 from vllm_npu_quant.inspection.layers import Layer
 from vllm_npu_quant.inspection.model import Model
-from vllm_npu_quant.layouts.tables import LAYOUTS, Role
-from vllm_npu_quant.spec import Granularity, Layout, NumberKind, WeightSpec
+from vllm_npu_quant.layouts.tables import LAYOUTS, Role, tensors_of
+from vllm_npu_quant.serving.decide import float_name
+from vllm_npu_quant.spec import Granularity, Layout, WeightSpec
 
 __all__ = ["value_findings"]
 
@@ -24,12 +28,14 @@ BLOCK = 1 << 24
 #: Layouts that store one int4 per byte.
 _BYTES = frozenset({Layout.MODELSLIM_INT, Layout.MODELSLIM_TWO_LEVEL, Layout.CT_INT})
 _FP8_NAN = 0x7F
+#: Scales of blocks of floats: E4M3, and E8M0, whose dtype most files call U8.
+_FLOAT_SCALES = frozenset({"F8_E4M3", "F8_E8M0", "U8"})
 
 
 def value_findings(
     model: Model, layers: Sequence[Layer], progress: Callable[[str, int, int], None] | None = None
 ) -> list[Finding]:
-    """Findings about values of scales, zero points, integers and floats, and about the error of requantizing FP8.
+    """Findings about values of scales, zero points, integers and floats, and about the error of requantizing floats.
 
     Args:
         model: an opened model with local files.
@@ -40,8 +46,8 @@ def value_findings(
     checkpoint = model.checkpoint
     found = FindingLimit()
     symmetric = {layer.name: layer.row.weight_symmetric is True for layer in layers if layer.row is not None}
-    # Layers whose FP8 weights are not requantized.
-    floats = {layer.name for layer in layers if layer.row is not None and layer.row.weight_kind is NumberKind.FLOAT}
+    # Layers whose weights are requantized with a scale per channel.
+    requantized = {layer.name for layer in layers if float_name(layer.stored) and layer.spec.weight == WeightSpec(8)}
     entries = dict(described.stored_layers())
     by_layer: dict[str, list[TensorInfo]] = {}
     for name, tensor in checkpoint.tensors.items():
@@ -52,7 +58,8 @@ def value_findings(
         try:
             for finding in _layer_values(checkpoint, layer, tensors, entry, symmetric):
                 found.add(finding)
-            loss = None if layer in floats else _requantization(checkpoint, layer, entry)
+            own = requantized & {layer, _any_expert(layer)}
+            loss = _requantization(checkpoint, layer, entry) if own and entry is not None else None
         except NpuQuantError as error:  # the file is damaged or has changed
             for finding in error.findings:
                 found.add(finding)
@@ -109,8 +116,8 @@ def _scale_values(checkpoint: Checkpoint, layer: str, tensor: TensorInfo) -> Ite
     if tensor.dtype == "I64":  # float32 bits widened to int64
         stored = np.asarray(checkpoint.read(tensor.name))
         values = (stored & 0xFFFFFFFF).astype(np.uint32).view(np.float32)
-    elif tensor.dtype in FLOAT_DTYPES or tensor.dtype == "F8_E8M0":
-        values = checkpoint.read(tensor.name, float32=True)
+    elif tensor.dtype in FLOAT_DTYPES or tensor.dtype in _FLOAT_SCALES:
+        values = _as_float32(checkpoint, tensor)
     else:
         return
     broken = int(np.count_nonzero(~np.isfinite(values)))
@@ -136,7 +143,7 @@ def _scale_values(checkpoint: Checkpoint, layer: str, tensor: TensorInfo) -> Ite
         )
     smallest = 2.0**-14 if tensor.dtype == "F16" else 2.0**-126
     tiny = int(np.count_nonzero((np.abs(values) < smallest) & (values != 0)))
-    if tiny:
+    if tiny and tensor.dtype not in _FLOAT_SCALES:
         yield _bad(
             layer,
             tensor,
@@ -202,27 +209,24 @@ def _bad(
     )
 
 
-def _requantization(checkpoint: Checkpoint, layer: str, entry: LayerEntry | None) -> float | None:
-    """``||w_int8 - w_fp8|| / ||w_fp8||`` of an FP8 layer requantized to int8 per channel; None for other layers."""
-    if entry is None or entry.spec.weight is None:
+def _requantization(checkpoint: Checkpoint, layer: str, entry: LayerEntry) -> float | None:
+    """``||w_int8 - w|| / ||w||`` of a layer of small floats requantized to int8 per channel; None after a finding."""
+    spec = entry.spec.weight
+    if spec is None or check_layer(layer, entry, checkpoint.tensors, "", near=False):
         return None
-    stored = entry.spec.weight
-    weight = checkpoint.tensors.get(f"{layer}.weight")
-    scale_name = "weight_scale_inv" if entry.spec.layout is Layout.FP8_INV else "weight_scale"
-    scale = checkpoint.tensors.get(f"{layer}.{scale_name}")
-    if stored.kind is not NumberKind.FLOAT:
-        return None
-    if weight is None or scale is None or len(weight.shape) != 2 or weight.dtype != "F8_E4M3" or not weight.numel:
-        return None
-    scales = checkpoint.read(scale.name, float32=True)
+    names = [tensor.name for tensor in tensors_of(entry.spec, entry.tensors)]
+    tensors = {name: checkpoint.tensors[f"{layer}.{name}"] for name in names}
+    weight, scales = tensors[names[0]], _scales(checkpoint, tensors)
     codes = checkpoint.read(weight.name)
-    outputs, inputs = weight.shape
+    outputs, columns = weight.shape
+    dtype, inputs = ("F4", 2 * columns) if spec.bits == 4 else ("F8_E4M3", columns)
     step = max(BLOCK // max(inputs, 1), 1)
     error = norm = 0.0
     for start in range(0, outputs, step):
-        rows = _fp8(codes[start : start + step]) * _row_scales(
-            scales, stored, start, min(start + step, outputs), inputs
-        )
+        block = codes[start : start + step]
+        stop = start + block.shape[0]
+        values = to_float32(block, TensorInfo("", dtype, (stop - start, inputs), "", 0, block.size))
+        rows = values * _row_scales(scales, spec, start, stop, inputs)
         if not np.isfinite(rows).all():
             return None  # reported as a bad value
         largest = np.abs(rows).max(axis=1, keepdims=True)
@@ -233,19 +237,30 @@ def _requantization(checkpoint: Checkpoint, layer: str, entry: LayerEntry | None
     return (error / norm) ** 0.5 if norm else 0.0
 
 
-def _fp8(codes: np.ndarray) -> np.ndarray:
-    from vllm_npu_quant.checkpoint.values import to_float32
+def _as_float32(checkpoint: Checkpoint, tensor: TensorInfo) -> np.ndarray:
+    """A scale as float32; U8 holds power-of-two scales."""
+    codes = checkpoint.read(tensor.name)
+    return to_float32(codes, tensor._replace(dtype="F8_E8M0") if tensor.dtype == "U8" else tensor)
 
-    tensor = TensorInfo("", "F8_E4M3", codes.shape, "", 0, codes.size)
-    return to_float32(codes, tensor)
+
+def _scales(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo]) -> np.ndarray:
+    """The scales of a layer of small floats, float32 in their stored shape."""
+    name = "weight_scale" if "weight_scale" in tensors else "weight_scale_inv"
+    scales = _as_float32(checkpoint, tensors[name])
+    if "weight_scale_2" in tensors:
+        scales = scales * _as_float32(checkpoint, tensors["weight_scale_2"]).reshape(1)
+    if "weight_global_scale" in tensors:
+        with np.errstate(divide="ignore", invalid="ignore"):  # reported as a bad value
+            scales = scales / _as_float32(checkpoint, tensors["weight_global_scale"]).reshape(1)
+    return scales
 
 
 def _row_scales(scales: np.ndarray, stored: WeightSpec, start: int, stop: int, inputs: int) -> np.ndarray:
     """Scales of rows [start, stop), in a shape that broadcasts to [rows, inputs]."""
-    if stored.granularity is Granularity.BLOCK:
-        rows = np.arange(start, stop) // stored.block_rows
+    if stored.granularity in (Granularity.BLOCK, Granularity.GROUP):
+        rows = np.arange(start, stop) // max(stored.block_rows, 1)
         columns = np.arange(inputs) // stored.group_size
-        return scales[rows][:, columns]
+        return scales.reshape(scales.shape[0], -1)[rows][:, columns]
     if stored.granularity is Granularity.CHANNEL and scales.size > 1:
         return scales.reshape(-1, 1)[start:stop]
     return scales.reshape(-1)[:1].reshape(1, 1)
@@ -257,10 +272,10 @@ def _losses(losses: list[tuple[float, str]], source: str) -> Finding:
     worst = ", ".join(f"{layer} {loss:.2%}" for loss, layer in losses[:3])
     return Finding(
         "requantized",
-        f"FP8 weights as int8 with one scale per output differ by {mean:.2%} on average over {len(losses):,} layers "
-        "(relative error of the weight)",
+        f"int8 with one scale per output differs from the stored floats by {mean:.2%} on average over {len(losses):,} "
+        "layers (relative error of the weight)",
         file=source,
         found=f"worst: {worst}",
-        fix="nothing, if that is acceptable; VLLM_NPU_QUANT_FP8=bf16 keeps the numbers, at twice the memory",
+        fix=f"nothing, if that is acceptable; {settings.FLOAT_WEIGHTS}=bf16 keeps the numbers, two bytes per weight",
         severity=Severity.INFO,
     )

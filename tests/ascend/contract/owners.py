@@ -377,7 +377,7 @@ class Deciders:
         if checkpoint.description is not None:
             (folder / checkpoint.file).write_text(json.dumps(checkpoint.description))
         model = types.SimpleNamespace(
-            quantization=_detect(str(folder), None, None),
+            quantization=_detect(str(folder), None, None).method,
             model_arch_config=types.SimpleNamespace(quantization_config=checkpoint.config),
             hf_config=json.loads(json.dumps(config), object_hook=lambda fields: types.SimpleNamespace(**fields)),
             allow_deprecated_quantization=True,
