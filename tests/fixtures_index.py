@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["FIXTURES", "SHARED", "fixture", "fixtures", "shared", "shared_checkpoints"]
+__all__ = ["FIXTURES", "SHARED", "fixture", "fixtures", "shared", "shared_cases", "shared_checkpoints"]
 
 #: Checkpoints that are part of the repository; tests/fixtures/README.md says where each comes from.
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
@@ -44,3 +44,11 @@ def shared(name: str) -> Path:
     if not folder.is_dir():
         pytest.skip(f"../shared/checkpoints/{name} is not there: it is not part of the repository")
     return folder
+
+
+def shared_cases() -> Path:
+    """The script of the sibling folder shared/cases that makes folders after public reports, else a skip."""
+    script = SHARED.parent / "cases" / "make_cases.py"
+    if not script.is_file():
+        pytest.skip("../shared/cases is not there: it is not part of the repository")
+    return script

@@ -25,7 +25,10 @@ ON, OFF = ("1", "true", "TRUE", "Yes", " on "), ("0", "false", "False", "no", "O
             {"": "auto", " Auto ": "auto", **dict.fromkeys(ON, "1"), **dict.fromkeys(OFF, "0")},
         ),
         (settings.TAKEOVER, settings.takeover, {"": False, **dict.fromkeys(ON, True), **dict.fromkeys(OFF, False)}),
-        (settings.FP8, settings.fp8_mode, {"": "int8", " INT8 ": "int8", "bf16": "bf16"}),
+        *(
+            (name, settings.float_weights_mode, {"": "int8", " INT8 ": "int8", "w8a16": "w8a16", "bf16": "bf16"})
+            for name in (settings.FLOAT_WEIGHTS, settings.FP8)
+        ),
         (settings.W4A8, settings.w4a8_mode, {"": "int8", "int8": "int8", "W4A16": "w4a16"}),
         (settings.EMULATION, settings.emulation_mode, {"": "fast", "fast": "fast", "reference": "reference"}),
     ],
@@ -45,8 +48,8 @@ def test_values(name: str, read: Callable[[], Any], accepted: dict[str, Any], mo
         (settings.MODE, settings.plugin_mode, "maybe", "auto, 1 or 0"),
         (settings.TAKEOVER, settings.takeover, "auto", "0 or 1"),
         (settings.TAKEOVER, settings.takeover, "2", "0 or 1"),
-        (settings.FP8, settings.fp8_mode, "fp8", "int8 or bf16"),
-        (settings.FP8, settings.fp8_mode, "1", "int8 or bf16"),
+        (settings.FP8, settings.float_weights_mode, "fp8", "int8, w8a16 or bf16"),
+        (settings.FLOAT_WEIGHTS, settings.float_weights_mode, "1", "int8, w8a16 or bf16"),
         (settings.W4A8, settings.w4a8_mode, "true", "int8 or w4a16"),
         (settings.EMULATION, settings.emulation_mode, "Quick", "fast or reference"),
     ],
@@ -67,14 +70,23 @@ def test_other_values_are_refused(
 def test_all_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in settings.VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    assert Settings.read() == (Settings("auto", False, "int8", "int8", "fast"), ())
+    assert Settings.read() == (Settings("auto", False, "int8", "int8", "safe", "fast"), ())
     monkeypatch.setenv(settings.TAKEOVER, "on")
     monkeypatch.setenv(settings.MODE, "perhaps")
     monkeypatch.setenv(settings.W4A8, "w4a4")
     found, findings = Settings.read()
     # What is invalid is read as the default, and everything is reported.
-    assert found == Settings("auto", True, "int8", "int8", "fast")
+    assert found == Settings("auto", True, "int8", "int8", "safe", "fast")
     assert [finding.found for finding in findings] == ["perhaps", "w4a4"]
+
+
+def test_the_earlier_name_is_read_unless_the_later_one_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(settings.FP8, "bf16")
+    assert Settings.read()[0].float_weights == "bf16"
+    monkeypatch.setenv(settings.FLOAT_WEIGHTS, " ")
+    assert settings.float_weights_mode() == "bf16"
+    monkeypatch.setenv(settings.FLOAT_WEIGHTS, "w8a16")
+    assert settings.float_weights_mode() == "w8a16"
 
 
 def test_long_values_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,12 +37,14 @@ CODES: dict[str, str] = {
     "unreadable-file": "A file is missing, does not have the type that its name says, exceeds the size limit for its kind, "
     "or is nested too deeply; a checkpoint has more files than any real one; or a hub's answer is incomplete or of another "
     "form. None of the content was used. Copy or download the file again.",
-    "contradictory-evidence": "Two files of the checkpoint name different quantization formats, and none is preferred. "
-    "Remove the file that does not belong to the weights, or pass quantization= to name the format.",
+    "contradictory-evidence": "Two files of the checkpoint name different quantization formats. The one that fits all stored "
+    "tensors is used, with a warning; if both or neither fit, none is preferred. Remove the file that does not belong to the "
+    "weights, or pass quantization= to name the format.",
     "unknown-scheme": "The checkpoint names a quantization scheme that this version does not know. It is not loaded as "
     "another scheme.",
     "unsupported-scheme": "The scheme is known, but no NPU method class implements it for this kind of layer, or the chip "
-    "has no instructions for it. The finding says which.",
+    "has no instructions for it, or the checkpoint is of another runtime (ModelOpt, bitsandbytes, MLX, ...). The finding "
+    "says which, and what can be served instead.",
     "undescribed-layer": "vLLM asked for a layer that the quantization config does not describe. The finding lists every "
     "name that was tried and the nearest names that exist. Usually the model's name mapping and the checkpoint disagree.",
     "fused-shards-disagree": "vLLM runs several checkpoint layers as one fused layer (q/k/v, gate/up, the experts of a "
@@ -52,7 +54,7 @@ CODES: dict[str, str] = {
     "or loaded into the wrong parameter.",
     "wrong-dtype": "A tensor's dtype is not one that the scheme allows. It is not converted.",
     "wrong-shape": "A tensor's shape does not follow from the layer's size and the scheme, for example a scale with too "
-    "few rows or a group size that does not match.",
+    "few rows or a group size that does not match; or a MoE layer has another number of experts than config.json says.",
     "bad-header": "A safetensors header is damaged: truncated file, overlapping or missing byte ranges, an unknown dtype, "
     "or a header, or all headers together, larger than the limit. Download the file again.",
     "index-mismatch": "The safetensors index and the files beside it disagree: a listed file is missing, or a tensor is not "
@@ -77,6 +79,8 @@ CODES: dict[str, str] = {
     "`vllm-npu-quant doctor` reports it.",
     "engine-failed": "vLLM's engine stopped with an error of its own while a command ran it, such as too little memory. The "
     "finding has the type and the text of that error; the checkpoint may be fine.",
+    "reload-mismatch": "Weights that are loaded into a running engine are not stored as those that it serves, or do not come "
+    "by one of vLLM's ways to load weights again. The engine keeps its weights.",
     "kv-cache-not-quantized": "The checkpoint holds scales for a quantized KV cache. The weights are served; the KV cache "
     "has the model's dtype, and the scales are dropped.",
 }

@@ -14,6 +14,7 @@ from vllm_npu_quant.errors import Finding, NpuQuantError
 
 __all__ = [
     "FAILED_BUILD",
+    "FLOAT_WEIGHTS",
     "FP8",
     "VARIABLES",
     "W4A8",
@@ -22,10 +23,11 @@ __all__ = [
     "cache_dir",
     "cpu_build",
     "emulation_mode",
-    "fp8_mode",
+    "float_weights_mode",
     "kernels_dir",
     "plugin_enabled",
     "plugin_mode",
+    "reload_mode",
     "takeover",
     "w4a8_mode",
 ]
@@ -34,11 +36,18 @@ __all__ = [
 MODE = "VLLM_NPU_QUANT"
 #: 1: on an Ascend host, serve also the checkpoints that vllm-ascend serves itself.
 TAKEOVER = "VLLM_NPU_QUANT_TAKEOVER"
-#: FP8 weights on chips without FP8. int8 (the default): one byte per weight. bf16: the model's dtype, two bytes.
+#: Weights stored as 8- or 4-bit floats (FP8, MXFP8, MXFP4, NVFP4) on chips without these numbers. int8 (the default): int8
+#: weights and, where the checkpoint quantizes them, int8 activations. w8a16: int8 weights, activations in the model's dtype.
+#: bf16: the model's dtype, two bytes per weight.
+FLOAT_WEIGHTS = "VLLM_NPU_QUANT_FLOAT_WEIGHTS"
+#: The earlier name of FLOAT_WEIGHTS, which is read if that is not set.
 FP8 = "VLLM_NPU_QUANT_FP8"
 #: How layers with 4-bit weights and 8-bit activations are computed. int8 (the default): as stored. w4a16: with activations
 #: in the model's dtype, a different scheme, which is reported.
 W4A8 = "VLLM_NPU_QUANT_W4A8"
+#: Loading weights again into a running engine. safe (the default): the weights in use are copied to the host's memory first,
+#: and serve again if the reload fails. direct: without the copy.
+RELOAD = "VLLM_NPU_QUANT_RELOAD"
 #: Kernels that emulate the operators. fast (the default): compiled ones. reference: plain torch. Same numbers.
 EMULATION = "VLLM_NPU_QUANT_EMULATION"
 #: Folder of the emulation's compiled kernels, and of downloads of the demo, the tests and the benchmarks.
@@ -46,7 +55,7 @@ CACHE = "VLLM_NPU_QUANT_CACHE"
 #: Suffix of the files in ``kernels_dir`` that remember why a compiler failed.
 FAILED_BUILD = ".failed"
 #: All variables.
-VARIABLES = (MODE, TAKEOVER, FP8, W4A8, EMULATION, CACHE)
+VARIABLES = (MODE, TAKEOVER, FLOAT_WEIGHTS, FP8, W4A8, RELOAD, EMULATION, CACHE)
 
 #: Spellings of the values 1 and 0, in any case.
 _BOOLEANS = dict.fromkeys(("true", "yes", "on"), "1") | dict.fromkeys(("false", "no", "off"), "0")
@@ -97,13 +106,14 @@ def takeover() -> bool:
     return _read(TAKEOVER, "0", "1") == "1"
 
 
-def fp8_mode() -> str:
-    """The value of VLLM_NPU_QUANT_FP8: "int8" or "bf16".
+def float_weights_mode() -> str:
+    """The value of VLLM_NPU_QUANT_FLOAT_WEIGHTS, or of VLLM_NPU_QUANT_FP8: "int8", "w8a16" or "bf16".
 
     Raises:
         NpuQuantError: bad-config, for any other value.
     """
-    return _read(FP8, "int8", "bf16")
+    name = next((name for name in (FLOAT_WEIGHTS, FP8) if os.environ.get(name, "").strip()), FLOAT_WEIGHTS)
+    return _read(name, "int8", "w8a16", "bf16")
 
 
 def w4a8_mode() -> str:
@@ -113,6 +123,15 @@ def w4a8_mode() -> str:
         NpuQuantError: bad-config, for any other value.
     """
     return _read(W4A8, "int8", "w4a16")
+
+
+def reload_mode() -> str:
+    """The value of VLLM_NPU_QUANT_RELOAD: "safe" or "direct".
+
+    Raises:
+        NpuQuantError: bad-config, for any other value.
+    """
+    return _read(RELOAD, "safe", "direct")
 
 
 def emulation_mode() -> str:
@@ -151,14 +170,16 @@ class Settings:
     """All settings but the cache folder, read together.
 
     Attributes:
-        mode: "auto", "1" or "0". takeover: whether to serve vllm-ascend's checkpoints. fp8: "int8" or "bf16".
-        w4a8: "int8" or "w4a16". emulation: "fast" or "reference".
+        mode: "auto", "1" or "0". takeover: whether to serve vllm-ascend's checkpoints.
+        float_weights: "int8", "w8a16" or "bf16". w4a8: "int8" or "w4a16". reload: "safe" or "direct".
+        emulation: "fast" or "reference".
     """
 
     mode: str = "auto"
     takeover: bool = False
-    fp8: str = "int8"
+    float_weights: str = "int8"
     w4a8: str = "int8"
+    reload: str = "safe"
     emulation: str = "fast"
 
     @classmethod
@@ -176,8 +197,9 @@ class Settings:
         settings = cls(
             mode=valid(plugin_mode, cls.mode),
             takeover=valid(takeover, cls.takeover),
-            fp8=valid(fp8_mode, cls.fp8),
+            float_weights=valid(float_weights_mode, cls.float_weights),
             w4a8=valid(w4a8_mode, cls.w4a8),
+            reload=valid(reload_mode, cls.reload),
             emulation=valid(emulation_mode, cls.emulation),
         )
         return settings, tuple(findings)

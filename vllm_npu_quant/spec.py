@@ -34,9 +34,14 @@ class LayerKind(str, Enum):
 
 class NumberKind(str, Enum):
     INT = "int"
+    #: Floats: E4M3 of 8 bits, E2M1 of 4, the model's dtype of 16.
     FLOAT = "float"
-    #: Microscaling: blocks of 32 elements that share one power-of-two scale (OCP MX v1.0).
+    #: Microscaling: the same floats in blocks of 32 that share one power-of-two scale, E8M0 (OCP MX v1.0).
     MX = "mx"
+
+    @property
+    def is_float(self) -> bool:
+        return self is not NumberKind.INT
 
 
 class Granularity(str, Enum):
@@ -82,6 +87,23 @@ class Layout(str, Enum):
     FP8 = "fp8"
     #: DeepSeek's and transformers' blockwise FP8: the same with weight_scale_inv.
     FP8_INV = "fp8_inv"
+    #: ModelOpt's blocks of FP8: the same with weight_scale [N/128, 1, K/128, 1].
+    FP8_BLOCK_4D = "fp8_block_4d"
+    #: E4M3 [N, K] with weight_scale E8M0 [N, K/32].
+    MXFP8 = "mxfp8"
+    #: MiniMax: the same with weight_scale_inv.
+    MXFP8_INV = "mxfp8_inv"
+    #: E2M1, two inputs per byte: uint8 [N, K/2] with weight_scale E8M0 [N, K/32].
+    MXFP4 = "mxfp4"
+    #: compressed-tensors and AutoRound: the same with weight_packed.
+    CT_MXFP4 = "ct_mxfp4"
+    #: ModelOpt: E2M1 [N, K/2] with weight_scale E4M3 [N, K/16] and weight_scale_2, which are multiplied.
+    NVFP4 = "nvfp4"
+    #: compressed-tensors and AutoRound: weight_packed and weight_scale, which is divided by weight_global_scale.
+    CT_NVFP4 = "ct_nvfp4"
+    #: Float weights [N, K] that are rounded while they load, to int8 or to pairs of 4-bit integers.
+    ROUNDED = "rounded"
+    ROUNDED_PAIRS = "rounded_pairs"
     #: AWQ "gemm": eight integers per int32 along N, in the order 0 2 4 6 1 3 5 7.
     AWQ_GEMM = "awq_gemm"
     #: GPTQ: integers packed along K, zero points along N and stored minus one.
@@ -99,6 +121,7 @@ class WeightSpec:
 
     Attributes:
         bits: bits per element.
+        kind: integers, or floats: E4M3 of 8 bits and E2M1 of 4, with power-of-two scales if MX.
         granularity: the elements that share a scale: TENSOR, CHANNEL (an output row), GROUP (``group_size`` inputs of a
             row), BLOCK.
         group_size: elements along the input dimension per group or block; 0 unless the granularity is GROUP or BLOCK.

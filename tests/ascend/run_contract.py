@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import environment as environments
 
-POINTS = ("points.py", "points_moe.py")
+POINTS = ("points.py", "points_moe.py", "points_owners.py")
 
 
 def install_metadata(folder: Path) -> None:

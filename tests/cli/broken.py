@@ -226,7 +226,10 @@ CASES: tuple[Case, ...] = (
         "microscaling type",
         MS,
         lambda f: f.describe(
-            **{f"{Q}.{name}".replace(".", "__"): "W8A8_MXFP8" for name in ("weight", "weight_scale", "weight_offset")}
+            **dict.fromkeys(
+                (f"{Q}.{name}".replace(".", "__") for name in ("weight", "weight_scale", "weight_offset")),
+                "W4A4_MXFP4_FLATQUANT",
+            )
         ),
         "unsupported-scheme",
         Q,
@@ -262,7 +265,13 @@ CASES: tuple[Case, ...] = (
     ),
     Case("type is a number", MS, lambda f: f.describe(**{(Q + ".weight").replace(".", "__"): 8}), "bad-config"),
     Case("group size is text", MS, lambda f: f.describe(group_size="many"), "bad-config"),
-    Case("quantized attention", MS, lambda f: f.describe(fa_quant_type="FAQuant"), "unsupported-scheme"),
+    Case(
+        "quantized attention",
+        MS,
+        lambda f: f.describe(fa_quant_type="FAQuant"),
+        "kv-cache-not-quantized",
+        severity="warning",
+    ),
     Case("static bias dropped", MS_STATIC, lambda f: f.drop(Q + ".quant_bias"), "missing-tensor", Q),
     Case(
         "static scale has two values", MS_STATIC, lambda f: f.retype(Q + ".input_scale", "F32", [2]), "wrong-shape", Q
@@ -276,6 +285,7 @@ CASES: tuple[Case, ...] = (
             "config.json", {**f.json("config.json"), "quantization_config": {"quant_method": "awq"}}
         ),
         "contradictory-evidence",
+        severity="warning",
     ),
     Case("description is a list", MS, lambda f: f.text("quant_model_description.json", "[]"), "unreadable-file"),
     Case("description ends early", MS, lambda f: f.text("quant_model_description.json", '{"a": '), "unreadable-file"),
@@ -361,7 +371,8 @@ CASES: tuple[Case, ...] = (
     Case("AutoRound data type", ROUND, lambda f: f.quantization(data_type="mx_fp"), "unsupported-scheme"),
     Case("AutoRound scales missing", ROUND, lambda f: f.drop(Q + ".scales"), "missing-tensor", Q),
     # Which format
-    Case("unknown format", AWQ, lambda f: f.quantization(quant_method="hqq"), "unknown-scheme"),
+    Case("unknown format", AWQ, lambda f: f.quantization(quant_method="nonsense"), "unknown-scheme"),
+    Case("another runtime's format", AWQ, lambda f: f.quantization(quant_method="hqq"), "unsupported-scheme"),
     Case("format is a number", AWQ, lambda f: f.quantization(quant_method=7), "unknown-scheme"),
     Case("config.json is not JSON", AWQ, lambda f: f.text("config.json", "bits: 4"), "unreadable-file"),
     Case("config.json is binary", AWQ, lambda f: f.text("config.json", b"\xff\xfe\x00"), "unreadable-file"),

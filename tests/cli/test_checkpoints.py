@@ -26,14 +26,14 @@ FINDINGS: dict[str, set[tuple[str, str]]] = {
     "ct-qwen3-fp8-dynamic": {("info", "requantized")},
     "ct-qwen3moe-fp8-dynamic": {("info", "requantized")},
     "msmodelslim-qwen3-wfp8afp8": {("info", "requantized")},
-    "ct-qwen3-mxfp4": {("error", "unsupported-scheme")},
-    "msmodelslim-qwen3-w4a4-mxfp4": {("error", "unsupported-scheme")},
-    "msmodelslim-qwen3-w8a8-mxfp8": {("error", "unsupported-scheme")},
+    "ct-qwen3-mxfp4": {("info", "requantized")},
+    "msmodelslim-qwen3-w4a4-mxfp4": {("info", "requantized")},
+    "msmodelslim-qwen3-w8a8-mxfp8": {("info", "requantized")},
     "msmodelslim-qwen3-w8a8c8": {("warning", "kv-cache-not-quantized")},
 }
 
 #: Scheme -> (Linear layers, experts' projections, lm_head), by what a folder holds; against the list of all tensors that
-#: came with the folders. UNKNOWN is not served.
+#: came with the folders.
 SCHEMES: dict[str, dict[str, tuple[int, int, int]]] = {
     "autoround-qwen3-lmhead": {"AutoRound W4A16": (14, 0, 1)},
     "autoround-qwen3-mixed": {"AutoRound W4A16": (12, 0, 0), "AutoRound W8A16": (1, 0, 0), "FLOAT": (1, 0, 1)},
@@ -55,9 +55,9 @@ SCHEMES: dict[str, dict[str, tuple[int, int, int]]] = {
     "ct-qwen3-fp8-block": {"FP8_BLOCK_DYNAMIC as W8A8_DYNAMIC": (14, 0, 0), "FLOAT": (0, 0, 1)},
     "autoround-qwen3-fp8block": {"FP8_BLOCK_DYNAMIC as W8A8_DYNAMIC": (14, 0, 0), "FLOAT": (0, 0, 1)},
     "ct-qwen3-fp8-dynamic": {"FP8_CHANNEL_DYNAMIC as W8A8_DYNAMIC": (14, 0, 0), "FLOAT": (0, 0, 1)},
-    "ct-qwen3-mxfp4": {"UNKNOWN": (14, 0, 0), "FLOAT": (0, 0, 1)},
-    "msmodelslim-qwen3-w4a4-mxfp4": {"UNKNOWN": (14, 0, 0), "FLOAT": (0, 0, 1)},
-    "msmodelslim-qwen3-w8a8-mxfp8": {"UNKNOWN": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "ct-qwen3-mxfp4": {"MXFP4_W4A4 as W8A8_DYNAMIC": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "msmodelslim-qwen3-w4a4-mxfp4": {"W4A4_MXFP4 as W8A8_DYNAMIC": (14, 0, 0), "FLOAT": (0, 0, 1)},
+    "msmodelslim-qwen3-w8a8-mxfp8": {"W8A8_MXFP8 as W8A8_DYNAMIC": (14, 0, 0), "FLOAT": (0, 0, 1)},
     "ct-qwen3-w4a16-channel": {"W4A16": (14, 0, 0), "FLOAT": (0, 0, 1)},
     "ct-qwen3-w4a16-g128": {"W4A16": (14, 0, 0), "FLOAT": (0, 0, 1)},
     "ct-qwen3-w4a16-g128-asym": {"W4A16": (14, 0, 0), "FLOAT": (0, 0, 1)},
@@ -143,10 +143,8 @@ def test_counts(folder: Path) -> None:
         if name.endswith(marks) and entry["dtype"] in ("I8", "I32", "U8", "F8_E4M3")
     }
     overview = inspect(folder)
-    counted = [scheme for scheme in overview.schemes if scheme.scheme not in ("FLOAT", "UNKNOWN")]
-    unknown = [scheme for scheme in overview.schemes if scheme.scheme == "UNKNOWN"]
-    assert sum(scheme.layers for scheme in (*counted, *unknown)) == len(quantized)
-    assert bool(unknown) == ("mxfp" in folder.name)
+    counted = [scheme for scheme in overview.schemes if scheme.scheme != "FLOAT"]
+    assert sum(scheme.layers for scheme in counted) == len(quantized)
     assert sum(scheme.nbytes for scheme in overview.schemes) == overview.nbytes
     assert overview.nbytes == sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in stored.values())
     assert overview.tensors == len(stored)

@@ -123,7 +123,7 @@ def test_what_is_not_served_is_said_once_for_all_its_layers(tmp_path: Path) -> N
     folder = Folder("msmodelslim-qwen3-w8a8-dynamic", tmp_path / "model")
     layers = [name.removesuffix(".weight") for name, (dtype, _, _) in folder.tensors.items() if dtype == "I8"]
     names = [f"{layer}.{suffix}" for layer in layers for suffix in ("weight", "weight_scale", "weight_offset")]
-    folder.describe(**dict.fromkeys(names, "W8A8_MXFP8"))
+    folder.describe(**dict.fromkeys(names, "W4A4_MXFP4_FLATQUANT"))
     (finding,) = check(folder.path).findings
     assert finding.code == "unsupported-scheme"
     assert finding.layer in layers

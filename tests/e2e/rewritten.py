@@ -20,7 +20,19 @@ from safetensors.torch import save_file
 from tests.e2e.twins import Tensors, read_tensors
 from tests.fixtures_index import fixture
 
-__all__ = ["Quantized", "awq", "float_model", "fp8", "gptq", "int8", "modelslim_int8", "packed", "write"]
+__all__ = [
+    "Quantized",
+    "awq",
+    "float_model",
+    "fp8",
+    "gptq",
+    "int8",
+    "modelslim_int8",
+    "mx",
+    "nvfp4",
+    "packed",
+    "write",
+]
 
 
 @dataclass
@@ -177,6 +189,46 @@ def fp8(weight: torch.Tensor, *, block: tuple[int, int] | None = None, channel: 
     values = (weight / spread).to(torch.float8_e4m3fn)
     stored_scale = scale if block or channel else scale.reshape(())
     return Quantized({"weight": values, name: stored_scale}, values.float() * spread)
+
+
+#: E2M1 (OCP Microscaling Formats 1.0); bit 3 of a code is the sign.
+_E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def _fp4(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers [N, G, g] as E2M1: two codes per byte, the even input in the low nibble, and their values."""
+    codes = (groups.unsqueeze(-1) - _E2M1).abs().argmin(-1)
+    pairs = codes.flatten(1).to(torch.uint8)
+    return pairs[:, 0::2] | (pairs[:, 1::2] << 4), _E2M1[codes]
+
+
+def mx(weight: torch.Tensor, *, bits: int, weight_name: str = "weight", scale_name: str = "weight_scale") -> Quantized:
+    """MXFP4 or MXFP8: blocks of 32 inputs whose scale is a power of two, stored as its exponent plus 127."""
+    groups = weight.unflatten(1, (-1, 32))
+    exponent = groups.abs().amax(2).clamp(min=2**-40).log2().floor() - (2 if bits == 4 else 8)
+    scale = torch.exp2(exponent).unsqueeze(2)
+    if bits == 4:
+        stored, values = _fp4(groups / scale)
+    else:
+        eights = (groups / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+        stored, values = eights.flatten(1), eights.float()
+    return Quantized({weight_name: stored, scale_name: (exponent + 127).to(torch.uint8)}, (values * scale).flatten(1))
+
+
+def nvfp4(weight: torch.Tensor, *, modelopt: bool, inputs: bool = True) -> Quantized:
+    """Blocks of 16 inputs with E4M3 scales, and a factor for the layer, which compressed-tensors stores inverted."""
+    groups = weight.unflatten(1, (-1, 16))
+    largest = groups.abs().amax(2)
+    factor = largest.max() / (6 * 448)
+    scale = (largest / 6 / factor).to(torch.float8_e4m3fn)
+    stored_factor = factor if modelopt else (1 / factor).reshape(1)
+    spread = scale.float() * (factor if modelopt else 1 / stored_factor)
+    packed_values, values = _fp4(groups / spread.clamp(min=1e-30).unsqueeze(2))
+    stored = {"weight" if modelopt else "weight_packed": packed_values, "weight_scale": scale}
+    stored["weight_scale_2" if modelopt else "weight_global_scale"] = stored_factor
+    if inputs:
+        stored["input_scale" if modelopt else "input_global_scale"] = torch.tensor(0.01).reshape(stored_factor.shape)
+    return Quantized(stored, (values * spread.unsqueeze(2)).flatten(1))
 
 
 def modelslim_int8(weight: torch.Tensor, *, group: int = 0) -> Quantized:

@@ -33,6 +33,7 @@ CASES = {
     "ct-qwen3-w4a8-int8-g128": (0.06, "W4A8DynamicLinear"),
     "ct-qwen3-fp8-dynamic": (0.06, "W8A8DynamicLinear"),
     "ct-qwen3-fp8-block": (0.06, "W8A8DynamicLinear"),
+    "ct-qwen3-mxfp4": (0.06, "W8A8DynamicLinear"),
 }
 
 
@@ -63,11 +64,20 @@ def test_agrees_with_its_float_twin(name: str, twin_run) -> None:
     assert relative_error(result, twin_run(name)) <= limit
 
 
-@pytest.mark.parametrize("name", ["ct-qwen3-fp8-block", "ct-qwen3-fp8-dynamic"])
-def test_fp8_as_float_is_the_twin(name: str, twin_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("ct-qwen3-fp8-block", "VLLM_NPU_QUANT_FLOAT_WEIGHTS"),
+        ("ct-qwen3-fp8-dynamic", "VLLM_NPU_QUANT_FP8"),
+        ("ct-qwen3-mxfp4", "VLLM_NPU_QUANT_FLOAT_WEIGHTS"),
+    ],
+)
+def test_small_floats_as_float_are_the_twin(
+    name: str, setting: str, twin_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The weights are the twin's to the last bit. vLLM multiplies by the twin's in another order on hosts with AMX or
     AVX512-BF16, so that the answers agree within bfloat16's noise."""
-    monkeypatch.setenv("VLLM_NPU_QUANT_FP8", "bf16")
+    monkeypatch.setenv(setting, "bf16")
     result = run(checkpoint(name), inspect=dequantized_weights)
     assert result.methods == {"DequantizedLinear": 8}
     assert relative_error(result, twin_run(name)) < 0.01
@@ -89,9 +99,17 @@ def dequantized_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+def test_mxfp4_with_float_activations_is_exact_in_int8(twin_run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales are powers of two, so that the operator's weights are the twin's to the last bit."""
+    monkeypatch.setenv("VLLM_NPU_QUANT_FLOAT_WEIGHTS", "w8a16")
+    result = run(checkpoint("ct-qwen3-mxfp4"))
+    assert result.methods == {"WeightOnlyLinear": 8}
+    assert relative_error(result, twin_run("ct-qwen3-mxfp4")) < 0.01
+
+
 def test_an_unknown_setting_stops_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_NPU_QUANT_FP8", "fp16")
-    with pytest.raises(NpuQuantError, match="VLLM_NPU_QUANT_FP8 must be int8 or bf16, not 'fp16'"):
+    with pytest.raises(NpuQuantError, match="VLLM_NPU_QUANT_FP8 must be int8, w8a16 or bf16, not 'fp16'"):
         run(checkpoint("ct-qwen3-fp8-block"))
 
 
@@ -102,11 +120,6 @@ def test_int4_activations_are_as_good_as_their_simulation(twin_run) -> None:
     with simulated_int4_activations():
         simulated = relative_error(run(checkpoint(name)), twin_run(name))
     assert relative_error(result, twin_run(name)) <= 1.1 * simulated
-
-
-def test_mxfp4_is_refused_by_name() -> None:
-    with pytest.raises(NpuQuantError, match=r"mxfp4-pack-quantized: Ascend A2, A3 and 310P have no MXFP4"):
-        run(shared("ct-qwen3-mxfp4"))
 
 
 @pytest.mark.parametrize("quantization", ["compressed-tensors", "npu_compressed_tensors"])

@@ -157,6 +157,26 @@ def _flatquant(weight: torch.Tensor, part: dict, tensors: Tensors, layer: str, *
     return (own if right is None else own @ right.float().T).flatten(1)
 
 
+#: Values of E2M1 codes (OCP Microscaling Formats 1.0, table 5); the sign is bit 3.
+_E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def _e2m1(packed: torch.Tensor) -> torch.Tensor:
+    """Two codes per byte, the even input in the low nibble: uint8 [N, K/2] to float32 [N, K]."""
+    return _E2M1[torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1).long()]
+
+
+def _blocks(weight: torch.Tensor, scale: torch.Tensor, factor: torch.Tensor | float = 1.0) -> torch.Tensor:
+    """E4M3, or E2M1 in bytes, with scales per block of inputs: power-of-two ones (E8M0 in uint8) or E4M3."""
+    values = _e2m1(weight) if weight.dtype == torch.uint8 else weight.float()
+    scale = torch.ldexp(torch.ones(scale.shape), scale.int() - 127) if scale.dtype == torch.uint8 else scale.float()
+    return _grouped(values, scale * factor, None)
+
+
+def _mx(weight: torch.Tensor, part: dict, *_: object) -> torch.Tensor:
+    return _blocks(weight, part["weight_scale"])
+
+
 def _fp8_rows(weight: torch.Tensor, part: dict, *_: object) -> torch.Tensor:
     return weight.float() * part["weight_scale"].float()
 
@@ -172,6 +192,7 @@ _MODELSLIM_KINDS: dict[str, Callable[..., torch.Tensor]] = {
     "W4A8_DYNAMIC": _w4a8,
     "W4A16": _w4a16,
     "WFP8AFP8_DYNAMIC": _fp8_rows,
+    **dict.fromkeys(("W8A8_MXFP8", "W4A8_MXFP", "W4A4_MXFP4", "W4A16_MXFP4"), _mx),
 }
 
 
@@ -202,7 +223,10 @@ def _compressed_tensors(tensors: Tensors, config: dict) -> Tensors:
     weights = _rest(tensors, layers, ("_proj.k_scale", "self_attn.k_scale", "self_attn.v_scale"))
     for layer, part in layers.items():
         scale = part["weight_scale"]
-        if "weight_packed" in part:
+        if scale.dtype == torch.uint8 or "weight_global_scale" in part:
+            factor = 1 / part["weight_global_scale"] if "weight_global_scale" in part else 1.0
+            weights[layer + ".weight"] = _blocks(part.get("weight_packed", part.get("weight")), scale, factor)
+        elif "weight_packed" in part:
             outputs, inputs = part["weight_shape"].tolist()
             scale = scale.reshape(-1, 1).expand(outputs, -1) if scale.dim() < 2 else scale
             packed = part["weight_packed"]

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
-__all__ = ["TOKENS", "Run", "relative_error", "run"]
+__all__ = ["TOKENS", "Run", "engine", "measure", "relative_error", "run"]
 
 #: Fixed token ids of the tiny models' byte-level vocabulary of 512: English text, like the text that static scales were
 #: calibrated on. Ids drawn at random leave the calibrated range, and measure the clipping instead of the layers.
@@ -59,16 +60,15 @@ class Run:
         return counts
 
 
-def run(folder: Path, *, plugin: bool = True, inspect: Callable[[Any], Any] | None = None, **options: Any) -> Run:
-    """Run a tiny model in the real engine, in this process (worker processes for tensor_parallel_size > 1)."""
-    from vllm import LLM, SamplingParams
+@contextmanager
+def engine(folder: Path, *, plugin: bool = True, **options: Any) -> Iterator[Any]:
+    """A tiny model in the real engine, in this process (worker processes for tensor_parallel_size > 1)."""
+    from vllm import LLM
     from vllm.plugins import load_general_plugins
 
     _reset_distributed()  # an engine that was refused while it was built leaves its groups, and the next would take them
 
     load_general_plugins()  # with the plugin on: vLLM loads plugins once per process, and asks it at every checkpoint
-
-    from vllm_npu_quant.engine import layer_summary
 
     settings = {
         "enforce_eager": True,
@@ -85,11 +85,7 @@ def run(folder: Path, *, plugin: bool = True, inspect: Callable[[Any], Any] | No
     try:
         llm = LLM(model=str(folder), **settings)
         try:
-            sampling = SamplingParams(max_tokens=4, temperature=0, prompt_logprobs=512, detokenize=False)
-            output = llm.generate([{"prompt_token_ids": TOKENS}], sampling, use_tqdm=False)[0]
-            single = settings.get("tensor_parallel_size", 1) == 1
-            groups = layer_summary(llm) if plugin and single else []
-            inspected = llm.apply_model(inspect)[0] if inspect is not None else None
+            yield llm
         finally:
             llm.llm_engine.engine_core.shutdown()
             del llm
@@ -100,10 +96,30 @@ def run(folder: Path, *, plugin: bool = True, inspect: Callable[[Any], Any] | No
             os.environ.pop("VLLM_NPU_QUANT", None)
         else:
             os.environ["VLLM_NPU_QUANT"] = before
+
+
+def measure(llm: Any) -> Run:
+    """The log-probabilities and the greedy continuation of a running engine."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(max_tokens=4, temperature=0, prompt_logprobs=512, detokenize=False)
+    output = llm.generate([{"prompt_token_ids": TOKENS}], sampling, use_tqdm=False)[0]
     rows = [[row[token].logprob for token in range(512)] for row in output.prompt_logprobs[1:] if row is not None]
     logprobs = np.array(rows, dtype=np.float64)
     assert logprobs.shape[0] >= 110
-    return Run(logprobs - logprobs.mean(1, keepdims=True), list(output.outputs[0].token_ids), groups, inspected)
+    return Run(logprobs - logprobs.mean(1, keepdims=True), list(output.outputs[0].token_ids), [])
+
+
+def run(folder: Path, *, plugin: bool = True, inspect: Callable[[Any], Any] | None = None, **options: Any) -> Run:
+    """Run a tiny model in the real engine once."""
+    from vllm_npu_quant.engine import layer_summary
+
+    with engine(folder, plugin=plugin, **options) as llm:
+        measured = measure(llm)
+        single = options.get("tensor_parallel_size", 1) == 1
+        measured.groups = layer_summary(llm) if plugin and single else []
+        measured.inspected = llm.apply_model(inspect)[0] if inspect is not None else None
+        return measured
 
 
 def _reset_distributed() -> None:

@@ -22,7 +22,12 @@ from vllm_npu_quant.errors import NpuQuantError
 
 PACKAGE = Path(vllm_npu_quant.__file__).parent
 #: Private names of packages that ascend/ reads with a default, so that nothing breaks without them.
-READ_WITH_A_DEFAULT = {"_ascend_moe_lora_context"}
+READ_WITH_A_DEFAULT = {
+    "_MXFP_C8_KV_CACHE_TYPE",
+    "_MXFP_C8_LAYER_QUANT_TYPES",
+    "_ascend_moe_lora_context",
+    "_is_dynamic_group_mx",
+}
 #: Private names that this package gives to objects of others.
 OURS = {patches.MARK}
 
@@ -77,6 +82,9 @@ def test_most_entries_are_looked_at_here() -> None:
     assert {entry.target for entry in INTERNALS if entry.kind is Kind.WRAPS} == {
         patches.CREATE_MODEL_CONFIG,
         patches.LOAD_MODEL,
+        patches.RELOAD_WEIGHTS,
+        patches.START_RELOAD,
+        patches.FINISH_RELOAD,
     }
 
 

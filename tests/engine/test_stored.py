@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -218,7 +220,7 @@ def product(
     w2 = _Product("w2", served, (LayerEntry(spec, frozenset(tensors)),), ("m.experts.*.down_proj",), torch.bfloat16)
     layer = nn.Module()
     raise_findings(w2.cut(outputs, inputs, ranks, rank, "m.experts", "config.json"))
-    w2.register(layer, 1, lambda *_: None)
+    w2.register(layer, 1, 1, lambda *_: None)
     return w2, layer
 
 
@@ -347,7 +349,7 @@ def test_a_prepared_layer_is_not_loaded_again() -> None:
     layer = row_parallel(spec, tensors, 32, 64, 0, 1)
     param = layer.weight
     layer.quant_method.process_weights_after_loading(layer)
-    with pytest.raises(NpuQuantError, match="prepared already"):
+    with pytest.raises(NpuQuantError, match="whose weights are prepared"):
         param.weight_loader(param, tensors["weight"])
 
 
@@ -437,3 +439,29 @@ def test_guards_without_asserts() -> None:
     found = subprocess.run([sys.executable, "-O", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr[-2000:]
     assert json.loads(found.stdout.splitlines()[-1]) == EXPECTED
+
+
+def test_a_layer_that_is_loaded_again_needs_the_same_tensors() -> None:
+    """Graphs hold the addresses of the operators' tensors: others, such as a permutation, have no place."""
+    layer, method = nn.Module(), method_of({"up_proj": int4_group(64, 128)}, "up_proj")
+    received = fused(method, [64], 128, 0, 1).quant_method.receiver
+    received.install(layer, {"weight": torch.ones(4, 8)})
+    address = layer.weight.data_ptr()
+    received.install(nn.Module(), {"weight": torch.zeros(4, 8)})
+    with pytest.raises(NpuQuantError, match="reload-mismatch"):
+        received.install(layer, {"weight": torch.ones(4, 8), "input_order": torch.arange(8)})
+    assert layer.weight.data_ptr() == address
+    with pytest.raises(NpuQuantError, match="load_weights alone"):
+        layer.weight.weight_loader(layer.weight, torch.zeros(4, 8))
+
+
+def test_vllm_can_free_a_layer() -> None:
+    """vLLM keeps parameters' loaders as long as their layer lives: they must not keep the layer."""
+    method = method_of({"up_proj": int4_group(64, 128)}, "up_proj")
+    layer = fused(method, [64], 128, 0, 1)
+    loaders = [parameter.weight_loader for parameter in layer.parameters()]
+    alive = weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert loaders
+    assert alive() is None

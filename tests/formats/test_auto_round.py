@@ -275,12 +275,73 @@ def test_the_name_of_an_fp8_layer_is_its_own():
     assert found.find(UP).spec.scheme == "FP8_BLOCK_DYNAMIC"
 
 
+@pytest.mark.parametrize(
+    ("changes", "stored", "scheme", "layout"),
+    [
+        (
+            {"bits": 4, "data_type": "mx_fp", "group_size": 32, "act_bits": 4, "act_data_type": "mx_fp_rceil"},
+            {"weight_packed": ("U8", (512, 128)), "weight_scale": ("U8", (512, 8))},
+            "MXFP4_W4A4",
+            Layout.CT_MXFP4,
+        ),
+        (
+            {"bits": 8, "data_type": "mx_fp", "group_size": 32, "act_bits": 8},
+            {"weight": ("F8_E4M3", (512, 256)), "weight_scale": ("U8", (512, 8))},
+            "MXFP8_W8A8",
+            Layout.MXFP8,
+        ),
+        (
+            {"bits": 4, "data_type": "mx_fp4e2m1", "group_size": 32, "act_bits": 16},
+            {"weight_packed": ("U8", (512, 128)), "weight_scale": ("U8", (512, 8))},
+            "MXFP4_W4A16",
+            Layout.CT_MXFP4,
+        ),
+        (
+            {
+                "bits": 4,
+                "data_type": "nv_fp",
+                "group_size": 16,
+                "act_bits": 4,
+                "act_data_type": "nv_fp4_with_static_gs",
+            },
+            {
+                "weight_packed": ("U8", (512, 128)),
+                "weight_scale": ("F8_E4M3", (512, 16)),
+                "weight_global_scale": ("F32", (1,)),
+                "input_global_scale": ("F32", (1,)),
+            },
+            "NVFP4_W4A4",
+            Layout.CT_NVFP4,
+        ),
+    ],
+)
+def test_floats_with_scales_per_block(changes: dict[str, Any], stored: dict[str, Any], scheme: str, layout: Layout):
+    tensors = headers({f"{UP}.{name}": tensor for name, tensor in stored.items()}, float_layer("lm_head"))
+    found = of(tensors, **changes, packing_format="auto_round:llm_compressor")
+    assert found.findings == ()
+    assert check(found, tensors) == []
+    assert (found.find(UP).spec.scheme, found.find(UP).spec.layout) == (scheme, layout)
+    assert found.find("lm_head").spec.is_float
+
+
 BROKEN: dict[str, tuple[dict[str, Any], str, str, str]] = {
     "5 bits": ({"bits": 5}, "unsupported-scheme", "5 bits", "2 or 3 or 4 or 8"),
     "8 bits of awq": ({"bits": 8, "packing_format": "auto_round:auto_awq"}, "unsupported-scheme", "8 bits", "4 bits"),
     "one layer of 6": ({"extra_config": {UP: {"bits": 6}}}, "unsupported-scheme", f"extra_config '{UP}'", "2 or 3"),
-    "mxfp": ({"data_type": "mx_fp", "group_size": 32}, "unsupported-scheme", "mx_fp", "data_type int"),
-    "nvfp": ({"data_type": "nv_fp4"}, "unsupported-scheme", "nv_fp4", "data_type int"),
+    "mxfp in other groups": ({"data_type": "mx_fp"}, "unsupported-scheme", "MXFP4 in other groups", "group_size: 32"),
+    "nvfp in other groups": (
+        {"data_type": "nv_fp", "group_size": 32},
+        "unsupported-scheme",
+        "NVFP4 in other groups",
+        "group_size: 16",
+    ),
+    "mxfp with 6-bit inputs": (
+        {"data_type": "mx_fp", "group_size": 32, "act_bits": 6},
+        "unsupported-scheme",
+        "6-bit activations",
+        "act_bits: 4",
+    ),
+    "mxfp of 6 bits": ({"data_type": "mx_fp", "bits": 6}, "unsupported-scheme", "mx_fp", "data_type int"),
     "activations": ({"act_bits": 8}, "unsupported-scheme", "8-bit activations", "llm_compressor"),
     "activations of one": ({"extra_config": {UP: {"act_bits": 4}}}, "unsupported-scheme", "4-bit activations", "llm"),
     "gguf scales": ({"super_bits": 6}, "unsupported-scheme", "scales that are quantized", "super_bits"),

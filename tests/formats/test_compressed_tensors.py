@@ -24,6 +24,7 @@ from vllm_npu_quant.formats.compressed_tensors import (
     Match,
     QuantizationArgs,
     Targets,
+    layer_kinds,
     read,
 )
 from vllm_npu_quant.formats.described import Described
@@ -38,6 +39,7 @@ A8 = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symme
 A8_STATIC = {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False, "symmetric": True}
 F8 = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
 F8_TOKEN = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
+MXFP4 = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True}
 
 
 def stored(**tensors: tuple[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -153,6 +155,11 @@ FOLDERS = {
         "8-bit int weight per channel, 8-bit int dynamic activation per token",
         10 + 3 + 3 + 24,
     ),
+    "ct-qwen3-mxfp4": (
+        "MXFP4_W4A4 as W8A8_DYNAMIC",
+        "8-bit int weight per channel (stored as 4-bit mx weight per group of 32), 8-bit int dynamic activation per token",
+        14,
+    ),
 }
 IN_REPOSITORY = {"ct-qwen3-w8a8-dynamic", "ct-qwen3-w4a16-g128-asym", "ct-qwen3-fp8-block"}
 
@@ -171,7 +178,8 @@ def test_producers_folders_are_understood(name: str) -> None:
     scheme, text, count = FOLDERS[name]
     quantized = [entry.spec for _, entry in described.stored_layers() if not entry.spec.is_float]
     assert {decide(LayerKind.LINEAR, spec, Host()).describe() for spec in quantized} == {f"{scheme}: {text}"}
-    assert {spec.weight.kind for spec in quantized} == {NumberKind.FLOAT if "fp8" in name else NumberKind.INT}
+    kind = NumberKind.MX if "mxfp" in name else NumberKind.FLOAT if "fp8" in name else NumberKind.INT
+    assert {spec.weight.kind for spec in quantized} == {kind}
     assert pickle.loads(pickle.dumps(described)) == described
     assert len(quantized) == count
     if "moe" in name or "dsv3" in name:
@@ -190,15 +198,6 @@ def test_fused_layers_resolve_to_their_shards(name: str) -> None:
         assert [shard.rpartition(".")[2] for shard in fused.shards] == ["q_proj", "k_proj", "v_proj"]
     assert not fused.spec.is_float
     assert resolver.resolve("lm_head").spec.is_float
-
-
-def test_mxfp4_is_refused_by_name_with_the_chips() -> None:
-    quantization, checkpoint = opened("ct-qwen3-mxfp4")
-    (finding,) = errors(read(quantization, checkpoint.tensors))
-    assert finding.code == "unsupported-scheme"
-    assert "mxfp4-pack-quantized" in finding.message
-    assert "A2, A3 and 310P have no MXFP4" in finding.message
-    assert "Ascend 950" in finding.message
 
 
 # Arguments.
@@ -256,10 +255,10 @@ def test_actorder_in_every_spelling(written: Any, meant: str | None) -> None:
         {"num_bits": 0},
         {"num_bits": 64},
         {"num_bits": True},
-        {"num_bits": "8"},
+        {"num_bits": "eight"},
         {"type": "complex"},
-        {"symmetric": 1},
-        {"group_size": 64.0},
+        {"symmetric": 2},
+        {"group_size": 64.5},
         {"group_size": 1 << 40},
         {"dynamic": "sometimes"},
         {"actorder": "random"},
@@ -646,7 +645,7 @@ def test_the_setting_decides_what_is_served_and_not_what_is_read(
     monkeypatch.setenv("VLLM_NPU_QUANT_FP8", mode)
     spec = spec_of(config(F8, F8_TOKEN, format="float-quantized"), layer_f8("model.layers.0.mlp.up_proj"))
     assert spec.scheme == "FP8_CHANNEL_DYNAMIC"
-    served = decide(LayerKind.LINEAR, spec, Host(fp8=mode))
+    served = decide(LayerKind.LINEAR, spec, Host(float_weights=mode))
     assert served.spec.scheme == f"FP8_CHANNEL_DYNAMIC {scheme}"
     assert served.row is not None
 
@@ -754,28 +753,47 @@ ONLINE_TRANSFORM = {
     ],
 }
 REFUSED = {
-    "nvfp4": (
-        config(
-            {**F8, "num_bits": 4, "strategy": "tensor_group", "group_size": 16}, None, format="nvfp4-pack-quantized"
-        ),
-        "unsupported-scheme",
-        "nvfp4-pack-quantized: Ascend A2, A3 and 310P have no FP4",
+    "nvfp4 with groups of 32": (
+        config({**MXFP4, "strategy": "tensor_group"}, None, format="nvfp4-pack-quantized"),
+        "bad-config",
+        "nvfp4-pack-quantized holds NVFP4 weights",
     ),
-    "mxfp8": (
-        config({**F8, "strategy": "group", "group_size": 32}, None, format="mxfp8-quantized"),
+    "mxfp8 of 4 bits": (config(MXFP4, None, format="mxfp8-quantized"), "bad-config", "mxfp8-quantized holds MXFP8"),
+    "mxfp4 of integers": (
+        config({**MXFP4, "type": "int"}, None, format="mxfp4-pack-quantized"),
+        "bad-config",
+        "mxfp4-pack-quantized holds MXFP4",
+    ),
+    "mxfp4 with zero points": (
+        config({**MXFP4, "symmetric": False}, None, format="mxfp4-pack-quantized"),
+        "bad-config",
+        "mxfp4-pack-quantized holds MXFP4",
+    ),
+    "mxfp4 with int8 inputs": (
+        config(MXFP4, A8, format="mxfp4-pack-quantized"),
         "unsupported-scheme",
-        "mxfp8-quantized: Ascend A2, A3 and 310P have no MXFP8",
+        "MXFP4 weights are served with 4- or 8-bit float inputs",
     ),
     "fp4 in another format": (
         config({"num_bits": 4, "type": "float", "strategy": "channel"}, None, format="float-quantized"),
         "unsupported-scheme",
-        "have no FP4 instructions",
+        "FP8 weights are served per tensor, channel or block",
     ),
     "2:4 sparse weights": (config(W4, None, format="marlin-24"), "unsupported-scheme", "2:4 sparse"),
     "sparse compression": (
         config(sparsity_config={"format": "sparse-24-bitmask", "targets": ["Linear"]}),
         "unsupported-scheme",
         "sparse weights (sparsity_config)",
+    ),
+    "experts that were pruned": (
+        config(moe_sparsity_config={"method": "prune", "num_experts": [None, 6]}),
+        "unsupported-scheme",
+        "moe_sparsity_config",
+    ),
+    "experts that were replaced": (
+        config(moe_sparsity_config={"method": "novice", "num_experts": [4, 6]}),
+        "unsupported-scheme",
+        "moe_sparsity_config",
     ),
     "transforms": (
         config(transform_config={"config_groups": {"R1": {"type": "hadamard", "apply": []}}}),
@@ -911,6 +929,7 @@ def test_empty_transforms_and_dense_sparsity_are_nothing() -> None:
     described = read(config(transform_config={"config_groups": {}}, sparsity_config={"format": "dense"}), {})
     assert described.findings == ()
     assert read(config(transform_config=None, sparsity_config=None, kv_cache_scheme={}), {}).findings == ()
+    assert read(config(moe_sparsity_config=None), {}).findings == ()
 
 
 def test_transforms_that_the_producer_fused_into_the_weights_are_nothing() -> None:
@@ -990,17 +1009,20 @@ SAMPLES = {
     "FP8 dynamic": ("FP8_CHANNEL_DYNAMIC", Layout.FP8),
     "FP8 static": ("FP8_STATIC", Layout.FP8),
     "FP8 block": ("FP8_BLOCK_DYNAMIC", Layout.FP8),
+    "MXFP8": ("MXFP8_W8A8", Layout.MXFP8),
+    "MXFP4": ("MXFP4_W4A4", Layout.CT_MXFP4),
+    "MXFP4 weights, FP8 inputs": ("MXFP4_W4A8", Layout.CT_MXFP4),
+    "MXFP4 weights": ("MXFP4_W4A16", Layout.CT_MXFP4),
+    "NVFP4": ("NVFP4_W4A4", Layout.CT_NVFP4),
+    "NVFP4 weights": ("NVFP4_W4A16", Layout.CT_NVFP4),
 }
 
 
 def test_samples_are_what_they_say() -> None:
     samples = list(FORMAT.samples())
-    assert [sample.label for sample in samples] == [*SAMPLES, "MXFP4", "NVFP4"]
+    assert [sample.label for sample in samples] == list(SAMPLES)
     for sample in samples:
         described = read(sample.config, sample.tensors)
-        if sample.label not in SAMPLES:
-            assert [finding.code for finding in errors(described)] == ["unsupported-scheme"]
-            continue
         assert described.findings == (), sample.label
         assert not check_of(described, dict(sample.tensors)), sample.label
         entry = described.find(LAYER)
@@ -1022,7 +1044,41 @@ def test_samples_are_what_they_say() -> None:
     ],
 )
 def test_what_vllm_ascend_serves_is_left_to_it(quantization: dict[str, Any], left: bool) -> None:
-    assert FORMAT.left_to_vllm_ascend(quantization) is left
+    assert FORMAT.left_to_vllm_ascend(quantization, None) is left
+
+
+@pytest.mark.parametrize(
+    ("targets", "ignore", "kinds"),
+    [
+        (["Linear"], [], {"linear", "moe"}),
+        (["Linear"], ["re:.*experts.*"], {"linear"}),
+        (["Linear"], ["re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|down)_proj.*"], {"moe"}),
+        (["Linear"], ["re:.*self_attn.*", r"re:.*mlp\.(gate|up|down)_proj.*", "re:.*shared_expert.*"], {"moe"}),
+        ([r"re:.*\.experts\..*"], [], {"moe"}),
+        (["re:.*self_attn.*"], [], {"linear"}),
+        (["re:.*vision.*"], [], {"linear", "moe"}),
+        (["MoE"], [], {"linear", "moe"}),
+    ],
+)
+def test_the_kinds_of_layers_that_targets_mean(targets: list[str], ignore: list[str], kinds: set[str]) -> None:
+    quantization = {"config_groups": {"group_0": {"targets": targets}}, "ignore": ignore}
+    assert layer_kinds(quantization, has_experts=True) == [kinds]
+    dense = {"linear"} if "linear" in kinds and targets in (["Linear"], ["re:.*self_attn.*"]) else {"linear", "moe"}
+    assert layer_kinds(quantization, has_experts=False) == [dense]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"config_groups": {"group_0": {"targets": "Linear"}}},
+        {"config_groups": {"group_0": ["Linear"]}},
+        {"config_groups": {"group_0": {"targets": [1]}}},
+        {"config_groups": {"group_0": {"targets": ["Linear"]}}, "ignore": "lm_head"},
+        {"config_groups": {"group_0": {"targets": ["re:(?P<a>x)(?P=a)"]}}},
+    ],
+)
+def test_rules_that_cannot_be_matched_mean_no_kinds(broken: dict[str, Any]) -> None:
+    assert layer_kinds(broken, has_experts=True) is None
 
 
 def test_the_declaration_serves_configs_of_both_spellings() -> None:

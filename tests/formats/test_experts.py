@@ -3,14 +3,20 @@
 
 from __future__ import annotations
 
+import json
+import struct
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.formats.modelslim_layers import read_with_headers
 from tests.formats.packed_layers import awq_layer, float_layer, gptq_layer, headers
-from vllm_npu_quant.errors import NpuQuantError
+from vllm_npu_quant.checkpoint import Checkpoint
+from vllm_npu_quant.errors import NpuQuantError, Severity
 from vllm_npu_quant.formats import awq, gptq
+from vllm_npu_quant.formats.check import check_expert_biases
 from vllm_npu_quant.formats.described import Described, LayerEntry
 from vllm_npu_quant.formats.experts import EXPERT_NAMES, collect_experts
 from vllm_npu_quant.formats.resolve import LayerResolver
@@ -154,3 +160,77 @@ def test_projections_of_no_family() -> None:
     _, (finding,) = collect_experts(EXPERTS, projections, "config.json")
     assert finding.expected == "gate_proj up_proj down_proj or w1 w3 w2"
     assert finding.found == "fc1 fc2"
+
+
+def ungated(layers: range, complete: int = 0) -> Described:
+    """GPTQ experts with up_proj and down_proj only; the first ``complete`` layers have a gate, too."""
+    tensors = headers(
+        *(
+            gptq_layer(f"model.layers.{layer}.mlp.experts.{number}.{name}", 128, 128)
+            for layer in layers
+            for number in range(2)
+            for name in EXPERT_NAMES[0]
+            if name != "gate_proj" or layer < complete
+        )
+    )
+    return gptq.read({"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}, tensors)
+
+
+def test_experts_without_a_gate_are_refused_once() -> None:
+    (finding,) = ungated(range(3)).findings
+    assert (finding.code, finding.layer) == ("unsupported-scheme", EXPERTS)
+    assert "without a gate projection" in finding.message
+    assert "(3 MoE layers)" in finding.message
+
+
+def test_a_gate_that_is_missing_in_one_layer_is_left_out() -> None:
+    (finding,) = ungated(range(3), complete=2).findings
+    assert (finding.code, finding.layer) == ("undescribed-layer", "model.layers.2.mlp.experts")
+    assert "left out" in finding.message
+
+
+@pytest.mark.parametrize("bias", [0.0, -0.0, 0.5])
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
+def test_biases_of_experts_are_read(bias: float, dtype: str, tmp_path: Path) -> None:
+    """Of the first expert of each layer, or of every expert; -0.0 is zero, too."""
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
+    tensors = {
+        f"model.layers.{layer}.mlp.experts.{number}.{name}.{last}": content
+        for layer in range(2)
+        for number in range(2)
+        for name in EXPERT_NAMES[0]
+        for last, content in {
+            "qweight": np.zeros((16, 128), np.int32),
+            "qzeros": np.zeros((1, 16), np.int32),
+            "scales": np.ones((1, 128), np.float16),
+            "bias": np.full(128, bias if (layer, number) == (1, 1) else 0.0),
+        }.items()
+    }
+    write(tmp_path / "model.safetensors", tensors, dtype)
+    checkpoint = Checkpoint.open(tmp_path)
+    found = gptq.read(config, checkpoint.tensors)
+    (note,) = check_expert_biases(found, checkpoint)
+    assert (note.code, note.severity) == ("served-otherwise", Severity.INFO)
+    assert "6 of 12" in note.message
+    (finding,) = check_expert_biases(found, checkpoint, every=True)
+    if bias:
+        assert (finding.code, finding.layer) == ("unsupported-scheme", "model.layers.1.mlp.experts")
+        assert finding.found == "model.layers.1.mlp.experts.1.gate_proj.bias"
+    else:
+        assert "12 of 12" in finding.message
+
+
+def write(path: Path, tensors: dict[str, np.ndarray], dtype: str) -> None:
+    """A safetensors file, in which float64 arrays are stored as ``dtype``."""
+    header, data = {}, b""
+    for name, value in tensors.items():
+        kind = {"int32": "I32", "float16": "F16"}.get(str(value.dtype), dtype)
+        if kind == "BF16":
+            content = (value.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).tobytes()
+        else:
+            content = value.astype({"I32": np.int32, "F16": np.float16, "F32": np.float32}[kind]).tobytes()
+        offsets = [len(data), len(data) + len(content)]
+        header[name] = {"dtype": kind, "shape": list(value.shape), "data_offsets": offsets}
+        data += content
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)

@@ -139,7 +139,7 @@ def test_the_conversion_is_said_once() -> None:
     (finding,) = requantized(described, Host())
     assert (finding.code, finding.severity) == ("requantized", Severity.INFO)
     assert finding.found == "FP8_BLOCK_DYNAMIC: 40 layers"
-    assert "VLLM_NPU_QUANT_FP8=bf16" in finding.fix
+    assert "VLLM_NPU_QUANT_FLOAT_WEIGHTS=bf16" in finding.fix
     assert "static" not in finding.message
     (static,) = requantized(read(AUTO_FP8, layer(UP, (), input_scale=tensor("F32"))), Host())
     assert "static input scales are dropped" in static.message
@@ -147,18 +147,23 @@ def test_the_conversion_is_said_once() -> None:
 
 @pytest.mark.parametrize(
     ("mode", "scheme", "method"),
-    [("int8", "as W8A8_DYNAMIC", "W8A8DynamicLinear"), ("bf16", "as float", "DequantizedLinear")],
+    [
+        ("int8", "as W8A8_DYNAMIC", "W8A8DynamicLinear"),
+        ("w8a16", "as W8A16", "WeightOnlyLinear"),
+        ("bf16", "as float", "DequantizedLinear"),
+    ],
 )
 def test_the_setting_decides_what_is_served_and_not_what_is_read(
     mode: str, scheme: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors = layer(UP, (2, 3), "weight_scale_inv")
     described = read(DEEPSEEK, tensors)
-    served = decide(LayerKind.LINEAR, described.find(UP).spec, Host(fp8=mode))
+    served = decide(LayerKind.LINEAR, described.find(UP).spec, Host(float_weights=mode))
     assert served.spec.scheme == f"FP8_BLOCK_DYNAMIC {scheme}"
     assert served.require_row().method_name == method
-    (finding,) = requantized(described, Host(fp8=mode))
-    assert ("doubles their memory" in finding.message) == (mode == "bf16")
+    (finding,) = requantized(described, Host(float_weights=mode))
+    assert ("two bytes per weight" in finding.message) == (mode == "bf16")
+    assert ("activations stay in the model's dtype" in finding.message) == (mode == "w8a16")
     monkeypatch.setenv("VLLM_NPU_QUANT_FP8", mode)
     assert read(DEEPSEEK, tensors) == described
 
@@ -341,7 +346,7 @@ def test_power_of_two_scales_are_taken() -> None:
 BROKEN = {
     "blocks of one size": ({**DEEPSEEK, "weight_block_size": [128]}, "bad-config", "weight_block_size"),
     "blocks of nothing": ({**DEEPSEEK, "weight_block_size": [128, 0]}, "bad-config", "weight_block_size"),
-    "blocks of text": ({**DEEPSEEK, "weight_block_size": ["128", "128"]}, "bad-config", "weight_block_size"),
+    "blocks of text": ({**DEEPSEEK, "weight_block_size": ["128", "one"]}, "bad-config", "weight_block_size"),
     "an unknown activation scheme": ({**DEEPSEEK, "activation_scheme": "sometimes"}, "bad-config", "activation_scheme"),
     "a list of numbers": ({**DEEPSEEK, "modules_to_not_convert": [1]}, "bad-config", "modules_to_not_convert"),
     "a string for a list": ({**DEEPSEEK, "ignored_layers": "lm_head"}, "bad-config", "ignored_layers"),

@@ -304,7 +304,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str, str, str]] = {
     "rotation": ({"rotation": "hadamard"}, "unsupported-scheme", "rotation", "no rotation"),
     "adapter": ({"adapter": {"name": "lora"}}, "unsupported-scheme", "adapter", "no adapter"),
     "no bits": ({"bits": "drop"}, "bad-config", "Field required", "correct the field"),
-    "bits as float": ({"bits": 4.0}, "bad-config", "integer", "correct the field"),
+    "bits as a fraction": ({"bits": 4.5}, "bad-config", "integer", "correct the field"),
     "group size 0": ({"group_size": 0}, "bad-config", "group_size", "correct the field"),
     "rule of group size 0": ({"dynamic": {"a": {"group_size": 0}}}, "bad-config", "group_size", "correct the field"),
     "rule is a number": ({"dynamic": {"a": 3}}, "bad-config", "dictionary", "correct the field"),

@@ -21,7 +21,7 @@ from vllm_npu_quant.formats.samples import EXPERTS
 from vllm_npu_quant.formats.samples import LAYER as SAMPLE_LAYER
 from vllm_npu_quant.serving.decide import Host, decide
 from vllm_npu_quant.serving.dispatch import describe, find_row
-from vllm_npu_quant.spec import Granularity, LayerKind, LayerSpec, Layout, NumberKind, TransformSpec
+from vllm_npu_quant.spec import Granularity, LayerKind, LayerSpec, Layout, NumberKind, TransformSpec, WeightSpec
 
 LAYER = "model.layers.0.self_attn.o_proj"
 SCALES = ("weight", "weight_scale", "weight_offset")
@@ -183,6 +183,25 @@ def test_fp8_is_what_the_checkpoint_stores() -> None:
     assert (spec.activation.bits, spec.activation.kind, spec.activation.dynamic) == (8, NumberKind.FLOAT, True)
 
 
+@pytest.mark.parametrize(
+    ("kind", "weight", "layout", "bits", "input_bits"),
+    [
+        ("W8A8_MXFP8", Stored("F8_E4M3", (64, 256)), Layout.MXFP8, 8, 8),
+        ("W4A8_MXFP", Stored("U8", (64, 128)), Layout.MXFP4, 4, 8),
+        ("W4A4_MXFP4", Stored("U8", (64, 128)), Layout.MXFP4, 4, 4),
+        ("W4A16_MXFP4", Stored("U8", (64, 128)), Layout.MXFP4, 4, None),
+    ],
+)
+def test_microscaling(kind: str, weight: Stored, layout: Layout, bits: int, input_bits: int | None) -> None:
+    tensors = stored(weight=weight, weight_scale=Stored("U8", (64, 8)))
+    assert errors(described(SCALES[:2], kind, **V1), tensors) == []
+    spec = entry_of(described(SCALES[:2], kind, **V1), tensors).spec
+    assert (spec.scheme, spec.layout) == (kind, layout)
+    assert spec.weight == WeightSpec(bits, NumberKind.MX, Granularity.GROUP, 32)
+    activation = spec.activation
+    assert (activation and (activation.bits, activation.kind)) == (input_bits and (input_bits, NumberKind.MX))
+
+
 FLATQUANT_TENSORS = scaled(int8(64, 256), (64, 1), left_trans=f32(8, 8), right_trans=f32(32, 32), clip_ratio=f32(1))
 HEADS_TENSORS = scaled(int8(64, 256), (64, 1), heads_rotation=f32(4, 4))
 KRONECKER_TENSORS = scaled(int8(64, 256), (64, 1), kronecker_rotation_m=f32(8, 8), kronecker_rotation_n=f32(32, 32))
@@ -235,10 +254,25 @@ UNFUSED = {f"{LAYER}.div.mul_scale": "FLOAT", **{f"{LAYER}.linear.{name}": "W8A8
 
 #: description, tensors (None for those that the description lists), code, what the message says.
 BROKEN = {
-    "MXFP8": (described(SCALES[:2], "W8A8_MXFP8", **V1), None, "unsupported-scheme", "Ascend 950"),
-    "MXFP4": (described(SCALES[:2], "W4A4_MXFP4", **V1), None, "unsupported-scheme", "W8A8_DYNAMIC, W4A8_DYNAMIC"),
+    "MXFP8 without its scales": (
+        described(("weight",), "W8A8_MXFP8", **V1),
+        stored(weight=Stored("F8_E4M3", (64, 256))),
+        "missing-tensor",
+        "weight_scale",
+    ),
+    "MXFP4 with float scales": (
+        described(SCALES[:2], "W4A4_MXFP4", **V1),
+        stored(weight=Stored("U8", (64, 128)), weight_scale=f32(64, 8)),
+        "wrong-dtype",
+        "U8 or F8_E8M0",
+    ),
+    "MXFP4 in groups of 64": (
+        described(SCALES[:2], "W4A8_MXFP", **V1),
+        stored(weight=Stored("U8", (64, 128)), weight_scale=Stored("U8", (64, 4))),
+        "wrong-shape",
+        "[N, G] = [64, 8]",
+    ),
     "MXFP4 FlatQuant": (described(SCALES, "W4A4_MXFP4_FLATQUANT", **V1), None, "unsupported-scheme", "Ascend 950"),
-    "W4A8_MXFP": (described(SCALES[:2], "W4A8_MXFP", **V1), None, "unsupported-scheme", "microscaling"),
     "compressed": (described(SCALES, "W8A8SC", **V1), None, "unsupported-scheme", "310P"),
     "NF4": (described(("weight",), "NF4", **V1), None, "unsupported-scheme", "NormalFloat"),
     "diffusion": (described(SCALES, "W8A8_TIMESTEP", **V1), None, "unsupported-scheme", "diffusion"),
@@ -327,10 +361,11 @@ def test_broken_descriptions_give_one_clear_error(name: str) -> None:
 
 
 def test_a_refused_type_is_said_once_for_all_its_layers() -> None:
-    types = {f"model.layers.{number}.mlp.up_proj.weight": "W8A8_MXFP8" for number in range(30)}
+    types = {f"model.layers.{number}.mlp.up_proj.weight": "W4A4_MXFP4_FLATQUANT" for number in range(30)}
     types["model.layers.7.mlp.down_proj.weight"] = "NF4"
     first, second = read_with_headers({**types, **V1}).findings
-    assert (first.code, first.layer, first.found) == ("unsupported-scheme", "model.layers.0.mlp.up_proj", "W8A8_MXFP8")
+    assert (first.code, first.layer) == ("unsupported-scheme", "model.layers.0.mlp.up_proj")
+    assert first.found == "W4A4_MXFP4_FLATQUANT"
     assert first.message.endswith("(30 layers)")
     assert (second.layer, second.found) == ("model.layers.7.mlp.down_proj", "NF4")
 
@@ -343,7 +378,7 @@ def test_unfused_smoothing_is_found_behind_a_layer_with_the_same_tensors() -> No
 
 def test_the_support_matrix_has_a_sample_of_every_type() -> None:
     samples = {sample.label: sample for sample in FORMAT.samples()}
-    assert list(samples) == [*TYPES, "W8A8_MXFP8", "W4A8_MXFP", "W4A4_MXFP4", "W8A8SC", "FAQuant"]
+    assert list(samples) == [*TYPES, "W4A4_MXFP4_FLATQUANT", "W8A8SC"]
     for label, sample in samples.items():
         found = read(sample.config, sample.tensors)
         if label not in TYPES:
@@ -373,19 +408,71 @@ def test_schemes_come_from_the_type_strings_alone() -> None:
         **{f"{LAYER}.{name}": "W8A8_DYNAMIC" for name in SCALES},
         **{f"m.experts.0.{part}.{name}": "W4A8_DYNAMIC" for part in ("w1", "w2", "w3") for name in SCALES},
         **{f"m.q_proj.{name}": "W4A4_FLATQUANT_DYNAMIC" for name in FLATQUANT},
+        **{f"m.experts.{number}.w1.{name}": "W9A9" for number in range(1, 3) for name in SCALES},
+        "m.shared_experts.w1.weight": "W4A16",
         "m.norm.weight": "FLOAT",
         "m.a.weight": "W8A8_MXFP8",
         "m.b.weight": "W9A9",
-        "m.c.weight": "W9A9",
+        "m.c.weight": "W16A16S",
+        "m.d.div.mul_scale": "FLOAT",
     }
-    assert vllm_ascend_schemes({**types, **V1, "fa_quant_type": "FAQuant"}) == {
+    assert vllm_ascend_schemes({**types, **V1}) == {
         ("W8A8_DYNAMIC", "linear"),
         ("W4A8_DYNAMIC", "moe"),
         ("W4A4_FLATQUANT_DYNAMIC", "linear"),
+        ("W4A16", "linear"),
         ("W8A8_MXFP8", "linear"),
         ("W9A9", "linear"),
-        ("FAQuant", "linear"),
+        ("W9A9", "moe"),
+        ("W16A16S", "linear"),
+        ("smoothing that is not fused", "linear"),
     }
+
+
+EXPERT = "m.experts.0.w1"
+FA_SCALE = {"m.self_attn.fa_v.scale": "FAQuant"}
+
+
+@pytest.mark.parametrize(
+    ("entries", "header", "expected"),
+    [
+        ({}, {"fa_quant_type": "FAKQuant"}, ("FAKQuant", "attention")),
+        ({}, {"indexer_quant_type": "INT8_DYNAMIC"}, ("INT8_DYNAMIC", "attention")),
+        ({}, {"kv_cache_type": "C8"}, ("C8", "attention")),
+        ({"m.k_proj.kv_cache_scale": "C8"}, {}, ("C8 without kv_cache_type", "attention")),
+        ({**FA_SCALE, "m.self_attn.quant_type": "QK_X_V_Y"}, {}, ("QK_X_V_Y", "attention")),
+        (FA_SCALE, {}, ("scales without fa_quant_type", "attention")),
+        (FA_SCALE, {"kv_cache_type": "X"}, ("X", "attention")),
+        (
+            {"m.indexer.q_rot": "FLOAT", "m.indexer.k_rot": "FLOAT"},
+            {},
+            ("rotations without indexer_quant_type", "attention"),
+        ),
+        ({"m.self_attn.quant_type": "INT8_DYNAMIC"}, {}, None),
+        ({}, {"fa_quant_type": "FLOAT", "kv_cache_type": ""}, None),
+        ({f"{EXPERT}.weight": "W4A16"}, {}, ("W4A16 without weight_packed", "moe")),
+        ({f"{EXPERT}.weight_packed": "W4A16"}, {}, ("W4A16", "moe")),
+        ({f"{EXPERT}.weight": "W4A8_DYNAMIC"}, {"group_size": 256}, ("W4A8_DYNAMIC per group", "moe")),
+        (
+            {f"{EXPERT}.weight": "W4A8_DYNAMIC", f"{EXPERT}.weight_scale_second": "W4A8_DYNAMIC"},
+            {},
+            ("W4A8_DYNAMIC per group", "moe"),
+        ),
+        ({"m.experts.gate_up_proj": "W8A8_DYNAMIC"}, {}, ("W8A8_DYNAMIC", "moe")),
+        (
+            {},
+            {"metadata": {"quarot": {"heads_rotation": {"layers": ["m.o_proj"]}}}},
+            ("inputs that are rotated at run time", "linear"),
+        ),
+        ({"m.a.weight": "W8A8\x1b[2J"}, {}, ("'W8A8\\x1b[2J'", "linear")),
+    ],
+)
+def test_what_vllm_ascend_needs_a_class_for(
+    entries: dict[str, str], header: dict[str, Any], expected: tuple[str, str] | None
+) -> None:
+    always = {"m.o_proj.weight": "W8A8_DYNAMIC"}
+    needed = vllm_ascend_schemes({**always, **entries, **V1, **header})
+    assert needed == {("W8A8_DYNAMIC", "linear"), *([expected] if expected else [])}
 
 
 @pytest.mark.parametrize(
@@ -427,7 +514,7 @@ def description_of(folder: Path) -> dict[str, Any]:
     return json.loads(next(path for path in folder.iterdir() if is_description_file(path.name)).read_text())
 
 
-#: Every dense ModelSlim checkpoint of the set: the layouts of its quantized layers, or the code that refuses it.
+#: Every dense ModelSlim checkpoint of the set: the layouts of its quantized layers.
 REAL = {
     "msmodelslim-qwen3-v0-w4a16-asym": {Layout.MODELSLIM_PACKED_K},
     "msmodelslim-qwen3-v0-w4a16-g64": {Layout.MODELSLIM_PACKED_N},
@@ -442,8 +529,8 @@ REAL = {
     "msmodelslim-qwen3-w8a8c8": {Layout.MODELSLIM_STATIC},
     "msmodelslim-qwen3-wfp8afp8": {Layout.FP8},
     "msmodelslim-qwen3fp32-w8a16-g128": {Layout.MODELSLIM_INT},
-    "msmodelslim-qwen3-w8a8-mxfp8": "unsupported-scheme",
-    "msmodelslim-qwen3-w4a4-mxfp4": "unsupported-scheme",
+    "msmodelslim-qwen3-w8a8-mxfp8": {Layout.MXFP8},
+    "msmodelslim-qwen3-w4a4-mxfp4": {Layout.MXFP4},
 }
 
 
@@ -457,9 +544,6 @@ def test_real_checkpoints(name: str) -> None:
     found = read(description_of(folder), checkpoint.tensors)
     codes = {finding.code for finding in found.findings if finding.severity is Severity.ERROR}
     expected = REAL[name]
-    if isinstance(expected, str):
-        assert codes == {expected}
-        return
     assert codes == set()
     assert [finding for finding in check_checkpoint(found, checkpoint) if finding.severity is Severity.ERROR] == []
     quantized = {entry.spec for entry in found.layers.values() if not entry.spec.is_float}

@@ -180,6 +180,62 @@ def test_kv_cache_scales_are_dropped_with_a_finding() -> None:
     assert found.find("l.k_proj").spec.scheme == "W8A8_DYNAMIC"
 
 
+FA3 = {f"l.fa_{part}.{name}": "FAQuant" for part in "qkv" for name in ("scale", "offset")}
+ROTATIONS = {"l.indexer.q_rot": "FLOAT", "l.indexer.k_rot": "FLOAT"}
+
+
+@pytest.mark.parametrize(
+    ("entries", "header", "named", "dropped"),
+    [
+        ({**FA3, "l.quant_type": "K_INT8"}, {"fa_quant_type": "FAKQuant"}, "FAKQuant, FAQuant, K_INT8", 6),
+        (FA3, {"fa_quant_type": "FAQuant"}, "FAQuant", 6),
+        ({"l.fa_v.scale": "X"}, {"kv_cache_type": "MX"}, "MX, X", 1),
+        (
+            {**ROTATIONS, "l.indexer.quant_type": "INT8_DYNAMIC"},
+            {"indexer_quant_type": "INT8_DYNAMIC"},
+            "INT8_DYNAMIC",
+            2,
+        ),
+        (ROTATIONS, {}, "rotations of a sparse indexer", 2),
+        ({}, {"fa_quant_type": "FAKQuant"}, "FAKQuant", 0),
+        ({"l.quant_type": "INT8_DYNAMIC"}, {}, "INT8_DYNAMIC", 0),
+    ],
+)
+def test_quantized_attention_is_dropped_with_one_finding(
+    entries: dict[str, str], header: dict[str, str], named: str, dropped: int
+) -> None:
+    written = {**description({"l.q_proj": DYNAMIC, "l.o_proj": DYNAMIC}), **entries, **header}
+    tensors = {name: tensor for name, tensor in stored_for(written).items() if not name.endswith("quant_type")}
+    found = read(written, tensors)
+    (finding,) = found.findings
+    assert (finding.code, finding.severity, finding.found) == ("kv-cache-not-quantized", Severity.WARNING, named)
+    assert set(found.layers) == {"l.q_proj", "l.o_proj"}
+    assert len(found.dropped) == dropped
+    stored = [name for name in tensors if name in entries]
+    assert all(name.endswith(tuple(f".{end}" for end in found.dropped or ("",))) for name in stored)
+    kept = [name for name in tensors if name not in entries]
+    assert not any(name.endswith(tuple(f".{end}" for end in found.dropped)) for name in kept)
+
+
+def test_float_attention_needs_no_finding() -> None:
+    written = {**description({"l.q_proj": DYNAMIC}), "l.indexer.quant_type": "FLOAT", "fa_quant_type": "FLOAT"}
+    found = read(written, {name: one for name, one in stored_for(written).items() if not name.endswith("quant_type")})
+    assert found.findings == ()
+
+
+def test_a_rotation_without_its_counterpart_is_not_dropped() -> None:
+    found = read_with_headers({**description({"l.q_proj": DYNAMIC}), "l.indexer.q_rot": "FLOAT"})
+    assert found.dropped == ()
+    assert "l.indexer" in found.layers
+
+
+def test_scales_of_attention_that_the_description_does_not_list_are_told() -> None:
+    written = {**description({"l.q_proj": DYNAMIC}), "fa_quant_type": "FAKQuant"}
+    stored = stored_for({**written, "l.fa_q.scale": "FAQuant"})
+    codes = [finding.code for finding in read(written, stored).findings]
+    assert codes == ["kv-cache-not-quantized", "unexpected-tensor"]
+
+
 def _with(**changes: Any) -> Callable[[], dict[str, Any]]:
     return lambda: {**description({"a.q_proj": DYNAMIC, "a.k_proj": DYNAMIC}), **changes}
 
@@ -192,12 +248,11 @@ def _with(**changes: Any) -> Callable[[], dict[str, Any]]:
         (_with(**{"a.q_proj.weight": 8}), "bad-config", "a.q_proj.weight", "string"),
         (_with(**{"a.q_proj.weight": ["W8A8"]}), "bad-config", "a.q_proj.weight", "string"),
         (_with(**{"a.q_proj.alpha": "W8A8_DYNAMIC"}), "unexpected-tensor", "a.q_proj", "alpha"),
-        (_with(group_size=-1), "bad-config", "group_size", "greater"),
-        (_with(group_size="64"), "bad-config", "group_size", "integer"),
+        (_with(group_size=-2), "bad-config", "group_size", "greater"),
+        (_with(group_size="64 inputs"), "bad-config", "group_size", "integer"),
         (_with(metadata="x"), "bad-config", "metadata", "dictionary"),
-        (_with(fa_quant_type="FAQuant"), "unsupported-scheme", "", "attention"),
-        (_with(indexer_quant_type="INT8_DYNAMIC"), "unsupported-scheme", "", "indexer"),
-        (_with(**{"a.fa_q.scale": "FAQuant"}), "unsupported-scheme", "a.fa_q", "attention"),
+        (_with(**{"a.fa_q.weight": "FAQuant"}), "unknown-scheme", "a.fa_q", "FAQuant"),
+        (_with(**{"a.fa_p.scale": "FAQuant"}), "unknown-scheme", "a.fa_p", "FAQuant"),
     ],
 )
 def test_broken_descriptions(broken: Callable[[], dict[str, Any]], code: str, layer: str, words: str) -> None:

@@ -77,7 +77,7 @@ SERVED = {
     ],
     "auto-round": [
         *(f"{bits} bits, auto_gptq packing" for bits in (2, 3, 4, 8)),
-        *("4 bits, auto_awq packing", "FP8 per channel", "FP8 per block"),
+        *("4 bits, auto_awq packing", "FP8 per channel", "FP8 per block", "MXFP8", "MXFP4", "NVFP4"),
     ],
 }
 REFUSED = {"awq": ["gemv"], "gptq": ["4 bits, marlin"], "auto-round": []}

@@ -115,13 +115,17 @@ def test_a_missing_shard_is_named() -> None:
     assert "self_attn.q_proj" not in finding.expected
 
 
-@pytest.mark.parametrize("odd", ["W8A16", "FLOAT"])
-def test_shards_that_disagree(odd: str) -> None:
+@pytest.mark.parametrize(
+    ("odd", "fix"),
+    [("W8A16", "one scheme for these layers"), ("FLOAT", "quantize k_proj too, or leave q_proj and v_proj out")],
+)
+def test_shards_that_disagree(odd: str, fix: str) -> None:
     with pytest.raises(NpuQuantError) as caught:
         resolver({**QKV, "model.layers.0.self_attn.k_proj": odd}).resolve("model.layers.0.self_attn.qkv_proj")
     (finding,) = caught.value.findings
     assert finding.code == "fused-shards-disagree"
     assert f"k_proj: {odd}" in finding.found
+    assert fix in finding.fix
 
 
 def test_experts_whose_gate_and_up_disagree() -> None:

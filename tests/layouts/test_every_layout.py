@@ -220,9 +220,15 @@ WAYS: dict[Layout, Way] = {
 }
 
 
+#: Layouts of floats have tests of their own: test_fp8.py, test_fp4.py and test_rounded.py.
+FLOATS = {
+    *(Layout.FLOAT, Layout.FP8, Layout.FP8_INV, Layout.FP8_BLOCK_4D, Layout.MXFP8, Layout.MXFP8_INV),
+    *(Layout.MXFP4, Layout.CT_MXFP4, Layout.NVFP4, Layout.CT_NVFP4, Layout.ROUNDED, Layout.ROUNDED_PAIRS),
+}
+
+
 def test_every_layout_is_here() -> None:
-    """FP8 has tests of its own: its numbers are no integers."""
-    assert WAYS.keys() == LAYOUTS.keys() - {Layout.FLOAT, Layout.FP8, Layout.FP8_INV}
+    assert WAYS.keys() == LAYOUTS.keys() - FLOATS
 
 
 @st.composite

@@ -14,7 +14,8 @@ from tests.layouts.memory import peak_of
 from vllm_npu_quant.checkpoint import Checkpoint
 from vllm_npu_quant.errors import NpuQuantError
 from vllm_npu_quant.formats.fp8 import fp8_spec, fp8_weight
-from vllm_npu_quant.layouts import fp8
+from vllm_npu_quant.formats.small_floats import MXFP8, block_float_spec
+from vllm_npu_quant.layouts import floats, fp8
 from vllm_npu_quant.layouts.compressed_tensors import one_scale_per_row
 from vllm_npu_quant.spec import Granularity, LayerSpec, Layout
 
@@ -130,7 +131,7 @@ def test_requantization_does_not_depend_on_the_blocks_of_rows(monkeypatch: pytes
     scale = rng.uniform(1e-4, 1e-2, (5, 4)).astype(np.float32)
     spec = spec_of(Granularity.BLOCK, (8, 16))
     whole = canonical(codes, scale, spec)
-    monkeypatch.setattr(fp8, "_BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr(floats, "_BLOCK_ELEMENTS", 100)
     parts = canonical(codes, scale, spec)
     assert torch.equal(whole.scale, parts.scale)
     assert torch.equal(whole.values, parts.values)
@@ -141,7 +142,7 @@ def test_requantization_holds_no_float_copy_of_the_layer() -> None:
     codes = torch.randint(0, 120, (4096, 4096), dtype=torch.uint8)  # 16 MiB
     scale = torch.rand(4096, 32)
     before = peak_of(lambda: None)
-    weight = fp8.requantized(codes, scale, 128, fp8.largest_codes(codes, 128))
+    weight = fp8.float_weight(codes, scale, 128).requantized()
     used = peak_of(lambda: weight.rows(0, 4096))
     assert used - before < 48 << 20  # the integers, 16 MiB, and blocks; the layer as float32 would be 64 MiB
 
@@ -149,6 +150,10 @@ def test_requantization_holds_no_float_copy_of_the_layer() -> None:
 BROKEN = {
     "NaN codes": ({"weight": torch.tensor([[1, 255]], dtype=torch.uint8)}, "the FP8 weight holds NaN"),
     "a scale that is no number": ({"weight_scale": torch.tensor([[float("inf")]])}, "the scale holds NaN or infinity"),
+    "scales beyond float32": (
+        {"weight": torch.full((1, 2), 126, dtype=torch.uint8), "weight_scale": torch.tensor([[3e38]])},
+        "the weight holds numbers beyond float32",
+    ),
     "offsets": ({"weight_offset": torch.ones(1, 1)}, "weight_offset holds nonzero offsets"),
 }
 
@@ -161,6 +166,32 @@ def test_broken_values_are_refused(case: str) -> None:
         fp8.to_canonical(tensors, spec_of(Granularity.CHANNEL))
     assert caught.value.codes == ("bad-value",)
     assert all(finding.fix for finding in caught.value.findings)
+
+
+def test_power_of_two_scales_have_their_values() -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    values = floats.decode_e8m0(codes)
+    assert values[:255].tolist() == [2.0 ** (code - 127) for code in range(255)]
+    assert values[255] == float("inf"), "NaN, which is refused with infinity"
+
+
+@given(st.integers(1, 9), st.integers(1, 4), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_mxfp8_means_what_the_checkpoint_means(outputs: int, groups: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    codes = rng.choice(np.array(CODES, dtype=np.uint8), (outputs, 32 * groups))
+    scale = rng.integers(110, 140, (outputs, groups), dtype=np.uint8)
+    wanted = np.array([[e4m3(int(code)) for code in row] for row in codes], np.float32)
+    wanted *= np.exp2(scale.astype(np.float64) - 127).repeat(32, axis=1).astype(np.float32)
+    spec = block_float_spec("MXFP8", Layout.MXFP8, MXFP8, 8)
+    tensors = {"weight": torch.from_numpy(codes), "weight_scale": torch.from_numpy(scale)}
+    weight = fp8.to_canonical(tensors, spec).weight
+    assert np.array_equal(weight.dequantize().numpy(), wanted)
+    assert weight.exact is None
+    served = weight.values.numpy() * weight.scale.numpy()
+    assert (np.abs(served - wanted) <= 0.5001 * weight.scale.numpy()).all()
+    with pytest.raises(NpuQuantError, match="the scale holds NaN or infinity"):
+        fp8.to_canonical(tensors | {"weight_scale": torch.full((outputs, groups), 255, dtype=torch.uint8)}, spec)
 
 
 def test_the_inverse_spelling_is_the_same_scale() -> None:

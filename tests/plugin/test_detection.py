@@ -22,11 +22,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.quantization import (
+    _CUSTOMIZED_METHOD_TO_QUANT_CONFIG,
+    QUANTIZATION_METHODS,
+    register_quantization_config,
+)
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.plugins import load_general_plugins
 
 from tests.configs import config_of_format
 from tests.fixtures_index import fixture
 from tests.hub_server import COMMIT, Hub, environment_of, serve, use_hub
+from vllm_npu_quant.checkpoint import Checkpoint
 from vllm_npu_quant.engine import detection
 from vllm_npu_quant.engine.config import NpuQuantConfig
 from vllm_npu_quant.engine.detection import _detect, detect_quantization
@@ -132,8 +139,22 @@ def test_other_files_of_a_folder_are_no_description(tmp_path: Path) -> None:
 # Evidence that contradicts.
 
 
-def test_config_json_names_another_format(tmp_path: Path) -> None:
+def test_the_weights_decide_between_config_json_and_description(tmp_path: Path) -> None:
+    """The float model's config.json had a quantization of its own, which was left in it."""
     folder = copy_of(MODELSLIM, tmp_path / "m", quantization_config=GPTQ)
+    config = EngineArgs(str(folder)).create_engine_config()
+    assert config.model_config.quantization == "modelslim"
+    assert config.quant_config.described.source == DESCRIPTION
+    packed = copy_of("gptq-qwen3-w4g128-asym", tmp_path / "packed")
+    shutil.copyfile(fixture(MODELSLIM) / DESCRIPTION, packed / DESCRIPTION)
+    config = EngineArgs(str(packed)).create_engine_config()
+    assert config.model_config.quantization == "npu_gptq"
+    assert config.quant_config.described.source == "config.json"
+
+
+def test_neither_config_json_nor_the_description_fits(tmp_path: Path) -> None:
+    folder = copy_of("msmodelslim-qwen3-w8a8-dynamic", tmp_path / "m", without=(DESCRIPTION,), quantization_config=GPTQ)
+    shutil.copyfile(fixture(MODELSLIM) / DESCRIPTION, folder / DESCRIPTION)
     finding = refused(folder)
     assert finding.code == "contradictory-evidence"
     assert "'gptq'" in finding.found
@@ -148,6 +169,112 @@ def test_the_user_decides_between_config_json_and_description(tmp_path: Path) ->
     with pytest.raises(NpuQuantError) as caught:
         EngineArgs(str(folder), quantization="gptq").create_engine_config()
     assert "wrong-dtype" in caught.value.codes
+
+
+def test_an_export_for_mindie(tmp_path: Path) -> None:
+    folder = copy_of(MODELSLIM, tmp_path / "m", quantization_config={"w_bit": 8, "group_size": -1}, quantize="w8a8")
+    config = EngineArgs(str(folder)).create_engine_config()
+    assert config.model_config.quantization == "modelslim"
+    assert config.quant_config.described.source == DESCRIPTION
+
+
+@pytest.mark.parametrize("quantization", [None, "gptq"])
+@pytest.mark.parametrize("fields", [{"desc_act": False}, {}])
+def test_a_config_without_quant_method(fields: dict[str, Any], quantization: str | None, tmp_path: Path) -> None:
+    """desc_act is GPTQ's alone; without it only the user can say which format it is."""
+    silent = {"bits": 4, "group_size": 128, "sym": False, **fields}
+    folder = copy_of(
+        "gptq-qwen3-w4g128-asym", tmp_path / "m", without=("quantize_config.json",), quantization_config=silent
+    )
+    if fields or quantization:
+        assert (
+            EngineArgs(str(folder), quantization=quantization).create_engine_config().quant_config.described.format
+            == "gptq"
+        )
+    else:
+        finding = refused(folder)
+        assert finding.code == "bad-config"
+        assert "has no quant_method" in finding.message
+
+
+def test_the_config_of_a_part_that_vllm_does_not_look_at(tmp_path: Path) -> None:
+    source = json.loads((fixture("awq-qwen3-autoawq-g128") / "config.json").read_text())
+    part = {"language_config": {"quantization_config": source["quantization_config"]}}
+    folder = copy_of("awq-qwen3-autoawq-g128", tmp_path / "m", quantization_config=None, **part)
+    assert EngineArgs(str(folder)).create_engine_config().model_config.quantization == "npu_awq"
+
+
+# Checkpoints that nobody here serves: the reason, before weights are read.
+
+
+@pytest.mark.parametrize(
+    ("quantization", "title"),
+    [
+        ({"quant_method": "quark", "global_quant_config": {}}, "AMD Quark"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"quant_method": "aqlm"}, "AQLM"),
+        ({"quant_method": "w8a8_int8"}, "SGLang W8A8 int8"),
+    ],
+)
+def test_what_vllm_cannot_serve_here(quantization: dict[str, Any], title: str, tmp_path: Path) -> None:
+    finding = refused(copy_of(FLOAT, tmp_path / "m", quantization_config=quantization))
+    assert finding.code == "unsupported-scheme"
+    assert title in finding.message
+
+
+def test_other_errors_of_vllm_stay(tmp_path: Path) -> None:
+    folder = copy_of(FLOAT, tmp_path / "m", quantization_config={"quant_method": "quark"})
+    with pytest.raises(ValueError, match="max_model_len"):
+        EngineArgs(str(folder), max_model_len=1 << 30).create_model_config()
+
+
+class TheirConfig(QuantizationConfig):
+    """The config class of another plugin, which takes every checkpoint."""
+
+    @classmethod
+    def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: Any = None) -> str:
+        return "theirs"
+
+
+@pytest.fixture
+def another_plugin() -> Iterator[None]:
+    register_quantization_config("theirs")(TheirConfig)
+    yield
+    QUANTIZATION_METHODS.remove("theirs")
+    del _CUSTOMIZED_METHOD_TO_QUANT_CONFIG["theirs"]
+
+
+def test_a_method_of_another_plugin_stays(tmp_path: Path, another_plugin: None) -> None:
+    """It serves the checkpoint, whatever our table says of it."""
+    folder = copy_of(FLOAT, tmp_path / "m", quantization_config={"quant_method": "quark"})
+    assert method_of(folder) == "theirs"
+
+
+def test_an_adapter(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": "org/base"})
+    )
+    assert "serve org/base" in refused(folder).fix
+
+
+@pytest.mark.parametrize("load_format", ["auto", "safetensors"])
+def test_consolidated_files_beside_the_others(load_format: str, tmp_path: Path) -> None:
+    """An index leaves them out where vLLM does not prefer them."""
+    folder = copy_of("awq-qwen3-autoawq-g128", tmp_path / "m")
+    (weights,) = folder.glob("*.safetensors")
+    (source,) = fixture(FLOAT).glob("*.safetensors")
+    (folder / "consolidated.safetensors").symlink_to(source)
+    index = {"weight_map": dict.fromkeys(Checkpoint.open(folder).header(weights.name).tensors, weights.name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    if load_format == "auto":
+        fix = refused(folder).fix
+        assert "remove consolidated.safetensors" in fix
+        assert "--load-format safetensors" in fix
+    else:
+        config = EngineArgs(str(folder), load_format=load_format).create_engine_config()
+        assert config.quant_config.described.is_quantized
 
 
 @pytest.mark.parametrize(
@@ -253,7 +380,7 @@ def fill(cache: Path, folder: Path, *, without: tuple[str, ...] = ()) -> Path:
 
 
 def detect(quantization: str | None = None, **options: Any) -> str | None:
-    return detect_quantization(EngineArgs(REPOSITORY, quantization=quantization, **options))
+    return detect_quantization(EngineArgs(REPOSITORY, quantization=quantization, **options)).method
 
 
 def entries(config: NpuQuantConfig) -> dict[str, Any]:
@@ -323,8 +450,8 @@ def test_a_hub_that_does_not_answer(
 
 @pytest.mark.parametrize("model", ["/no/such/model.gguf", "s3://bucket/model", "org/model:Q4_K_M"])
 def test_what_is_no_hub_id_is_left_to_vllm(model: str, no_network: None) -> None:
-    assert _detect(model, None, None) is None
-    assert _detect(model, None, "gguf") == "gguf"
+    assert _detect(model, None, None).method is None
+    assert _detect(model, None, "gguf").method == "gguf"
 
 
 @pytest.mark.parametrize(
@@ -396,9 +523,7 @@ def test_damage_of_a_hub_model_is_found_before_it_is_downloaded(
 def test_a_hub_model_with_contradicting_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = copy_of(MODELSLIM, tmp_path / "m", quantization_config=GPTQ)
     with hub_of(folder, tmp_path, monkeypatch):
-        with pytest.raises(NpuQuantError) as caught:
-            detect()
-        assert caught.value.codes == ("contradictory-evidence",)
+        assert detect() == "modelslim"
         assert detect("gptq") == "gptq"
         assert detect("modelslim") == "modelslim"
 

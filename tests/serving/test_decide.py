@@ -8,6 +8,7 @@ import pytest
 from vllm_npu_quant import settings
 from vllm_npu_quant.errors import NpuQuantError, Severity
 from vllm_npu_quant.formats.fp8 import fp8_spec, fp8_weight
+from vllm_npu_quant.formats.small_floats import MXFP4, MXFP8, NVFP4, block_float_spec
 from vllm_npu_quant.serving.decide import Host, decide, float_experts, requantized_findings
 from vllm_npu_quant.spec import FLOAT, ActivationSpec, Granularity, LayerKind, LayerSpec, Layout, NumberKind, WeightSpec
 
@@ -18,6 +19,13 @@ FP8_WEIGHT_ONLY = fp8_spec("FP8_W8A16", fp8_weight(Granularity.CHANNEL), Layout.
 MIX = LayerSpec("W8A8_MIX", Layout.MODELSLIM_STATIC, WeightSpec(8), PER_TOKEN)
 W8A8 = LayerSpec("W8A8_DYNAMIC", Layout.MODELSLIM_INT, WeightSpec(8), PER_TOKEN)
 W4A8 = LayerSpec("W4A8_DYNAMIC", Layout.MODELSLIM_INT, WeightSpec(4), PER_TOKEN)
+MXFP8_W8A8 = block_float_spec("MXFP8", Layout.MXFP8, MXFP8, 8)
+MXFP8_W8A16 = block_float_spec("MXFP8", Layout.MXFP8, MXFP8, None)
+MXFP4_W4A4 = block_float_spec("MXFP4", Layout.MXFP4, MXFP4, 4)
+MXFP4_W4A8 = block_float_spec("MXFP4", Layout.MXFP4, MXFP4, 8)
+MXFP4_W4A16 = block_float_spec("MXFP4", Layout.MXFP4, MXFP4, None)
+NVFP4_W4A4 = block_float_spec("NVFP4", Layout.NVFP4, NVFP4, 4)
+NVFP4_W4A16 = block_float_spec("NVFP4", Layout.NVFP4, NVFP4, None)
 
 
 @pytest.mark.parametrize(
@@ -27,7 +35,7 @@ W4A8 = LayerSpec("W4A8_DYNAMIC", Layout.MODELSLIM_INT, WeightSpec(4), PER_TOKEN)
         (FP8_BLOCK, Host(), "l.q_proj", "FP8_BLOCK_DYNAMIC as W8A8_DYNAMIC", "W8A8DynamicLinear"),
         (FP8_STATIC, Host(), "l.q_proj", "FP8_STATIC as W8A8_DYNAMIC", "W8A8DynamicLinear"),
         (FP8_WEIGHT_ONLY, Host(), "l.q_proj", "FP8_W8A16 as W8A16", "WeightOnlyLinear"),
-        (FP8_BLOCK, Host(fp8="bf16"), "l.q_proj", "FP8_BLOCK_DYNAMIC as float", "DequantizedLinear"),
+        (FP8_BLOCK, Host(float_weights="bf16"), "l.q_proj", "FP8_BLOCK_DYNAMIC as float", "DequantizedLinear"),
         (MIX, Host(), "l.q_proj", "W8A8_MIX", "W8A8DynamicLinear"),
         (MIX, Host(kv_consumer=True), "l.q_proj", "W8A8_MIX", "W8A8StaticLinear"),
         (W8A8, Host(kv_consumer=True), "l.q_proj", "W8A8_DYNAMIC", "W8A8DynamicLinear"),
@@ -47,9 +55,63 @@ def test_linear_layers(stored: LayerSpec, host: Host, layer: str, scheme: str, m
     assert served.spec.layout is stored.layout
 
 
+_CHANNEL, _EXACT = WeightSpec(8), WeightSpec(8, granularity=Granularity.GROUP, group_size=32)
+_FLOAT = WeightSpec(16, NumberKind.FLOAT)
+
+
+@pytest.mark.parametrize(
+    ("stored", "mode", "weight", "experts", "method"),
+    [
+        (MXFP8_W8A8, "int8", _CHANNEL, _CHANNEL, "W8A8DynamicLinear"),
+        (MXFP4_W4A4, "int8", _CHANNEL, _CHANNEL, "W8A8DynamicLinear"),
+        (MXFP4_W4A8, "int8", _CHANNEL, _CHANNEL, "W8A8DynamicLinear"),
+        (NVFP4_W4A4, "int8", _CHANNEL, _CHANNEL, "W8A8DynamicLinear"),
+        (MXFP8_W8A16, "int8", _CHANNEL, _CHANNEL, "WeightOnlyLinear"),
+        (NVFP4_W4A16, "int8", _CHANNEL, _CHANNEL, "WeightOnlyLinear"),
+        # Only weight-only Linear operators take groups.
+        (MXFP4_W4A16, "int8", _EXACT, _CHANNEL, "WeightOnlyLinear"),
+        (MXFP4_W4A4, "w8a16", _EXACT, _CHANNEL, "WeightOnlyLinear"),
+        (NVFP4_W4A4, "w8a16", _CHANNEL, _CHANNEL, "WeightOnlyLinear"),
+        (FP8_BLOCK, "w8a16", _CHANNEL, _CHANNEL, "WeightOnlyLinear"),
+        (MXFP4_W4A4, "bf16", _FLOAT, _FLOAT, "DequantizedLinear"),
+        (NVFP4_W4A16, "bf16", _FLOAT, _FLOAT, "DequantizedLinear"),
+    ],
+)
+def test_small_floats(stored: LayerSpec, mode: str, weight: WeightSpec, experts: WeightSpec, method: str) -> None:
+    host = Host(float_weights=mode)
+    for kind in (LayerKind.LINEAR, LayerKind.LM_HEAD):
+        served = decide(kind, stored, host, layer="l")
+        assert served.require_row().method_name == method
+        assert served.spec.weight == weight
+        assert served.difference == "", "it is told once per checkpoint"
+    served = decide(LayerKind.FUSED_MOE, stored, host)
+    assert served.spec.weight == experts
+    assert served.row is not None
+    quantized = stored.activation is not None and mode == "int8"
+    assert served.spec.activation == (PER_TOKEN if quantized else None)
+
+
+def test_small_floats_are_told_by_their_names() -> None:
+    (finding,) = requantized_findings([(MXFP8_W8A8, 2), (NVFP4_W4A4, 1)], Host(), "config.json")
+    assert "have no MXFP8 or NVFP4: weights are requantized at load to int8, one byte per weight" in finding.message
+    assert "static input scales are dropped" in finding.message, "NVFP4's inputs have a static factor"
+    assert "exact" not in finding.message
+    assert finding.found == "MXFP8_W8A8: 2 layers, NVFP4_W4A4: 1 layers"
+    (finding,) = requantized_findings([(NVFP4_W4A4, 1)], Host(float_weights="w8a16"), "config.json")
+    assert "activations stay in the model's dtype" in finding.message
+    assert "static" not in finding.message
+    for host, spec in ((Host(), MXFP4_W4A16), (Host(float_weights="w8a16"), MXFP4_W4A4)):
+        (finding,) = requantized_findings([(spec, 1)], host, "config.json")
+        assert "keep MXFP4's groups, in which int8 is exact" in finding.message
+    (finding,) = requantized_findings([(MXFP4_W4A4, 1)], Host(), "config.json")
+    assert "exact" not in finding.message
+
+
 @pytest.mark.parametrize("kind", LayerKind)
 def test_a_float_layer_stays_float(kind: LayerKind) -> None:
-    served = decide(kind, FLOAT, Host(fp8="bf16", w4a8="w4a16", latent_attention=True, kv_consumer=True), layer="l")
+    served = decide(
+        kind, FLOAT, Host(float_weights="bf16", w4a8="w4a16", latent_attention=True, kv_consumer=True), layer="l"
+    )
     assert (served.spec, served.row, served.difference) == (FLOAT, None, "")
 
 
@@ -109,11 +171,18 @@ def test_fp8_is_told_once_with_counts() -> None:
     assert finding.found == "FP8_BLOCK_DYNAMIC: 4 layers, FP8_STATIC: 2 layers"
     assert "static input scales are dropped" in finding.message
     assert requantized_findings([(W8A8, 7)], Host(), "config.json") == []
-    (finding,) = requantized_findings([(FP8_BLOCK, 1)], Host(fp8="bf16"), "config.json")
-    assert "doubles their memory" in finding.message
+    (finding,) = requantized_findings([(FP8_BLOCK, 1)], Host(float_weights="bf16"), "config.json")
+    assert "two bytes per weight" in finding.message
 
 
-@pytest.mark.parametrize(("name", "layers"), [(settings.FP8, [(FP8_BLOCK, 1)]), (settings.W4A8, [(W4A8, 1)])])
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        (settings.FP8, [(FP8_BLOCK, 1)]),
+        (settings.FLOAT_WEIGHTS, [(MXFP4_W4A4, 1)]),
+        (settings.W4A8, [(W4A8, 1)]),
+    ],
+)
 def test_an_invalid_setting_is_an_error_of_the_checkpoints_that_it_concerns(
     name: str, layers: list[tuple[LayerSpec, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,3 +199,15 @@ def test_the_settings_are_read_by_the_host_alone(monkeypatch: pytest.MonkeyPatch
     assert decide(LayerKind.LINEAR, FP8_BLOCK, Host(), layer="l").spec.weight == WeightSpec(8)
     served = decide(LayerKind.LINEAR, FP8_BLOCK, Host.read(), layer="l")
     assert served.spec.weight == WeightSpec(16, NumberKind.FLOAT)
+
+
+@pytest.mark.parametrize(
+    "weight", [WeightSpec(4, NumberKind.FLOAT, Granularity.GROUP, 16), WeightSpec(8, NumberKind.MX)]
+)
+@pytest.mark.parametrize("kind", LayerKind)
+@pytest.mark.parametrize("host", [Host(), Host(float_weights="bf16")])
+def test_other_floats_are_not_taken_for_fp8(weight: WeightSpec, kind: LayerKind, host: Host) -> None:
+    stored = LayerSpec("OTHER", Layout.FP8, weight)
+    served = decide(kind, stored, host, layer="l")
+    assert (served.spec, served.row) == (stored, None)
+    assert requantized_findings([(stored, 3)], host, "config.json") == []

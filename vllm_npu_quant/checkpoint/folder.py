@@ -177,24 +177,28 @@ class Checkpoint:
             raise KeyError(f"no tensor {name!r} in {self.folder}" + (f"; nearest: {', '.join(near)}" if near else ""))
         return tensor
 
-    def read_headers(self) -> None:
-        """Set ``files``, ``tensors``, ``findings`` and the other attributes from the files in ``names``."""
+    def read_headers(self, *, consolidated: bool = True) -> None:
+        """Set ``files``, ``tensors``, ``findings`` and the other attributes from the files in ``names``.
+
+        Args:
+            consolidated: whether vLLM prefers Mistral's consolidated*.safetensors, as by default.
+        """
         findings = FindingLimit(MAX_FINDINGS)
         names = list(self.names)
         weights = fnmatch.filter(names, "*.safetensors")
         if len(weights) > MAX_WEIGHT_FILES:
             self.findings = (_too_many("weight files", MAX_WEIGHT_FILES, len(weights)),)
             return
-        consolidated = fnmatch.filter(weights, "consolidated*.safetensors")
+        mistral = fnmatch.filter(weights, "consolidated*.safetensors") if consolidated else []
         ignored: dict[str, str] = {}
         vllm_index = VLLM_INDEX
         candidates = weights
-        if consolidated:
-            vllm_index, candidates = CONSOLIDATED_INDEX, consolidated
-            others = [name for name in weights if name not in consolidated]
+        if mistral:
+            vllm_index, candidates = CONSOLIDATED_INDEX, mistral
+            others = [name for name in weights if name not in mistral]
             ignored |= dict.fromkeys(others, "vLLM loads consolidated*.safetensors where they exist")
             if others:
-                findings.add(_two_copies(consolidated, others))
+                findings.add(_two_copies(mistral, others))
         self.indexes = tuple(fnmatch.filter(names, "*.safetensors.index.json"))
         indexes = self._read_indexes(findings)
         files = candidates
@@ -209,15 +213,16 @@ class Checkpoint:
             findings.add(_no_weights(self.folder, names))
 
         adapters = fnmatch.filter(files, "adapter_*.safetensors")
-        if adapters and len(files) > len(adapters):
-            findings.add(_adapter(adapters[0]))
+        alone = len(files) == len(adapters)
+        if adapters and not (alone and "config.json" not in names):  # an adapter's folder is refused as such
+            findings.add(_adapter(adapters[0], alone=alone))
         if all(set(files).isdisjoint(index.values()) for index in indexes.values()):
             findings.extend(_missing_shards(files))
         budget = HeaderBudget()
         headers = {
             name: Header(name, {}, {}, (_leaves(name, self.leaving[name]),), 0)
             if name in self.leaving
-            else self._header(name, budget)
+            else self.header(name, budget)
             for name in files
         }
         for header in headers.values():
@@ -230,7 +235,12 @@ class Checkpoint:
             findings.extend(self._compare(name, index, headers, weights, indexes, vllm_index))
         self.findings = tuple(findings.close())
 
-    def _header(self, name: str, budget: HeaderBudget) -> Header:
+    def header(self, name: str, budget: HeaderBudget | None = None) -> Header:
+        """The header of one of the folder's safetensors files, one that vLLM would not load included.
+
+        Args:
+            budget: what the headers of the checkpoint may take together; one header's own limits hold without it.
+        """
         return read_header(self.path(name), budget=budget)
 
     def _read_indexes(self, findings: FindingLimit) -> dict[str, dict[str, str]]:
@@ -410,7 +420,15 @@ def _two_copies(consolidated: list[str], others: list[str]) -> Finding:
     )
 
 
-def _adapter(name: str) -> Finding:
+def _adapter(name: str, *, alone: bool) -> Finding:
+    if alone:
+        return Finding(
+            "unreadable-file",
+            "the weights are a LoRA adapter's, and no model's",
+            file=shown_name(name),
+            expected="the weights of a model",
+            fix="Serve the model that the adapter was trained on, and pass this folder with --enable-lora --lora-modules.",
+        )
     return Finding(
         "unexpected-tensor",
         "a LoRA adapter lies beside the weights, and vLLM loads it as if it were a part of them",

@@ -257,16 +257,17 @@ class RemoteCheckpoint(Checkpoint):
         self.file_sizes = {name: size for name, size in sizes.items() if "/" not in name and not name.startswith(".")}
         self.names = tuple(sorted(self.file_sizes))
 
-    def read_headers(self) -> None:
+    def read_headers(self, *, consolidated: bool = True) -> None:
         names = [name for name in self.names if name.endswith(".safetensors")]
         if len(names) > MAX_WEIGHT_FILES:
-            return super().read_headers()
+            super().read_headers(consolidated=consolidated)
+            return
         self._budget = HeaderBudget()
         self._deadline = time.monotonic() + HEADERS_TIMEOUT
         with ThreadPoolExecutor(WORKERS) as pool:
             self._headers = dict(zip(names, pool.map(self._fetch_header, names), strict=True))
         self._deadline = float("inf")
-        return super().read_headers()
+        super().read_headers(consolidated=consolidated)
 
     def read_json(self, name: str) -> dict[str, Any]:
         limit = json_limit(name)
@@ -291,7 +292,7 @@ class RemoteCheckpoint(Checkpoint):
             f"download the model first: {self.how_to_download} {self.repository}",
         )
 
-    def _header(self, name: str, budget: HeaderBudget) -> Header:
+    def header(self, name: str, budget: HeaderBudget | None = None) -> Header:
         return self._headers[name]
 
     def _fetch_header(self, name: str) -> Header:

@@ -23,10 +23,10 @@ from vllm_npu_quant import settings
 from vllm_npu_quant.checkpoint import Checkpoint
 from vllm_npu_quant.engine import platforms
 from vllm_npu_quant.engine.dequantized import DequantizedLinearMethod
-from vllm_npu_quant.engine.detection import open_model_checkpoint
+from vllm_npu_quant.engine.detection import names_vllm_ascend, open_model_checkpoint
 from vllm_npu_quant.engine.linear import CHECKPOINT_BIAS, NpuQuantLinearMethod
 from vllm_npu_quant.errors import Finding, NpuQuantError, Severity, raise_findings
-from vllm_npu_quant.formats.check import check_checkpoint
+from vllm_npu_quant.formats.check import check_checkpoint, check_expert_biases, tied_head_findings
 from vllm_npu_quant.formats.declaration import Format, find_format, formats, require_format
 from vllm_npu_quant.formats.described import Described
 from vllm_npu_quant.formats.detect import Detection
@@ -130,10 +130,15 @@ class NpuQuantConfig(QuantizationConfig):
             return method  # the file beside config.json decides
         if user_quant is not None and not declaration.answers_to(user_quant):
             return None
-        if not declaration.serves(hf_quant_cfg):
+        silent = user_quant is not None and not hf_quant_cfg.get(
+            "quant_method"
+        )  # the user says what the config does not
+        if not declaration.serves(hf_quant_cfg) and not silent:
+            return None
+        if names_vllm_ascend(user_quant):
             return None
         named = user_quant == method or settings.takeover()
-        if settings.ascend_host() and not named and declaration.left_to_vllm_ascend(hf_quant_cfg):
+        if settings.ascend_host() and not named and declaration.left_to_vllm_ascend(hf_quant_cfg, hf_config):
             logger.info_once("This %s checkpoint is left to vllm-ascend, which serves all of its schemes", method)
             return None
         return method
@@ -145,6 +150,11 @@ class NpuQuantConfig(QuantizationConfig):
             NpuQuantError: unreadable-file if no file describes it in this format.
         """
         declaration = self.declaration
+        if declaration.rounds:
+            detection = detect_checkpoint(checkpoint)
+            if detection.format:
+                raise NpuQuantError([_quantized_already(declaration, detection)])
+            return Detection(declaration.name, "config.json", self._options())
         if self.raw and declaration.is_complete(self.raw):
             return Detection(declaration.name, "config.json", self.raw)
         file = declaration.file_beside(checkpoint.names) if declaration.decisive else None
@@ -154,6 +164,12 @@ class NpuQuantConfig(QuantizationConfig):
         if find_format(detection.format) is not declaration:
             raise NpuQuantError([_wrong_method(declaration, checkpoint, detection)])
         return replace(detection, asks=False)  # vLLM knows the method already
+
+    def _options(self) -> dict[str, Any]:
+        """The options of a method that rounds float weights; vLLM's own part of them is taken over."""
+        online, self.online_quantization_config = getattr(self, "online_quantization_config", None), None
+        ignore = [*(self.raw.get("ignore") or ()), *(online.args.ignore if online is not None else ())]
+        return {**self.raw, "ignore": ignore}
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Read the checkpoint's quantization, and check its files against it before any weight is read.
@@ -167,8 +183,13 @@ class NpuQuantConfig(QuantizationConfig):
             return
         checkpoint = open_model_checkpoint(model_name, revision)
         self.described = described = describe_checkpoint(checkpoint, self._detection(checkpoint))
+        text_config = getattr(hf_config, "text_config", None) or hf_config
+        self.tied_embeddings = bool(getattr(text_config, "tie_word_embeddings", False))
+        self.hidden_layers = getattr(text_config, "num_hidden_layers", None)
         # Problems of the files come first: many others follow from them.
         findings = check_checkpoint(described, checkpoint) + list(described.findings)
+        findings += check_expert_biases(described, checkpoint)
+        findings += tied_head_findings(described, self.tied_embeddings)
         specs = ((entry.spec, 1) for _, entry in described.stored_layers())
         self.host = Host.read()
         findings += requantized_findings(specs, self.host, described.source)
@@ -180,9 +201,6 @@ class NpuQuantConfig(QuantizationConfig):
         raise_findings(findings)
         self.resolver = LayerResolver(described, self.packed_modules_mapping)
         self.quant_description = {f"{name}.bias": "FLOAT" for name in described.norm_biases}
-        text_config = getattr(hf_config, "text_config", None) or hf_config
-        self.tied_embeddings = bool(getattr(text_config, "tie_word_embeddings", False))
-        self.hidden_layers = getattr(text_config, "num_hidden_layers", None)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         if self.resolver is not None:
@@ -337,6 +355,18 @@ def _lost_bias(resolved: ResolvedLayer, source: str) -> Finding:
             f"{name}.bias" for name, entry in zip(resolved.shards, resolved.entries, strict=True) if entry.tensors
         ),
         fix="re-export the checkpoint with this layer quantized, or with symmetric smoothing",
+    )
+
+
+def _quantized_already(declaration: Format, detection: Detection) -> Finding:
+    """The finding for a quantized checkpoint whose weights would be rounded again."""
+    return Finding(
+        "contradictory-evidence",
+        f"quantization={declaration.method_name} rounds float weights, and this checkpoint is quantized already",
+        file=detection.file,
+        expected="a float checkpoint",
+        found=detection.format,
+        fix="leave quantization= out, or take the float model that the checkpoint was made from",
     )
 
 

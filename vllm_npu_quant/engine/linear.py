@@ -7,6 +7,7 @@ converted to canonical numbers, and these to the tensors of the NPU method class
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -31,9 +32,9 @@ from vllm.model_executor.parameter import (
 )
 
 from vllm_npu_quant.engine import platforms
-from vllm_npu_quant.engine.coverage import Box, Coverage, WriteWitness
+from vllm_npu_quant.engine.coverage import Box, WriteWitness
 from vllm_npu_quant.engine.stored import Origin, Receiver, refusal
-from vllm_npu_quant.errors import raise_findings
+from vllm_npu_quant.errors import Finding, raise_findings
 from vllm_npu_quant.formats.resolve import ResolvedLayer
 from vllm_npu_quant.layouts import load_object
 from vllm_npu_quant.layouts.canonical import CanonicalLinear
@@ -110,27 +111,44 @@ class NpuQuantLinearMethod(LinearMethodBase):
             inputs_whole=input_size,
         )
         load = extra_weight_attrs.pop("weight_loader")
+        loaders: dict[str, Callable[..., Any]] = {}
         for name, tensor in tensors.items():
             loader = self._vocabulary_loader(layer, tensor, load) if self.kind is LayerKind.LM_HEAD else load
-            param = _parameter(tensor.as_loaded(), part.sizes, self._loader(layer, receiver, name, loader))
-            receiver.coverage[name] = Coverage(param.shape)
+            loaders[name] = self._loader(layer, receiver, name, loader, loaders)
+            param = _parameter(tensor.as_loaded(), part.sizes, loaders[name])
             if hasattr(layer, "tp_rank"):  # lm_head has none before vLLM 0.30
                 # A layer may be sharded over another group than the tensor-parallel one, whose rank the parameter has.
                 param.tp_rank, param.tp_size = layer.tp_rank, layer.tp_size
-            layer.register_parameter(name, param)
+            kept = tensor.as_loaded()
+            if kept.axis_of(Axis.OUT) is None and kept.axis_of(Axis.SHARD) is None:  # it arrives once for each layer
+                param.weight_loader_numel = param.numel() * len(set(self.owners))
+            receiver.register(layer, name, param, param.shape)
 
-    def _loader(self, layer: nn.Module, receiver: Receiver, name: str, load: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap vLLM's loader: check the tensor before it, and observe the writes."""
-        tensor = receiver.tensors[name]
-        # Fused shards have the same inputs: a tensor along the inputs is loaded for each, and must be equal.
-        shared = tensor.dims == (IN,) and not tensor.optional
+    def _loader(
+        self,
+        layer: nn.Module,
+        receiver: Receiver,
+        name: str,
+        load: Callable[..., Any],
+        loaders: dict[str, Callable[..., Any]],
+    ) -> Callable[..., Any]:
+        """Wrap vLLM's loader: check the tensor before it, observe the writes, and load what is computed from the tensor.
+
+        Args:
+            loaders: the loaders of all parameters, by name.
+        """
+        tensor, shared = receiver.tensors[name], _is_shared(receiver.tensors[name])
+        load, reference, computed = _unbound(layer, load), weakref.ref(layer), receiver.computed_from(name)
 
         def weight_loader(param: torch.Tensor, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             with receiver.naming(f"{tensor.name} could not be loaded"):
+                receiver.begin(reference(), name, param)
                 origin = self._origin(args[0] if args else kwargs.get("loaded_shard_id"))
                 received = receiver.receive(tensor, loaded_weight, origin)
+                if tensor.of:
+                    return load(param, received, *args, **kwargs)
                 coverage = receiver.coverage[name]
-                before = param.data.clone() if shared and coverage.started else None
+                before = param.data.clone() if shared and coverage.started and not param.is_meta else None
                 with WriteWitness(param, coverage):
                     result = load(param, received, *args, **kwargs)
                 if before is not None and not torch.equal(before, param.data):
@@ -141,6 +159,8 @@ class NpuQuantLinearMethod(LinearMethodBase):
                         ", ".join(self.resolved.shards),
                         "re-export the checkpoint without activation order (desc_act)",
                     )
+                for other in () if param.is_meta else computed:
+                    loaders[other](getattr(reference(), other), loaded_weight, *args, **kwargs)
                 return result
 
         return weight_loader
@@ -214,8 +234,8 @@ class NpuQuantLinearMethod(LinearMethodBase):
         receiver.drop(layer)
         if platforms.nz_wanted():
             self.method.finish(prepared)
-        for name, value in prepared.items():
-            layer.register_parameter(name, nn.Parameter(value, requires_grad=False))
+        with receiver.naming("its weights could not be prepared"):
+            receiver.install(layer, prepared)
         self._finish_bias(layer, bias)
         # vllm-ascend's operators for other parallel groups still hold the bias that the layer was created with.
         custom = getattr(layer, "custom_op", None)
@@ -232,7 +252,25 @@ class NpuQuantLinearMethod(LinearMethodBase):
             return
         skipped = getattr(layer, "skip_bias_add", False)
         dtype = self.context.act_dtype if skipped else self.method.bias_dtype(self.context.act_dtype)
-        layer.bias = nn.Parameter(bias.data.to(dtype), requires_grad=False)
+        finished = nn.Parameter(bias.data.to(dtype), requires_grad=False)
+        finished.weight_loader_numel = 0  # type: ignore[attr-defined]  # no tensor of the checkpoint is loaded into it
+        layer.bias = finished
+
+    @property
+    def receivers(self) -> tuple[Receiver, ...]:
+        return (self.receiver,)
+
+    def lacking(self, layer: nn.Module) -> list[Finding]:
+        """Findings for tensors that have not arrived since the layer's reload began."""
+        self.receiver.expect(counting=True)
+        return self.receiver.not_filled(self.stored_names)
+
+    def restore_weights_for_rl_loading(self, layer: nn.Module) -> None:
+        """Make a prepared layer ready for ``load_weights``; ``process_weights_after_loading`` prepares it again.
+
+        This is the older contract of RL trainers. The operators' tensors keep their addresses.
+        """
+        self.receiver.restore(layer)
 
     def canonical(self, layer: nn.Module) -> CanonicalLinear:
         """The canonical numbers of the loaded tensors.
@@ -242,7 +280,7 @@ class NpuQuantLinearMethod(LinearMethodBase):
                 inputs than the layer, and no tensor gives their number.
         """
         tensors = {tensor.name: getattr(layer, name).data for name, tensor in self.receiver.tensors.items()}
-        canonical = self.receiver.canonical(tensors)
+        canonical = self.receiver.canonical(tensors, self.spec)
         order, wanted = canonical.input_permutation, self.receiver.part.sizes.inputs
         inputs = canonical.weight.inputs if order is None else int((order >= 0).sum())
         if inputs != wanted:
@@ -283,6 +321,24 @@ class NpuQuantLinearMethod(LinearMethodBase):
         if self.method.gathers_inputs:
             x = tensor_model_parallel_all_gather(x.contiguous())
         return self.method.apply(layer, x, bias)
+
+
+def _is_shared(tensor: TensorSpec) -> bool:
+    """Whether fused shards have this tensor in common: they have the same inputs, so a tensor along the inputs is loaded
+    for each of them, and must be equal."""
+    return tensor.dims == (IN,) and not tensor.optional
+
+
+def _unbound(layer: nn.Module, load: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a layer without a reference to it: vLLM keeps parameters' loaders as long as the layer lives."""
+    if getattr(load, "__self__", None) is not layer:
+        return load
+    function, reference = load.__func__, weakref.ref(layer)  # type: ignore[attr-defined]
+
+    def loader(*args: Any, **kwargs: Any) -> Any:
+        return function(reference(), *args, **kwargs)
+
+    return loader
 
 
 def _stored_outputs(layer: Any, partitions: list[int], outputs: int) -> tuple[list[int], int]:

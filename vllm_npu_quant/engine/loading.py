@@ -20,6 +20,7 @@ from vllm_npu_quant import settings
 from vllm_npu_quant.engine import platforms
 from vllm_npu_quant.engine.config import NpuQuantConfig
 from vllm_npu_quant.engine.norm import NormBiasMethod
+from vllm_npu_quant.engine.routers import checked_before_weights
 from vllm_npu_quant.engine.stored import UNWITNESSED_LOADS
 from vllm_npu_quant.errors import Finding, nearest_names, raise_findings
 
@@ -50,7 +51,8 @@ def with_check(load_model: Callable[..., nn.Module]) -> Callable[..., nn.Module]
         if replaced:
             self.enable_weights_track = True
             self.track_weights_loading = functools.partial(check_loaded, config)
-        model = load_model(self, vllm_config, *args, **kwargs)
+        with checked_before_weights(self, config):
+            model = load_model(self, vllm_config, *args, **kwargs)
         if not replaced:
             check_loaded(config, model, None)
         return model

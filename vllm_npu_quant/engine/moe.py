@@ -18,17 +18,18 @@ from torch import nn
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 
 from vllm_npu_quant.engine import platforms
-from vllm_npu_quant.engine.coverage import Box, Coverage
+from vllm_npu_quant.engine.coverage import Box
 from vllm_npu_quant.engine.stored import Origin, Receiver
-from vllm_npu_quant.errors import Finding, raise_findings
+from vllm_npu_quant.errors import Finding, NpuQuantError, raise_findings
 from vllm_npu_quant.formats.described import LayerEntry
+from vllm_npu_quant.formats.experts import expert_count
 from vllm_npu_quant.formats.resolve import ResolvedExperts
 from vllm_npu_quant.layouts import load_object
 from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight
 from vllm_npu_quant.layouts.tables import IN, OUT, Axis, TensorSpec, tensors_of
-from vllm_npu_quant.methods.moe import Experts, FusedExperts, GroupedMethod, Placement, expert_bias, operators_of
+from vllm_npu_quant.methods.moe import Experts, FusedExperts, GroupedMethod, Placement, operators_of
 from vllm_npu_quant.serving import dispatch
-from vllm_npu_quant.serving.decide import Served, expert_findings
+from vllm_npu_quant.serving.decide import Served, expert_bias, expert_findings
 from vllm_npu_quant.serving.shards import SMALLER_TP, rank_part
 from vllm_npu_quant.spec import LayerKind
 
@@ -79,6 +80,7 @@ class _Product:
         entries: tuple[LayerEntry, ...],
         layers: tuple[str, ...],
         act_dtype: torch.dtype,
+        stacked: bool = False,
     ) -> None:
         """
         Args:
@@ -86,13 +88,18 @@ class _Product:
             served: how it is served.
             entries: of its shards. layers: the checkpoint's names of its shards, with * for the expert.
             act_dtype: the model's dtype.
+            stacked: whether the tensors of all experts are stored as one.
         """
+        self.stacked = stacked
         self.name, self.served, self.layers, self.act_dtype = name, served, layers, act_dtype
         self.stored = served.stored
         self.scheme = (self.stored if self.stored.is_float else served.spec).scheme
         self.shards = _SHARDS[name]
         self.listed = frozenset().union(*(entry.tensors for entry in entries))
-        self.tensors = tensors_of(self.stored, self.listed)
+        self.tensors = tuple(
+            replace(tensor, loaded=False) if tensor.name == "bias" else tensor
+            for tensor in tensors_of(self.stored, self.listed)
+        )
         if self.stored.is_float:
             dtype = str(act_dtype).removeprefix("torch.")
             self.tensors = (TensorSpec("weight", ("F32", "BF16", "F16", "F64"), (OUT, IN), dtype),)
@@ -123,17 +130,23 @@ class _Product:
         sizes = self.receiver.part.sizes
         return sizes.group_size if sizes.groups > 1 else 0
 
-    def register(self, layer: nn.Module, experts: int, loader: Callable[..., Any]) -> None:
-        """Register the parameters [E, shards, ...] that receive the checkpoint's tensors."""
+    def register(self, layer: nn.Module, experts: int, ranks: int, loader: Callable[..., Any]) -> None:
+        """Register the parameters [E, shards, ...] that receive the checkpoint's tensors.
+
+        Args:
+            experts: this rank's. ranks: of expert parallelism.
+        """
         sizes, count = self.receiver.part.sizes, (experts, len(self.shards))
         for name, tensor in self.receiver.tensors.items():
             # A tensor that is not loaded needs a parameter too: vLLM looks it up before it calls the loader.
-            shape = (*count, *tensor.as_loaded().shape(sizes)) if tensor.loaded else (0,)
+            shape = (*count, *tensor.as_loaded().shape(sizes)) if tensor.loaded else count
             param = nn.Parameter(torch.empty(shape, dtype=getattr(torch, tensor.load_dtype)), requires_grad=False)
             param.weight_loader = loader(self, name)  # type: ignore[attr-defined]
-            if tensor.loaded:
-                self.receiver.coverage[name] = Coverage(count)
-            layer.register_parameter(name, param)
+            if self.stacked:  # RoutedExperts transposes scales of this kind with the weights
+                param.quant_method = "block"  # type: ignore[attr-defined]
+            # vLLM prepares a layer that is loaded again when so many elements have arrived, of all ranks' experts.
+            param.weight_loader_numel = param.numel() * ranks  # type: ignore[attr-defined]
+            self.receiver.register(layer, name, param, count if tensor.loaded else None)
 
     def load(self, name: str, param: torch.Tensor, stored: torch.Tensor, expert: int, local: int, shard: int) -> None:
         """Copy this rank's part of one expert's tensor into a parameter.
@@ -142,7 +155,7 @@ class _Product:
             name: of the parameter. expert: the checkpoint's number of the expert. local: this rank's number of it.
 
         Raises:
-            NpuQuantError: wrong-dtype, wrong-shape.
+            NpuQuantError: wrong-dtype, wrong-shape; unsupported-scheme for a bias that is not zero.
         """
         receiver, tensor = self.receiver, self.receiver.tensors[name]
         layer = self.layers[shard].replace("*", str(expert))
@@ -150,24 +163,36 @@ class _Product:
             received = receiver.receive(tensor, stored, Origin(layer, self.stored, self.outputs))
             if tensor.loaded:
                 param.data[local, shard].copy_(receiver.cut(tensor, received, self.rank))
+            else:
+                param.data[local, shard].copy_(torch.zeros_like(param.data[local, shard]))
+            if name in receiver.coverage:
                 receiver.coverage[name].add(((local, local + 1), (shard, shard + 1)))
+            elif tensor.name == "bias" and not param.is_meta and bool(received.any()):
+                raise NpuQuantError([expert_bias(f"{layer}.bias", layer=receiver.layer)])
 
-    def stored_names(self, name: str, box: Box, number: Callable[[int], int]) -> list[str]:
-        """The stored tensors that should have filled a box of a parameter.
+    def names_of(self, expert_map: torch.Tensor | None) -> Callable[[str, Box], list[str]]:
+        """A function that gives the stored tensors that should have filled a box of a parameter.
 
         Args:
-            number: maps this rank's number of an expert to the checkpoint's.
+            expert_map: int [experts of the layer], the number of each on this rank; None if they are the same.
         """
-        (first, last), shards = box
-        return [
-            f"{self.layers[shard].replace('*', str(number(expert)))}.{self.receiver.tensors[name].name}"
-            for expert in range(first, last)
-            for shard in range(*shards)
-        ]
+        number: Callable[[int], int] = int if expert_map is None else expert_map.tolist().index
+
+        def names(name: str, box: Box) -> list[str]:
+            (first, last), shards = box
+            return [
+                f"{self.layers[shard].replace('*', str(number(expert)))}.{self.receiver.tensors[name].name}"
+                for expert in range(first, last)
+                for shard in range(*shards)
+            ]
+
+        return names
 
     def experts(self, layer: nn.Module) -> Experts:
         """The loaded tensors as canonical weights."""
-        params = {self.receiver.tensors[name].name: getattr(layer, name).data for name in self.receiver.coverage}
+        params = {
+            tensor.name: getattr(layer, name).data for name, tensor in self.receiver.tensors.items() if tensor.loaded
+        }
         values = next(iter(params.values()))
         count, shards = values.shape[:2]
 
@@ -182,11 +207,17 @@ class _Product:
 
     def _canonical(self, tensors: dict[str, torch.Tensor]) -> CanonicalLinear:
         if not self.stored.is_float:
-            return self.receiver.canonical(tensors)
+            return self.receiver.canonical(tensors, self.served.spec)
         values = tensors["weight"]
         weight = CanonicalWeight.of(values, values.new_ones(1, 1, dtype=torch.float32))
         weight.float_rows = lambda start, stop: values[start:stop].to(torch.float32)
         return CanonicalLinear(weight)
+
+
+def _expert_map(layer: nn.Module) -> torch.Tensor | None:
+    """vLLM's map of experts: int [experts of the layer], the number of each on this rank, or -1; None if all are local."""
+    expert_map = getattr(layer, "_expert_map", None)
+    return expert_map if expert_map is not None else getattr(layer, "expert_map", None)
 
 
 class NpuQuantMoEMethod(FusedMoEMethodBase):
@@ -215,8 +246,8 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
         entry, dtype = resolved.entry, layer.moe_config.in_dtype
         gate, up, down = (f"{resolved.layer}.*.{name}" for name in entry.names)
         self.products = (
-            _Product("w13", served[0], (entry.gate, entry.up), (gate, up), dtype),
-            _Product("w2", served[1], (entry.down,), (down,), dtype),
+            _Product("w13", served[0], (entry.gate, entry.up), (gate, up), dtype, entry.stacked),
+            _Product("w2", served[1], (entry.down,), (down,), dtype, entry.stacked),
         )
         raise_findings(self._findings(layer))
         self.rows = tuple(product.served.require_row() for product in self.products)
@@ -227,6 +258,7 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
         self.quant_method = None
         self.tid2eid = tid2eid
         self.ascend: Any = None
+        self.placed = False
 
     def _findings(self, layer: nn.Module) -> list[Finding]:
         found = platforms.host_findings(experts=True)
@@ -237,7 +269,7 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
         for product in self.products:
             if product.served.row is None:
                 found.append(dispatch.unsupported(LayerKind.FUSED_MOE, product.served.spec))
-            found += expert_findings(product.stored, product.listed, self.prefix, self.source)
+            found += expert_findings(product.stored, self.prefix, self.source)
         if getattr(self.moe, "has_bias", False):
             found.append(expert_bias())
         activation = getattr(layer.activation, "value", layer.activation)
@@ -254,13 +286,7 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
         experts = getattr(self.moe, "num_logical_experts", self.moe.num_experts)
         described = self.resolved.entry.count
         if described and described != experts:
-            refuse(
-                "wrong-shape",
-                "the model and the quantization config have different numbers of experts",
-                f"{experts} experts, as in config.json",
-                f"{described} experts",
-                "check that config.json and the weights are of the same model",
-            )
+            found.append(expert_count(self.prefix, f"{experts} experts, as in config.json", described, self.source))
         ranks = self.moe.moe_parallel_config.ep_size
         if self.moe.num_experts % ranks:
             sizes = [size for size in range(2, min(self.moe.num_experts, 64) + 1) if self.moe.num_experts % size == 0]
@@ -314,11 +340,14 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
         self.hidden_size = hidden_size
         self.inner_size = intermediate_size_per_partition
         for product in self.products:
-            product.register(layer, num_experts, lambda *which: self._loader(layer, *which))
+            product.register(layer, num_experts, parallel.ep_size, lambda *which: self._loader(layer, *which))
         self.key = _register(layer, self.prefix)
 
     def _loader(self, layer: nn.Module, product: _Product, name: str) -> Callable[..., bool | None]:
         """The loader that vLLM calls for each expert's tensor, with the argument names of vLLM's own."""
+
+        computed = product.receiver.computed_from(name)
+        reference = weakref.ref(layer)  # vLLM keeps parameters' loaders as long as the layer lives
 
         def weight_loader(
             param: torch.Tensor,
@@ -328,11 +357,23 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
             expert_id: int,
             return_success: bool = False,
         ) -> bool | None:
-            local = layer._map_global_expert_id_to_local_expert_id(expert_id)
-            if local < 0:
-                return False if return_success else None
-            product.load(name, param, loaded_weight, expert_id, local, product.shards.index(shard_id))
-            return True if return_success else None
+            experts: Any = reference()
+            shard = product.shards.index(shard_id)
+            # Llama-4's class gives the stacked tensors of all experts of this rank, the first of which is expert_id.
+            whole = product.stacked and loaded_weight.dim() == 3
+            taken = False
+            with product.receiver.naming("it could not be loaded"):
+                product.receiver.begin(experts, name, param)
+            for expert, stored in enumerate(loaded_weight if whole else (loaded_weight,), start=expert_id):
+                local = experts._map_global_expert_id_to_local_expert_id(expert)
+                if local >= 0:
+                    product.load(name, param, stored, expert, local, shard)
+                    for other in () if param.is_meta else computed:
+                        product.load(other, getattr(experts, other), stored, expert, local, shard)
+                    taken = True
+                elif param.is_meta:  # vLLM counts what arrives, of other ranks' experts, too
+                    param.data[0, shard].copy_(param.data[0, shard])
+            return taken if return_success else None
 
         weight_loader.supports_moe_loading = True  # type: ignore[attr-defined]
         return weight_loader
@@ -343,31 +384,56 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
         Raises:
             NpuQuantError: not-filled; or values that a method class refuses.
         """
-        if not all(product.receiver.coverage for product in self.products):
+        if not any(receiver.coverage for receiver in self.receivers):
             return
-        expert_map = getattr(layer, "_expert_map", None)
-        if expert_map is None:
-            expert_map = getattr(layer, "expert_map", None)
-        number = int if expert_map is None else expert_map.tolist().index
-        raise_findings(
-            finding
-            for product in self.products
-            for finding in product.receiver.finish(layer, lambda *part, of=product: of.stored_names(*part, number))
-        )
-        placement = Placement.of(self.moe.num_experts, expert_map)
-        w13, w2 = self.products
-        self.chain = FusedExperts(
-            self.methods[0], self.methods[1], self.hidden_size, self.inner_size, (w13.group_size, w2.group_size)
-        )
-        self.placement = placement
-        self.ascend = platforms.ascend_experts(self.chain, placement, self.tid2eid)
+        expert_map = _expert_map(layer)
+        findings: list[Finding] = []
+        for product in self.products:
+            product.receiver.expect()
+            findings += product.receiver.finish(layer, product.names_of(expert_map))
+        raise_findings(findings)
+        if not self.placed:
+            self._place(layer, expert_map)
         sizes = (self.chain.w13_sizes, self.chain.w2_sizes)
         for product, method, size in zip(self.products, self.methods, sizes, strict=True):
             with product.receiver.naming("its experts could not be prepared"):
                 prepared = method.prepare(product.experts(layer), size, product.act_dtype)
             product.receiver.drop(layer)
-            for name, value in method.finish(prepared).items():
-                layer.register_parameter(method.prefix + name, nn.Parameter(value, requires_grad=False))
+            tensors = {method.prefix + name: value for name, value in method.finish(prepared).items()}
+            with product.receiver.naming("its experts could not be prepared"):
+                product.receiver.install(layer, tensors)
+
+    def _place(self, layer: nn.Module, expert_map: torch.Tensor | None) -> None:
+        """Create the chain of operators for this rank's experts. They stay when the layer is loaded again."""
+        self.placed = True
+        self.placement = placement = Placement.of(self.moe.num_experts, expert_map)
+        # Tensors that are neither parameters nor buffers do not survive vLLM's sleep mode.
+        layer.register_buffer("npu_quant_to_local", placement.to_local, persistent=False)
+        w13, w2 = self.products
+        self.chain = FusedExperts(
+            self.methods[0], self.methods[1], self.hidden_size, self.inner_size, (w13.group_size, w2.group_size)
+        )
+        self.ascend = platforms.ascend_experts(self.chain, placement, self.tid2eid)
+
+    @property
+    def receivers(self) -> tuple[Receiver, ...]:
+        return tuple(product.receiver for product in self.products)
+
+    def lacking(self, layer: nn.Module) -> list[Finding]:
+        """Findings for tensors that have not arrived since the layer's reload began."""
+        findings: list[Finding] = []
+        for product in self.products:
+            product.receiver.expect(counting=True)
+            findings += product.receiver.not_filled(product.names_of(_expert_map(layer)))
+        return findings
+
+    def restore_weights_for_rl_loading(self, layer: nn.Module) -> None:
+        """Make a prepared layer ready for ``load_weights``; ``process_weights_after_loading`` prepares it again.
+
+        This is the older contract of RL trainers. The operators' tensors keep their addresses.
+        """
+        for receiver in self.receivers:
+            receiver.restore(layer)
 
     @property
     def is_monolithic(self) -> bool:

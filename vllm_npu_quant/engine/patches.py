@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -18,13 +19,30 @@ from typing import Any
 
 from vllm_npu_quant.errors import Finding, raise_findings
 
-__all__ = ["CREATE_MODEL_CONFIG", "INTERNALS", "LOAD_MODEL", "Internal", "Kind", "check", "problem", "wrap"]
+__all__ = [
+    "CREATE_MODEL_CONFIG",
+    "FINISH_RELOAD",
+    "INTERNALS",
+    "LOAD_MODEL",
+    "RELOAD_WEIGHTS",
+    "START_RELOAD",
+    "Internal",
+    "Kind",
+    "check",
+    "problem",
+    "wrap",
+]
 
 #: Attribute that marks our wrappers.
 MARK = "_npu_quant"
 
 CREATE_MODEL_CONFIG = "vllm.engine.arg_utils:EngineArgs.create_model_config"
 LOAD_MODEL = "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_model"
+#: Reloading weights: GPUModelRunner's entrance, and the start and finish of every reload.
+RELOAD_WEIGHTS = "vllm.v1.worker.gpu_model_runner:GPUModelRunner.reload_weights"
+_LAYERWISE = "vllm.model_executor.model_loader.reload.layerwise"
+START_RELOAD = f"{_LAYERWISE}:initialize_layerwise_reload"
+FINISH_RELOAD = f"{_LAYERWISE}:finalize_layerwise_processing"
 _LOADER = "vllm.model_executor.model_loader.default_loader:DefaultModelLoader"
 _EXPERTS = "vllm.model_executor.layers.fused_moe:RoutedExperts"
 
@@ -91,6 +109,47 @@ INTERNALS = (
         ("self", "vllm_config"),
     ),
     Internal(
+        RELOAD_WEIGHTS,
+        Kind.WRAPS,
+        "engine.reloading:with_source_check",
+        "compares a checkpoint that is loaded into a running engine with the served one",
+        _VLLM,
+        ("self", "weights_iterator", "weights_path"),
+        ("vllm_config",),
+    ),
+    Internal(
+        START_RELOAD,
+        Kind.WRAPS,
+        "engine.reloading:with_start",
+        "saves the tensors in use, which a reload that fails puts back",
+        _VLLM,
+        ("model",),
+    ),
+    Internal(
+        FINISH_RELOAD,
+        Kind.WRAPS,
+        "engine.reloading:with_finish",
+        "checks that every quantized layer got its tensors",
+        _VLLM,
+        ("model", "model_config"),
+    ),
+    Internal(
+        f"{_LAYERWISE}:get_layerwise_info",
+        Kind.USES,
+        "engine.reloading",
+        "tells which layers of a reload have got tensors, and ends the reload of a layer",
+        _VLLM,
+        ("layer",),
+    ),
+    Internal(
+        "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_weights",
+        Kind.USES,
+        "engine.routers",
+        "is where load_model has built a model and read no weight; replaced on a loader object while it loads",
+        _VLLM,
+        ("self", "model"),
+    ),
+    Internal(
         "vllm.envs:environment_variables",
         Kind.EXTENDS,
         "engine.environment:declare_settings",
@@ -150,6 +209,14 @@ INTERNALS = (
         "engine.coverage",
         "sees every write to a parameter while a loader runs",
         _TORCH,
+    ),
+    Internal(
+        "torch.nn:Module",
+        Kind.USES,
+        "engine.reloading",
+        "tells which buffers of a module are no part of its state",
+        _TORCH,
+        attributes=("_non_persistent_buffers_set",),
     ),
     Internal(
         "torch._ops:OpOverload",
@@ -215,7 +282,7 @@ def _resolve(target: str) -> tuple[Any, str]:
         found: Any = import_module(module)
     except ImportError as error:
         return None, str(error)
-    for name in qualname.split("."):
+    for name in filter(None, qualname.split(".")):
         holder, found = found, getattr(found, name, None)
         if found is None:
             return None, f"no {name} in {getattr(holder, '__name__', holder)}"
@@ -256,12 +323,20 @@ def check() -> None:
 
 
 def wrap(target: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Replace the function at a target by ``wrapper(function)``, once; repeated calls change nothing."""
-    place, _, name = target.rpartition(".")
-    owner, _ = _resolve(place)
+    """Replace the function at a target by ``wrapper(function)``, once; repeated calls change nothing.
+
+    vLLM's modules that have imported the function by its name get the wrapped one, too.
+    """
+    module, _, qualname = target.partition(":")
+    place, _, name = qualname.rpartition(".")
+    owner, _ = _resolve(f"{module}:{place}")
     original = getattr(owner, name)
     if getattr(original, MARK, False):
         return
     wrapped = functools.wraps(original)(wrapper(original))
     setattr(wrapped, MARK, True)
     setattr(owner, name, wrapped)
+    importers = [module for module_name, module in sys.modules.items() if module_name.startswith("vllm.")]
+    for importer in importers:
+        if vars(importer).get(name) is original:
+            setattr(importer, name, wrapped)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.platforms import current_platform
 
@@ -22,6 +23,7 @@ __all__ = [
     "float_experts_crash",
     "host_findings",
     "is_moe",
+    "lacks_fp8_of",
     "nz_wanted",
     "on_npu",
     "unquantized_linear",
@@ -31,6 +33,16 @@ __all__ = [
 
 def on_npu() -> bool:
     return current_platform.device_type == "npu"
+
+
+def lacks_fp8_of(method: str) -> bool:
+    """Whether a quantization method is vLLM's own and calls FP8 operators, of which vLLM's CPU build has stubs.
+
+    Other platforms and other plugins may bring them.
+    """
+    if not current_platform.is_cpu() or current_platform.supports_fp8():
+        return False
+    return get_quantization_config(method).__module__.startswith("vllm.")
 
 
 def is_moe(layer: nn.Module) -> bool:

@@ -31,6 +31,7 @@ def register_all() -> None:
 
     from vllm_npu_quant.engine.config import config_classes
     from vllm_npu_quant.engine.loading import with_check
+    from vllm_npu_quant.engine.reloading import with_finish, with_source_check, with_start
 
     classes = config_classes()
     if not settings.ascend_host():
@@ -42,6 +43,9 @@ def register_all() -> None:
         register_norm()
     patches.wrap(patches.LOAD_MODEL, with_check)
     patches.wrap(patches.CREATE_MODEL_CONFIG, with_detection)
+    patches.wrap(patches.START_RELOAD, with_start)
+    patches.wrap(patches.FINISH_RELOAD, with_finish)
+    patches.wrap(patches.RELOAD_WEIGHTS, with_source_check)
     for config in classes:
         register_quantization_config(config.declaration.method_name)(config)
     _done = True
@@ -50,14 +54,23 @@ def register_all() -> None:
 def with_detection(create_model_config: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap ``EngineArgs.create_model_config`` to find the quantization method of a checkpoint if the user named none.
 
-    vLLM looks for a quantization config in config.json only; msModelSlim writes none there.
+    vLLM looks for a quantization config in config.json only; msModelSlim writes none there. What vLLM refuses, or would fail
+    to load, is refused with the reason.
     """
 
     def detecting(self: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm_npu_quant.engine.detection import detect_quantization
 
-        if settings.plugin_enabled():
-            self.quantization = detect_quantization(self)
-        return create_model_config(self, *args, **kwargs)
+        if not settings.plugin_enabled():
+            return create_model_config(self, *args, **kwargs)
+        detected = detect_quantization(self)
+        self.quantization = detected.method
+        try:
+            config = create_model_config(self, *args, **kwargs)
+        except ValueError as error:
+            detected.explain(error)
+            raise
+        detected.refuse(config)
+        return config
 
     return detecting

@@ -8,7 +8,7 @@ numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -34,7 +34,7 @@ from vllm_npu_quant.layouts.tables import (
     rows_per_scale_of,
 )
 from vllm_npu_quant.serving.shards import RankPart
-from vllm_npu_quant.spec import LayerSpec, TransformSpec
+from vllm_npu_quant.spec import Granularity, LayerSpec, TransformSpec
 
 __all__ = ["TORCH_DTYPES", "UNWITNESSED_LOADS", "Origin", "Receiver", "load_is_checked", "refusal"]
 
@@ -122,13 +122,15 @@ class _Naming:
 class Receiver:
     """The stored tensors of one layer of the model on one rank.
 
-    Created in ``create_weights``; a layer that is loaded again gets a new one.
+    Created in ``create_weights``. A layer may be loaded again: then its parameters come back, on the meta device first,
+    where vLLM counts the elements that arrive.
 
     Attributes:
         part: this rank's part of the layer.
         tensors: parameter name -> the stored tensor that fills it.
         layer: vLLM's name of the layer. file: where the checkpoint describes it.
-        coverage: name of a registered parameter -> its written parts; empty after ``drop``.
+        coverage: name of a registered parameter -> its written parts; empty before the first tensor of a load arrives, and
+            after ``drop``.
     """
 
     part: RankPart
@@ -136,6 +138,49 @@ class Receiver:
     layer: str
     file: str
     coverage: dict[str, Coverage] = field(default_factory=dict)
+    _created: dict[str, torch.Tensor] = field(default_factory=dict)
+    _extents: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    _in_use: dict[str, torch.Tensor] = field(default_factory=dict)
+    _counting: bool = False
+    _prepared: dict[str, tuple[tuple[int, ...], torch.dtype]] | None = None
+
+    def register(self, layer: nn.Module, name: str, param: nn.Parameter, extent: Sequence[int] | None) -> None:
+        """Register a parameter that receives a stored tensor.
+
+        Args:
+            name: a key of ``tensors``.
+            extent: the shape whose parts are recorded; None for a tensor that is not loaded.
+        """
+        if self.tensors[name].of:  # it arrives with the tensor that it is computed from
+            param.weight_loader_numel = 0  # type: ignore[attr-defined]
+            extent = None
+        layer.register_parameter(name, param)
+        self._created[name] = _on(param, torch.device("meta"))
+        if extent is not None:
+            self._extents[name] = tuple(extent)
+        self.expect()
+
+    def begin(self, layer: Any, name: str, param: torch.Tensor) -> None:
+        """Begin to load a stored tensor into a parameter.
+
+        Raises:
+            NpuQuantError: reload-mismatch if the layer is prepared and the parameter is no longer its own.
+        """
+        if getattr(layer, name, None) is not param:
+            _refuse_loading(param, param)
+        self.expect(param.is_meta)
+
+    def expect(self, counting: bool = False) -> None:
+        """Expect the layer's tensors, unless some of them have arrived.
+
+        Args:
+            counting: whether they are counted on the meta device. They all come a second time to be loaded.
+        """
+        if self._counting and not counting:
+            self.coverage.clear()
+        self._counting = counting
+        for name, extent in self._extents.items():
+            self.coverage.setdefault(name, Coverage(extent))
 
     def naming(self, what: str, layer: str = "") -> _Naming:
         """Name the layer in errors: in findings that have no layer, and in a note on every other exception.
@@ -155,32 +200,37 @@ class Receiver:
 
         Returns:
             The tensor with the dimensions ``tensor.as_loaded()`` of the whole checkpoint layer, its groups those of this
-            rank, in a dtype that the parameter holds exactly.
+            rank, in a dtype that the parameter holds exactly; an empty one of that shape while tensors are counted.
 
         Raises:
-            NpuQuantError: wrong-dtype; wrong-shape; unsupported-scheme after ``drop``; or from ``rearrange``.
+            NpuQuantError: wrong-dtype; wrong-shape; or from ``rearrange``.
         """
-        if not self.coverage:
-            message = "this layer's weights are prepared already, and loading them again is not supported"
-            raise refusal("unsupported-scheme", message, fix="start the engine anew with these weights")
         dtype = _NAMES.get(stored.dtype, str(stored.dtype))
         if dtype not in tensor.dtypes:
             message = f"{tensor.name} has a dtype that {self.part.spec.scheme} does not allow"
-            raise refusal("wrong-dtype", message, " or ".join(tensor.dtypes), dtype, "re-export the checkpoint")
+            fix = "re-export the checkpoint"
+            if self._prepared is not None:
+                fix = f"send weights that are quantized as the served ones are ({self.part.spec.scheme})"
+            raise refusal("wrong-dtype", message, " or ".join(tensor.dtypes), dtype, fix)
         found = tuple(stored.shape)
         candidates = [_sizes(origin.spec, outputs, self.part.sizes.all_inputs) for outputs in origin.outputs]
         sizes = next((sizes for sizes in candidates if _fits(found, tensor.shape(sizes))), None)
         if sizes is None:
             raise _wrong_shape(tensor, candidates, found, origin)
+        kept = tensor.as_loaded()
+        groups = kept.axis_of(Axis.GROUP)
+        group, whole = self.part.sizes.group_size, sizes
+        fitted = sizes if groups is None else replace(sizes, group_size=group)
+        if self._counting:
+            # Only the number of elements matters, and conversions would be counted as well.
+            shape = kept.shape(fitted)
+            return torch.empty([b if a == ANY_LENGTH else a for a, b in zip(shape, found, strict=False)], device="meta")
         adapted = stored.reshape(tensor.shape(sizes)) if len(found) < len(tensor.dims) else stored
         if adapted.dtype == torch.int64 and tensor.load_dtype == "float32":
             adapted = decode_int64_scale(adapted)
         if tensor.rearrange:
             adapted = load_object(tensor.rearrange)(adapted, origin.spec, sizes.outputs)
-        kept = tensor.as_loaded()
-        groups = kept.axis_of(Axis.GROUP)
-        group, whole = self.part.sizes.group_size, sizes
-        if groups is not None and sizes.groups != (fitted := replace(sizes, group_size=group)).groups:
+        if groups is not None and sizes.groups != fitted.groups:
             # The last group may be shorter: its last repetitions then have no inputs.
             repeats = -(-fitted.groups // sizes.groups) if not sizes.group_size else sizes.group_size // group
             if fitted.groups <= repeats * adapted.shape[groups] < fitted.groups + repeats:
@@ -192,6 +242,10 @@ class Receiver:
         if adapted is not stored and hasattr(stored, "shard_id"):
             adapted.shard_id = stored.shard_id  # type: ignore[attr-defined]
         return adapted
+
+    def computed_from(self, name: str) -> list[str]:
+        """The parameters whose tensors are computed from the stored tensor of another one."""
+        return [other for other, tensor in self.tensors.items() if tensor.of and tensor.of == self.tensors[name].name]
 
     def cut(self, tensor: TensorSpec, whole: torch.Tensor, rank: int) -> torch.Tensor:
         """This rank's part of what ``receive`` returned."""
@@ -209,8 +263,9 @@ class Receiver:
         """
         if load_is_checked():
             return self.not_filled(names_of)
-        for name in self.coverage:
-            self._fill_placeholder(self.tensors[name], getattr(layer, name).data)
+        for name, tensor in self.tensors.items():
+            if tensor.loaded:
+                self._fill_placeholder(tensor, getattr(layer, name).data)
         return []
 
     def not_filled(self, names_of: Callable[[str, Box], list[str]]) -> list[Finding]:
@@ -240,19 +295,86 @@ class Receiver:
         else:
             param.fill_(1 if tensor.role is Role.SCALE else 0)
 
-    def canonical(self, tensors: Mapping[str, torch.Tensor]) -> CanonicalLinear:
-        """The canonical numbers of loaded tensors, which are named as in the layout.
+    def canonical(self, tensors: Mapping[str, torch.Tensor], served: LayerSpec) -> CanonicalLinear:
+        """The canonical numbers of loaded tensors.
+
+        Args:
+            tensors: named as in the layout.
+            served: the served spec: exact integers in groups are taken if its weight has groups.
 
         Raises:
             NpuQuantError: values that the layout's conversion refuses.
         """
-        return load_object(LAYOUTS[self.part.spec.layout].to_canonical)(tensors, self.part.spec)
+        linear: CanonicalLinear = load_object(LAYOUTS[self.part.spec.layout].to_canonical)(tensors, self.part.spec)
+        exact, weight = linear.weight.exact, served.weight
+        grouped = weight is not None and weight.granularity is Granularity.GROUP
+        return replace(linear, weight=exact) if grouped and exact is not None else linear
 
     def drop(self, layer: nn.Module) -> None:
         """Delete the parameters that received the checkpoint's tensors."""
         for name in self.tensors:
             delattr(layer, name)
         self.coverage.clear()
+
+    def install(self, layer: nn.Module, prepared: Mapping[str, torch.Tensor]) -> None:
+        """Register the operators' tensors; after ``restore``, write them into those that were in use.
+
+        Raises:
+            NpuQuantError: reload-mismatch if a layer that is loaded again needs other tensors than before, such as a
+                permutation of its inputs: graphs hold the addresses of the old ones.
+        """
+        kinds = {name: (tuple(value.shape), value.dtype) for name, value in prepared.items()}
+        if self._prepared not in (None, kinds):
+            old, new = (
+                ", ".join(f"{name} {list(shape)}" for name, (shape, _) in each.items())
+                for each in (self._prepared, kinds)
+            )
+            message = "the weights to load need other tensors than those that this engine has prepared"
+            raise refusal("reload-mismatch", message, old, new, "start a new engine with these weights")
+        self._prepared = kinds
+        for name, value in prepared.items():
+            param = self._in_use.pop(name, None)
+            if param is None:
+                param = nn.Parameter(value, requires_grad=False)
+                param.weight_loader = _refuse_loading  # type: ignore[attr-defined]
+            else:
+                param.data.copy_(value)
+            layer.register_parameter(name, param)
+
+    def restore(self, layer: nn.Module) -> None:
+        """Replace the operators' tensors by empty parameters for the checkpoint's, which ``install`` reverses."""
+        if self._prepared is None or self.coverage:
+            return
+        for name in self._prepared:
+            self._in_use[name] = getattr(layer, name)
+            delattr(layer, name)
+        device = next(iter(self._in_use.values())).device
+        for name, created in self._created.items():
+            layer.register_parameter(name, _on(created, device))
+        self.expect()
+
+
+def _on(param: torch.Tensor, device: torch.device) -> nn.Parameter:
+    """An empty parameter of the same class, shape, dtype and attributes on a device."""
+    empty: Any = torch.empty_like(param.data, device=device)
+    empty.__class__ = type(param)
+    empty.__dict__ = dict(param.__dict__)
+    return empty  # type: ignore[no-any-return]
+
+
+def _refuse_loading(param: torch.Tensor, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    """The weight loader of a prepared tensor.
+
+    Raises:
+        NpuQuantError: reload-mismatch, always: the checkpoint's tensors have other layouts.
+    """
+    raise refusal(
+        "reload-mismatch",
+        "a tensor of a checkpoint is loaded into a layer whose weights are prepared",
+        "vLLM's reload_weights, or start_weight_update before and finish_weight_update after",
+        "a call of load_weights alone",
+        "use one of these, or call restore_weights_for_rl_loading of each layer's quant_method first",
+    )
 
 
 @lru_cache(maxsize=1024)

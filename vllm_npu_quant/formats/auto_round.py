@@ -2,7 +2,8 @@
 """AutoRound checkpoints (``quant_method: auto-round``).
 
 ``packing_format`` names the layout of the weights: GPTQ's with zero points minus one (auto_round:auto_gptq), GPTQ's with
-zero points as they are (auto_round, auto_round:gptqmodel), AWQ's (auto_round:auto_awq), or FP8 in blocks or per output.
+zero points as they are (auto_round, auto_round:gptqmodel), AWQ's (auto_round:auto_awq), compressed-tensors' MXFP8, MXFP4 and
+NVFP4 (auto_round:llm_compressor), or FP8 in blocks or per output.
 Layers under ``block_name_to_quantize`` have the scheme of the config; ``extra_config`` overrides fields of single layers by
 name, and of others by regular expressions found anywhere in their names, the first that matches; 16 bits mean float.
 """
@@ -13,10 +14,10 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, field_validator, model_validator
+from pydantic import ConfigDict, Field, StrictStr, field_validator, model_validator
 
 from vllm_npu_quant.errors import Finding, FindingLimit
-from vllm_npu_quant.formats.common import MAX_RULES, Work
+from vllm_npu_quant.formats.common import MAX_RULES, Bool, ConfigModel, Int, Work
 from vllm_npu_quant.formats.declaration import Format, Sample
 from vllm_npu_quant.formats.described import Described, StoredTensor
 from vllm_npu_quant.formats.fp8 import fp8_spec, fp8_weight
@@ -35,7 +36,8 @@ from vllm_npu_quant.formats.packed import (
 )
 from vllm_npu_quant.formats.patterns import PatternSet
 from vllm_npu_quant.formats.samples import sample_tensors
-from vllm_npu_quant.spec import Granularity, LayerSpec, Layout
+from vllm_npu_quant.formats.small_floats import MXFP4, MXFP8, NVFP4, block_float_spec
+from vllm_npu_quant.spec import Granularity, LayerSpec, Layout, WeightSpec
 
 if TYPE_CHECKING:
     from vllm_npu_quant.checkpoint import Checkpoint
@@ -58,19 +60,25 @@ _SPECIAL = frozenset("*+?^$()[]{}|\\")
 
 #: Names of E4M3 in data_type.
 _FP8_TYPES = ("fp", "fp8", "fp8_e4m3")
+#: (beginning of data_type, bits) -> name, layout and weight of floats with scales per block of inputs.
+_BLOCK_FLOATS = {
+    ("mx_fp", 8): ("MXFP8", Layout.MXFP8, MXFP8),
+    ("mx_fp", 4): ("MXFP4", Layout.CT_MXFP4, MXFP4),
+    ("nv_fp", 4): ("NVFP4", Layout.CT_NVFP4, NVFP4),
+}
 
 
-class LayerScheme(BaseModel):
+class LayerScheme(ConfigModel):
     """Fields of one layer's scheme; None if they are inherited."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    bits: StrictInt | None = None
-    group_size: GroupSize | tuple[StrictInt, StrictInt] | None = None
-    sym: StrictBool | None = None
+    bits: Int | None = None
+    group_size: GroupSize | tuple[Int, Int] | None = None
+    sym: Bool | None = None
     data_type: StrictStr | None = None
-    act_bits: StrictInt | None = None
-    super_bits: StrictInt | None = None
+    act_bits: Int | None = None
+    super_bits: Int | None = None
     rotation_config: Any = None
 
     @property
@@ -84,22 +92,22 @@ class LayerScheme(BaseModel):
         return base.model_copy(update=own)
 
 
-class AutoRoundConfig(BaseModel):
+class AutoRoundConfig(ConfigModel):
     """``quantization_config`` of an AutoRound checkpoint. Unknown fields are accepted and reported."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     quant_method: StrictStr = "auto-round"
-    bits: StrictInt
-    group_size: GroupSize | tuple[StrictInt, StrictInt]
-    sym: StrictBool = True
+    bits: Int
+    group_size: GroupSize | tuple[Int, Int]
+    sym: Bool = True
     data_type: StrictStr = "int"
-    act_bits: StrictInt | None = None
+    act_bits: Int | None = None
     act_data_type: Any = None
     act_group_size: Any = None
     act_sym: Any = None
     act_dynamic: Any = None
-    super_bits: StrictInt | None = None
+    super_bits: Int | None = None
     super_group_size: Any = None
     rotation_config: Any = None
     weight_block_size: Any = None
@@ -117,9 +125,6 @@ class AutoRoundConfig(BaseModel):
             names = config.get("to_quant_block_names")
         merged = merge_spellings(config, {"bits": (), "group_size": ()}, lower=("packing_format", "data_type"))
         merged["block_name_to_quantize"] = names
-        for name in ("extra_config", "packing_format"):
-            if merged.get(name, 0) is None:
-                del merged[name]
         return merged
 
     @field_validator("block_name_to_quantize", mode="before")
@@ -231,8 +236,17 @@ def _spec(scheme: LayerScheme, config: AutoRoundConfig) -> LayerSpec:
         static = config.act_dynamic is False
         name = "FP8_CHANNEL_STATIC" if static else "FP8_CHANNEL_DYNAMIC"
         return fp8_spec(name, fp8_weight(Granularity.CHANNEL), Layout.FP8, static=static)
+    blocks = _block_floats(scheme)
+    if blocks is not None:
+        quantized = scheme.act_bits is not None and scheme.act_bits < FLOAT_BITS
+        return block_float_spec(*blocks, scheme.act_bits if quantized else None)
     layout = _PACKINGS.get(config.packing_format, Layout.GPTQ)
     return integer_spec("AutoRound", layout, scheme.bits or config.bits, scheme.group_size or -1, bool(scheme.sym))
+
+
+def _block_floats(scheme: LayerScheme) -> tuple[str, Layout, WeightSpec] | None:
+    """Name, layout and weight of a scheme of floats with scales per block of inputs; None for other schemes."""
+    return _BLOCK_FLOATS.get(((scheme.data_type or "")[:5], scheme.bits or 0))
 
 
 def _problems(config: AutoRoundConfig, source: str) -> Iterator[Finding]:
@@ -256,9 +270,12 @@ def _unsupported_part(scheme: LayerScheme, packing: str) -> tuple[str, str, str]
         return "scales that are quantized, too", "no super_bits", f"super_bits: {scheme.super_bits}"
     if scheme.data_type in _FP8_TYPES and scheme.bits == 8:
         return _unsupported_fp8(scheme)
+    blocks = _block_floats(scheme)
+    if blocks is not None:
+        return _unsupported_blocks(scheme, *blocks)
     if scheme.data_type != "int" or isinstance(scheme.group_size, tuple):
         value = f"data_type: {scheme.data_type}, group_size: {scheme.group_size}"
-        return f"data_type {scheme.data_type!r:.40}", "data_type int, or FP8 in blocks", value
+        return f"data_type {scheme.data_type!r:.40}", "data_type int, FP8, mx_fp or nv_fp", value
     if scheme.act_bits is not None and scheme.act_bits < FLOAT_BITS:
         expected = "the format llm_compressor, which quantizes activations, too"
         return f"{scheme.act_bits}-bit activations", expected, f"act_bits: {scheme.act_bits}"
@@ -268,6 +285,18 @@ def _unsupported_part(scheme: LayerScheme, packing: str) -> tuple[str, str, str]
     if scheme.bits not in supported:
         expected = " or ".join(map(str, supported)) + f" bits for packing_format {packing}"
         return f"{scheme.bits} bits", expected, f"bits: {scheme.bits}"
+    return None
+
+
+def _unsupported_blocks(
+    scheme: LayerScheme, name: str, layout: Layout, weight: WeightSpec
+) -> tuple[str, str, str] | None:
+    """``_unsupported_part`` for floats with scales per block of inputs."""
+    if scheme.group_size != weight.group_size or scheme.sym is False:
+        expected = f"group_size: {weight.group_size}, sym: true"
+        return f"{name} in other groups", expected, f"group_size: {scheme.group_size}, sym: {scheme.sym}"
+    if scheme.act_bits not in (None, 4, 8) and (scheme.act_bits or 0) < FLOAT_BITS:
+        return f"{scheme.act_bits}-bit activations", "act_bits: 4, 8 or 16", f"act_bits: {scheme.act_bits}"
     return None
 
 
@@ -287,11 +316,15 @@ def _samples() -> Iterator[Sample]:
     gptq = {**integers, "packing_format": "auto_round:auto_gptq"}
     awq = {**integers, "bits": 4, "sym": False, "packing_format": "auto_round:auto_awq"}
     fp8 = {**integers, "bits": 8, "data_type": "fp", "act_bits": 8, "packing_format": "auto_round:fp8"}
+    mxfp = {**fp8, "data_type": "mx_fp", "group_size": 32, "packing_format": "auto_round:llm_compressor"}
     schemes: list[tuple[str, dict[str, Any]]] = [
         *((f"{bits} bits, auto_gptq packing", {**gptq, "bits": bits}) for bits in BITS),
         ("4 bits, auto_awq packing", awq),
         ("FP8 per channel", {**fp8, "group_size": -1}),
         ("FP8 per block", {**fp8, "group_size": [128, 128]}),
+        ("MXFP8", mxfp),
+        ("MXFP4", {**mxfp, "bits": 4, "act_bits": 4}),
+        ("NVFP4", {**mxfp, "bits": 4, "act_bits": 4, "data_type": "nv_fp", "group_size": 16}),
     ]
     for label, config in schemes:
         parsed = AutoRoundConfig.model_validate(config)
@@ -299,12 +332,17 @@ def _samples() -> Iterator[Sample]:
         yield Sample(label, config, sample_tensors(_spec(parsed.base(), parsed), listed))
 
 
+def _has_fields(config: Mapping[str, Any]) -> bool:
+    marks = {"autoround_version", "auto_round_version", "packing_format"}
+    return "bits" in config and not marks.isdisjoint(config)
+
+
 FORMAT = Format(
     name="auto-round",
     read=read,
     method_name="npu_auto_round",
-    quant_methods=frozenset({"auto-round", "intel/auto-round"}),
-    aliases=frozenset({"inc"}),
+    quant_methods=frozenset({"auto-round", "autoround", "intel/auto-round", "inc"}),
+    has_fields=_has_fields,
     producer=producer_of,
     samples=_samples,
 )

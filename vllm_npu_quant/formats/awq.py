@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic import ConfigDict, Field, StrictStr, model_validator
 
 from vllm_npu_quant.errors import Finding, FindingLimit
-from vllm_npu_quant.formats.common import FLOAT_BY_CONVENTION, MAX_RULES
+from vllm_npu_quant.formats.common import FLOAT_BY_CONVENTION, MAX_RULES, Bool, ConfigModel, Int
 from vllm_npu_quant.formats.declaration import Format, Sample
 from vllm_npu_quant.formats.described import Described, StoredTensor
 from vllm_npu_quant.formats.packed import (
@@ -37,16 +37,16 @@ if TYPE_CHECKING:
 __all__ = ["FORMAT", "AwqConfig", "read"]
 
 
-class AwqConfig(BaseModel):
+class AwqConfig(ConfigModel):
     """``quantization_config`` of an AWQ checkpoint. Unknown fields are accepted and reported."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     quant_method: StrictStr = "awq"
-    bits: StrictInt
+    bits: Int
     group_size: GroupSize
-    zero_point: StrictBool | None = None
-    sym: StrictBool | None = None
+    zero_point: Bool | None = None
+    sym: Bool | None = None
     version: StrictStr = "gemm"
     modules_to_not_convert: tuple[StrictStr, ...] | None = Field(default=None, max_length=MAX_RULES)
     data_type: StrictStr = "int"
@@ -126,12 +126,17 @@ def _samples() -> Iterator[Sample]:
     yield Sample("gemv", {**asymmetric, "version": "gemv"}, {})
 
 
+def _has_fields(config: Mapping[str, Any]) -> bool:
+    kernel = str(config.get("version") or "").lower().startswith("gem")  # GEMM, GEMV
+    return ("zero_point" in config or kernel) and not {"bits", "w_bit"}.isdisjoint(config)
+
+
 FORMAT = Format(
     name="awq",
     read=read,
     method_name="npu_awq",
-    quant_methods=frozenset({"awq"}),
-    aliases=frozenset({"auto_awq", "awq_marlin"}),
+    quant_methods=frozenset({"awq", "auto-awq", "autoawq", "awq-marlin"}),
+    has_fields=_has_fields,
     file_beside=lambda names: "quant_config.json" if "quant_config.json" in names else None,
     producer=producer_of,
     samples=_samples,

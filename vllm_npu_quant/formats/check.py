@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
-from vllm_npu_quant.errors import Finding, FindingLimit, nearest_names
+from vllm_npu_quant.errors import Finding, FindingLimit, NpuQuantError, Severity, nearest_names
 from vllm_npu_quant.formats.described import Described, LayerEntry, StoredTensor
 from vllm_npu_quant.layouts.tables import (
     ANY_LENGTH,
@@ -19,9 +19,10 @@ from vllm_npu_quant.layouts.tables import (
     rows_per_scale_of,
     tensors_of,
 )
+from vllm_npu_quant.serving.decide import expert_bias
 from vllm_npu_quant.spec import LayerSpec, TransformSpec
 
-__all__ = ["check_checkpoint", "check_layer"]
+__all__ = ["check_checkpoint", "check_expert_biases", "check_layer", "tied_head_findings"]
 
 
 class StoredCheckpoint(Protocol):
@@ -31,6 +32,40 @@ class StoredCheckpoint(Protocol):
     def tensors(self) -> Mapping[str, StoredTensor]: ...
     @property
     def findings(self) -> tuple[Finding, ...]: ...
+
+
+class ReadableCheckpoint(StoredCheckpoint, Protocol):
+    """The same with the values of its tensors, if they are on this machine."""
+
+    @property
+    def has_values(self) -> bool: ...
+    def read(self, name: str) -> Any: ...
+
+
+def tied_head_findings(described: Described, tied: bool) -> list[Finding]:
+    """The warning for a quantized lm_head of a model whose head is its embedding; vLLM drops it silently.
+
+    Args:
+        tied: config.json's ``tie_word_embeddings``.
+    """
+    heads = [
+        (layer, entry)
+        for layer, entry in described.layers.items()
+        if tied and layer.rpartition(".")[2] == "lm_head" and not entry.spec.is_float
+    ]
+    return [
+        Finding(
+            "served-otherwise",
+            "the stored lm_head is not used: tie_word_embeddings makes the float embedding the head",
+            layer=layer,
+            file=described.source,
+            expected="no lm_head, or tie_word_embeddings: false",
+            found=f"{entry.spec.scheme}, and tie_word_embeddings: true",
+            fix="set tie_word_embeddings to false in config.json if the head was quantized from one of its own; else nothing",
+            severity=Severity.WARNING,
+        )
+        for layer, entry in heads
+    ]
 
 
 @dataclass
@@ -57,12 +92,12 @@ def check_checkpoint(described: Described, checkpoint: StoredCheckpoint) -> list
     found = FindingLimit()
     tensors = checkpoint.tensors
     forms: dict[int, _Forms] = {}
-    for layer, entry in described.stored_layers():
+    for layer, entry in described.stored_layers(stacked=False):
         if entry.spec.is_float:
             continue
         known = forms.get(id(entry))
         if known is None:
-            known = forms[id(entry)] = _Forms(entry, [tensor.name for tensor in tensors_of(entry.spec, entry.tensors)])
+            known = forms[id(entry)] = _Forms(entry, [tensor.name for tensor in stored_tensors_of(entry)])
         stored = [tensors.get(f"{layer}.{name}") for name in known.names]
         form = tuple([None if tensor is None else (tensor.dtype, tensor.shape) for tensor in stored])
         codes = known.codes.get(form)
@@ -77,6 +112,65 @@ def check_checkpoint(described: Described, checkpoint: StoredCheckpoint) -> list
     return [*checkpoint.findings, *found.close()]
 
 
+def stored_tensors_of(entry: LayerEntry) -> list[TensorSpec]:
+    """The tensors of a layer that its files hold."""
+    return [tensor for tensor in tensors_of(entry.spec, entry.tensors) if not tensor.of]
+
+
+def check_expert_biases(described: Described, checkpoint: ReadableCheckpoint, *, every: bool = False) -> list[Finding]:
+    """Find out whether the biases that are stored for quantized experts are zero: some exporters write zeros.
+
+    Args:
+        described: the checkpoint's layers. checkpoint: its files.
+        every: whether to read the biases of all experts, and not of the first expert of each MoE layer.
+
+    Returns:
+        One finding: an error for biases that are not zero, a note for others; none if no bias is stored.
+    """
+    stored = zeros = 0
+    nonzero: dict[str, str] = {}
+    for layer, experts in described.experts.items():
+        for name, entry in zip(experts.names, (experts.gate, experts.up, experts.down), strict=True):
+            if entry.spec.is_float or "bias" not in entry.tensors:
+                continue
+            stored += experts.count
+            for number in range(experts.count if every else 1):
+                bias = f"{layer}.{number}.{name}.bias"
+                known = None if layer in nonzero else _is_zero(checkpoint, bias)
+                zeros += known is True
+                if known is False:
+                    nonzero[layer] = bias
+    if nonzero:
+        layer, bias = next(iter(nonzero.items()))
+        return [expert_bias(bias, layer=layer, file=described.source, layers=len(nonzero))]
+    if not stored:
+        return []
+    read = f"{zeros:,} of {stored:,} were read, and are zero" if zeros else "they were not read"
+    return [
+        Finding(
+            "served-otherwise",
+            f"biases of experts are stored, and are left out if they are zero: {read}",
+            layer=next(iter(described.experts)),
+            file=described.source,
+            fix="nothing: while the model loads, a bias that is not zero is an error",
+            severity=Severity.INFO,
+        )
+    ]
+
+
+def _is_zero(checkpoint: ReadableCheckpoint, name: str) -> bool | None:
+    """Whether a float tensor holds zeros only; None if it cannot be read, which other checks report."""
+    tensor = checkpoint.tensors.get(name)
+    if tensor is None or not checkpoint.has_values or len(tensor.shape) != 1:
+        return None
+    try:
+        values = checkpoint.read(name)
+    except NpuQuantError:
+        return None
+    # The bits without the sign: BF16 is read as uint16.
+    return not (values.view(f"<u{values.dtype.itemsize}") << 1).any()
+
+
 def check_layer(
     layer: str, entry: LayerEntry, tensors: Mapping[str, StoredTensor], source: str, *, near: bool = True
 ) -> list[Finding]:
@@ -84,7 +178,7 @@ def check_layer(
 
     ``near`` adds the stored names nearest to the missing ones, which takes a search of all stored names.
     """
-    wanted = tensors_of(entry.spec, entry.tensors)
+    wanted = stored_tensors_of(entry)
     weight = tensors.get(f"{layer}.{wanted[0].name}")
     findings = [
         Finding(

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, BeforeValidator, StrictBool, StrictInt, ValidationError, model_validator
 
 from vllm_npu_quant.checkpoint.text import shown, shown_name
 from vllm_npu_quant.errors import Finding, FindingLimit, NpuQuantError, Severity
@@ -28,6 +28,38 @@ FLOAT_BY_CONVENTION = frozenset({"lm_head", "gate", "shared_expert_gate", "route
 MAX_STEPS = 10_000_000
 
 _Model = TypeVar("_Model", bound=BaseModel)
+
+
+def _number(value: Any) -> Any:
+    """An integer that a producer wrote as text ("128") or as a float (128.0); anything else is returned unchanged."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    text = value.strip() if isinstance(value, str) else ""
+    return int(text) if len(text) < 20 and text.removeprefix("-").isdecimal() and text.isascii() else value
+
+
+def _truth(value: Any) -> Any:
+    """A boolean that a producer wrote as text ("true", "False") or as 0 or 1; anything else is returned unchanged."""
+    if isinstance(value, str):
+        return {"true": True, "false": False}.get(value.strip().lower(), value)
+    return bool(value) if type(value) is int and value in (0, 1) else value
+
+
+#: Integers and booleans of a config, in the spellings that producers write.
+Int = Annotated[StrictInt, BeforeValidator(_number)]
+Bool = Annotated[StrictBool, BeforeValidator(_truth)]
+
+
+class ConfigModel(BaseModel):
+    """A part of a quantization config. A null stands for an optional field's default."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {key: one for key, one in value.items() if one is not None or key not in optional}
 
 
 class Work:
@@ -120,6 +152,20 @@ KV_CACHE_TENSORS = (
 #: The same beside layers that compute keys and values, if their outputs are quantized for the cache.
 KV_OUTPUTS = ("output_scale", "output_zero_point")
 _KV_LAYERS = frozenset({"q_proj", "k_proj", "v_proj", "qkv_proj"})
+
+
+#: Last components of the names of quantized weights, in any dtype.
+_QUANTIZED_NAMES = frozenset({"qweight", "weight_packed"})
+
+
+def is_quantized_weight(name: str, tensor: StoredTensor) -> bool:
+    """Whether a stored tensor is a weight in a dtype, or under a name, that only quantized checkpoints have."""
+    last = name.rpartition(".")[2]
+    if last == "weight" or last.endswith(
+        ("_proj", "_proj_blocks")
+    ):  # the experts of a layer may be one tensor without ".weight"
+        return tensor.dtype.startswith(("I", "U", "F8_", "F6_", "F4"))
+    return last in _QUANTIZED_NAMES
 
 
 def config_text(config: Mapping[str, Any], key: str) -> str:

@@ -18,24 +18,18 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StrictBool,
-    StrictInt,
-    StrictStr,
-    field_validator,
-    model_validator,
-)
+from pydantic import ConfigDict, Field, StrictStr, field_validator, model_validator
 
 from vllm_npu_quant.checkpoint.text import shown, shown_name
-from vllm_npu_quant.errors import Finding, FindingLimit
+from vllm_npu_quant.errors import Finding, FindingLimit, NpuQuantError
 from vllm_npu_quant.formats.common import (
     FLOAT_DTYPES,
     KV_CACHE_TENSORS,
     KV_OUTPUTS,
     MAX_RULES,
+    Bool,
+    ConfigModel,
+    Int,
     config_text,
     kv_cache_finding,
     kv_cache_tensors,
@@ -50,6 +44,7 @@ from vllm_npu_quant.formats.index import index_by_rules, is_embedding, stored_la
 from vllm_npu_quant.formats.patterns import MatchingTime, PatternSet
 from vllm_npu_quant.formats.resolve import variants
 from vllm_npu_quant.formats.samples import sample_tensors
+from vllm_npu_quant.formats.small_floats import MXFP4, MXFP8, NVFP4, block_float_spec
 from vllm_npu_quant.spec import ActivationSpec, Granularity, LayerSpec, Layout, NumberKind, WeightSpec
 
 if TYPE_CHECKING:
@@ -65,16 +60,18 @@ _CHIPS_WITHOUT = "Ascend A2, A3 and 310P have no {what} instructions; Ascend 950
 
 #: Formats that are refused by name, and why.
 _REFUSED_FORMATS = {
-    "nvfp4-pack-quantized": _CHIPS_WITHOUT.format(what="FP4")
-    + " FP4 of the MX kind, with power-of-two scales, but not this one",
-    "mxfp4-pack-quantized": _CHIPS_WITHOUT.format(what="MXFP4") + " them, and this version does not serve them there",
-    "mxfp8-quantized": _CHIPS_WITHOUT.format(what="MXFP8") + " them, and this version does not serve them there",
     "marlin-24": "the weights are packed for the 2:4 sparse instructions of NVIDIA GPUs",
     "sparse-24-bitmask": "weights of 2:4 sparsity are not decompressed",
     "sparse-bitmask": "sparse weights are not decompressed",
 }
 _PACKED, _INT, _FLOAT, _NAIVE = "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"
-_SERVED_FORMATS = (_PACKED, _INT, _FLOAT, _NAIVE)
+#: Formats of floats with scales per block of inputs: their name, layout and weight.
+_BLOCK_FLOATS = {
+    "mxfp8-quantized": ("MXFP8", Layout.MXFP8, MXFP8),
+    "mxfp4-pack-quantized": ("MXFP4", Layout.CT_MXFP4, MXFP4),
+    "nvfp4-pack-quantized": ("NVFP4", Layout.CT_NVFP4, NVFP4),
+}
+_SERVED_FORMATS = (_PACKED, _INT, _FLOAT, _NAIVE, *_BLOCK_FLOATS)
 
 _VERSION = re.compile(r"(\d{1,4})\.(\d{1,4})")
 #: The first release that packs integers as a stream of bits, without padding.
@@ -83,7 +80,7 @@ _DENSE_SINCE = (0, 18)
 _NO_FORMAT = ("mixed-precision", "dense", "fakequant")
 
 
-class _Model(BaseModel):
+class _Model(ConfigModel):
     """Unknown fields are accepted if they are empty; others may change the meaning of the weights."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -102,13 +99,13 @@ class _Model(BaseModel):
 class QuantizationArgs(_Model):
     """Quantization of one tensor: weights, input_activations, output_activations or the KV cache."""
 
-    num_bits: StrictInt = Field(default=8, ge=1, le=16)
+    num_bits: Int = Field(default=8, ge=1, le=16)
     type: Literal["int", "float"] = "int"
-    symmetric: StrictBool = True
-    group_size: StrictInt | None = Field(default=None, ge=-1, le=1 << 20)
+    symmetric: Bool = True
+    group_size: Int | None = Field(default=None, ge=-1, le=1 << 20)
     strategy: Literal["tensor", "channel", "group", "block", "token", "tensor_group", "attn_head"] | None = None
-    block_structure: tuple[StrictInt, StrictInt] | None = None
-    dynamic: StrictBool | Literal["local"] = False
+    block_structure: tuple[Int, Int] | None = None
+    dynamic: Bool | Literal["local"] = False
     actorder: Literal["group", "weight"] | None = None
     scale_dtype: StrictStr | None = None
     zp_dtype: StrictStr | None = None
@@ -189,6 +186,8 @@ def _args(num_bits: int, strategy: str, **fields: Any) -> dict[str, Any]:
 
 _PER_TOKEN_8 = _args(8, "token", dynamic=True)
 _FP8_PER_TOKEN = _args(8, "token", dynamic=True, type="float")
+_MXFP8, _MXFP4 = (_args(bits, "group", group_size=32, type="float") for bits in (8, 4))
+_NVFP4 = _args(4, "tensor_group", group_size=16, type="float")
 #: Names of schemes that may replace a group's arguments: {"W8A8": ["Linear"]}.
 _PRESETS: dict[str, dict[str, Any]] = {
     "W8A16": {"weights": _args(8, "group", group_size=128)},
@@ -203,10 +202,16 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "weights": _args(8, "block", block_structure=[128, 128], type="float"),
         "input_activations": _args(8, "group", group_size=128, dynamic=True, type="float"),
     },
+    "MXFP8A16": {"weights": _MXFP8},
+    "MXFP8": {"weights": _MXFP8, "input_activations": {**_MXFP8, "dynamic": True}},
+    "MXFP4A16": {"weights": _MXFP4},
+    "MXFP4": {"weights": _MXFP4, "input_activations": {**_MXFP4, "dynamic": True}},
+    "NVFP4A16": {"weights": _NVFP4},
+    "NVFP4": {"weights": _NVFP4, "input_activations": {**_NVFP4, "dynamic": "local"}},
 }
 
 
-class CompressedTensorsConfig(BaseModel):
+class CompressedTensorsConfig(ConfigModel):
     """The quantization_config. Unknown fields are reported, and ignored as by the library."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -219,11 +224,12 @@ class CompressedTensorsConfig(BaseModel):
     quantization_status: StrictStr | None = None
     global_compression_ratio: float | None = None
     sparsity_config: dict[str, Any] | None = None
+    moe_sparsity_config: dict[str, Any] | None = None
     transform_config: dict[str, Any] | None = None
     version: StrictStr | None = None
     run_compressed: Any = None
-    total_num_heads: StrictInt | None = None
-    total_num_kv_heads: StrictInt | None = None
+    total_num_heads: Int | None = None
+    total_num_kv_heads: Int | None = None
     provider: StrictStr | None = None
 
     @field_validator("config_groups", mode="before")
@@ -240,11 +246,9 @@ class CompressedTensorsConfig(BaseModel):
             groups[name] = group
         return groups
 
-    @field_validator("ignore", "kv_cache_scheme", mode="before")
+    @field_validator("kv_cache_scheme", mode="before")
     @classmethod
-    def _none(cls, value: Any, info: Any) -> Any:
-        if info.field_name == "ignore":
-            return () if value is None else value
+    def _none(cls, value: Any) -> Any:
         return None if value == {} else value
 
 
@@ -443,6 +447,17 @@ def _refused_parts(config: CompressedTensorsConfig, source: str) -> list[Finding
                 fix="export the checkpoint without sparse compression",
             )
         )
+    if config.moe_sparsity_config:
+        findings.append(
+            Finding(
+                "unsupported-scheme",
+                "MoE layers from which experts were removed (moe_sparsity_config) are not served",
+                file=source,
+                expected="no moe_sparsity_config",
+                found=f"method {shown(config.moe_sparsity_config.get('method'))}",
+                fix="export the model with all of its experts, or with the same number in every layer and in config.json",
+            )
+        )
     if not config.config_groups and config.kv_cache_scheme is None:
         findings.append(
             Finding(
@@ -498,6 +513,8 @@ def _group_of(scheme: QuantizationScheme, packing: str) -> _Group:
     _check_format(packing, weights)
     if weights.dynamic:
         raise _Refused("weights cannot be dynamic", code="bad-config", found=weights.describe())
+    if packing in _BLOCK_FLOATS:
+        return _block_float_group(packing, weights, inputs)
     return _float_group(packing, weights, inputs) if weights.type == "float" else _int_group(packing, weights, inputs)
 
 
@@ -513,8 +530,6 @@ def _check_format(packing: str, weights: QuantizationArgs) -> None:
     """Refuse a format whose weights are not read."""
     if packing in _REFUSED_FORMATS:
         raise _Refused(f"{packing}: {_REFUSED_FORMATS[packing]}", found=weights.describe())
-    if weights.type == "float" and weights.num_bits == 4:
-        raise _Refused(_CHIPS_WITHOUT.format(what="FP4") + " some", found=weights.describe())
     if packing in _SERVED_FORMATS:
         return
     known = (*_SERVED_FORMATS, *_REFUSED_FORMATS, *_NO_FORMAT)
@@ -549,6 +564,24 @@ def _float_group(packing: str, weights: QuantizationArgs, inputs: QuantizationAr
     name = f"FP8{'' if granularity is Granularity.TENSOR else '_' + granularity.value.upper()}_{kind}"
     spec = fp8_spec(name, fp8_weight(granularity, weights.block_structure or (0, 0)), Layout.FP8, static=static)
     return _Group(spec, frozenset({"input_scale"}) if static else frozenset())
+
+
+def _block_float_group(packing: str, weights: QuantizationArgs, inputs: QuantizationArgs | None) -> _Group:
+    """A group with MXFP8, MXFP4 or NVFP4 weights."""
+    name, layout, weight = _BLOCK_FLOATS[packing]
+    stored = (weights.type, weights.num_bits, weights.group_size, weights.symmetric)
+    if stored != ("float", weight.bits, weight.group_size, True):
+        raise _Refused(
+            f"{packing} holds {name} weights, and the config says something else",
+            code="bad-config",
+            expected=f"{weight.bits}-bit float per group of {weight.group_size}, symmetric",
+            found=weights.describe(),
+        )
+    if inputs is not None and (inputs.type != "float" or inputs.num_bits not in (4, 8)):
+        raise _Refused(
+            f"{name} weights are served with 4- or 8-bit float inputs, or float ones", found=inputs.describe()
+        )
+    return _Group(block_float_spec(name, layout, weight, None if inputs is None else inputs.num_bits))
 
 
 def _int_group(packing: str, weights: QuantizationArgs, inputs: QuantizationArgs | None) -> _Group:
@@ -732,10 +765,62 @@ def _not_compressed(layers: Sequence[str], source: str) -> Finding:
     )
 
 
-def _left_to_vllm_ascend(config: Mapping[str, Any]) -> bool:
+def _left_to_vllm_ascend(config: Mapping[str, Any], model: Any) -> bool:
     from vllm_npu_quant.ascend.ownership import serves_compressed_tensors
 
-    return serves_compressed_tensors(config)
+    models = (model, getattr(model, "text_config", None))
+    has_experts = any(getattr(part, name, 0) for part in models for name in _EXPERT_COUNTS)
+    kinds = layer_kinds(config, has_experts=has_experts)
+    return kinds is not None and serves_compressed_tensors(config, kinds)
+
+
+#: Fields of a model's config that count its routed experts.
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+#: Layers that stand for all of their kind, in the spellings of models: a target means the kind if it matches every spelling.
+_EXAMPLES = (
+    ("linear", ("model.layers.1.self_attn.o_proj",)),
+    ("linear", ("model.layers.1.mlp.down_proj",)),
+    ("linear", ("model.layers.1.mlp.shared_experts.down_proj", "model.layers.1.mlp.shared_expert.down_proj")),
+    ("moe", ("model.layers.1.mlp.experts.0.down_proj",)),
+)
+
+
+def layer_kinds(config: Mapping[str, Any], *, has_experts: bool) -> list[frozenset[str]] | None:
+    """For every group of a config, the kinds of layers that its targets mean: "linear", "moe" (routed experts), or both.
+
+    By the names that models usually have, since config.json lists no layers; both for targets that match none of them.
+
+    Args:
+        config: the quantization_config. has_experts: whether the model has routed experts.
+
+    Returns:
+        None for a config whose rules cannot be matched.
+    """
+    groups = config.get("config_groups")
+    members = groups.values() if isinstance(groups, Mapping) else ()
+    rules = [_rules(group.get("targets") if isinstance(group, Mapping) else None) for group in members]
+    ignore = _rules(config.get("ignore") or [])
+    if ignore is None or any(rule is None for rule in rules):
+        return None
+    targets = Targets([rule or () for rule in rules], ignore)
+    kinds: list[set[str]] = [set() for _ in rules]
+    try:
+        for kind, spellings in _EXAMPLES:
+            numbers = [targets.match(name)[0] for name in spellings]
+            if None in numbers or (kind == "moe" and not has_experts):
+                continue
+            for number in numbers:
+                if number is not None:
+                    kinds[number].add(kind)
+    except NpuQuantError:
+        return None
+    return None if targets.findings else [frozenset(found or ("linear", "moe")) for found in kinds]
+
+
+def _rules(value: Any) -> list[str] | None:
+    """The rules in a list of an untrusted config; None if it is anything else."""
+    is_list = isinstance(value, list) and len(value) <= MAX_RULES
+    return value if is_list and all(isinstance(rule, str) for rule in value) else None
 
 
 def _producer(config: Mapping[str, Any]) -> str:
@@ -766,8 +851,12 @@ _SCHEMES: tuple[tuple[str, dict[str, Any], dict[str, Any] | None, str], ...] = (
     ("FP8 dynamic", *_PRESETS["FP8_DYNAMIC"].values(), _FLOAT),
     ("FP8 static", *_PRESETS["FP8"].values(), _FLOAT),
     ("FP8 block", *_PRESETS["FP8_BLOCK"].values(), _FLOAT),
-    ("MXFP4", _args(4, "group", group_size=32, type="float"), None, "mxfp4-pack-quantized"),
-    ("NVFP4", _args(4, "tensor_group", group_size=16, type="float"), None, "nvfp4-pack-quantized"),
+    ("MXFP8", *_PRESETS["MXFP8"].values(), "mxfp8-quantized"),
+    ("MXFP4", *_PRESETS["MXFP4"].values(), "mxfp4-pack-quantized"),
+    ("MXFP4 weights, FP8 inputs", _MXFP4, _FP8_PER_TOKEN, "mxfp4-pack-quantized"),
+    ("MXFP4 weights", _MXFP4, None, "mxfp4-pack-quantized"),
+    ("NVFP4", *_PRESETS["NVFP4"].values(), "nvfp4-pack-quantized"),
+    ("NVFP4 weights", _NVFP4, None, "nvfp4-pack-quantized"),
 )
 
 
@@ -785,6 +874,7 @@ FORMAT = Format(
     read=read,
     method_name="npu_compressed_tensors",
     quant_methods=frozenset({"compressed-tensors"}),
+    has_fields=lambda config: "config_groups" in config and "quant_algo" not in config,
     left_to_vllm_ascend=_left_to_vllm_ascend,
     producer=_producer,
     samples=_samples,

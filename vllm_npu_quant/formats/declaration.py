@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
-from vllm_npu_quant.errors import Finding, NpuQuantError, nearest_names
+from vllm_npu_quant.errors import Finding, NpuQuantError
 from vllm_npu_quant.formats.described import Described, StoredTensor
 from vllm_npu_quant.layouts.tables import LayoutRow, register_layout
 
@@ -26,7 +26,7 @@ __all__ = ["EXTENSIONS", "Format", "Sample", "find_format", "formats", "register
 EXTENSIONS = "vllm_npu_quant.extensions"
 
 #: Modules of the built-in formats, in the order in which vLLM asks their config classes.
-_BUILT_IN = ("modelslim", "compressed_tensors", "fp8", "awq", "gptq", "auto_round")
+_BUILT_IN = ("modelslim", "compressed_tensors", "fp8", "modelopt", "awq", "gptq", "auto_round", "online")
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,15 @@ class Format:
         file_beside: from the names of a folder's files to the one that describes the quantization if config.json does not.
         title: the name in messages; ``name`` if empty.
         needs_file: the file that users should look for if none describes the quantization.
+        read_by_vllm: whether vLLM looks for that file itself.
+        rounds: whether it is no format of checkpoints, but rounds the weights of float ones while they load, if a user asks.
         decisive: whether that file contradicts a config.json that names another format.
         is_complete: whether a ``quantization_config`` is complete, so that a decisive file beside it is not needed.
-        claims: whether a ``quantization_config`` is of this format; None compares ``quant_method``.
-        left_to_vllm_ascend: whether vllm-ascend serves all schemes of a ``quantization_config`` itself.
-        unserved_by_vllm_ascend: of a decisive file's object, the schemes that vllm-ascend does not serve, in words; empty if
-            it serves all of them. None if vllm-ascend does not read such files.
+        has_fields: whether a ``quantization_config`` without a ``quant_method`` has fields that only this format has.
+        left_to_vllm_ascend: whether vllm-ascend serves all schemes of a ``quantization_config`` itself. The second argument
+            is the model's configuration as vLLM has it, or None.
+        unserved_by_vllm_ascend: of a decisive file's object and name, what vllm-ascend does not serve, in words; empty if it
+            serves all of it. None if vllm-ascend does not read such files.
         float_reason: why layers are float, for ``inspect``; ``{source}`` stands for the file.
         producer: the tool that wrote a config, and its version; empty if the config does not say.
         samples: the schemes that the format can name.
@@ -83,21 +86,22 @@ class Format:
     file_beside: Callable[[Iterable[str]], str | None] = field(default=lambda names: None)
     title: str = ""
     needs_file: str = ""
+    read_by_vllm: bool = False
+    rounds: bool = False
     decisive: bool = False
     is_complete: Callable[[Mapping[str, Any]], bool] = field(default=lambda config: True)
-    claims: Callable[[Mapping[str, Any]], bool] | None = None
-    left_to_vllm_ascend: Callable[[Mapping[str, Any]], bool] = field(default=lambda config: False)
-    unserved_by_vllm_ascend: Callable[[Mapping[str, Any]], str] | None = None
+    has_fields: Callable[[Mapping[str, Any]], bool] = field(default=lambda config: False)
+    left_to_vllm_ascend: Callable[[Mapping[str, Any], Any], bool] = field(default=lambda config, model: False)
+    unserved_by_vllm_ascend: Callable[[Mapping[str, Any], str], str] | None = None
     float_reason: str = "{source} excludes it, or it is excluded by convention"
     producer: Callable[[Mapping[str, Any]], str] = _no_producer
     samples: Callable[[], Iterable[Sample]] = tuple
     layouts: Mapping[str, LayoutRow] = field(default_factory=dict)
 
     def serves(self, quantization_config: Mapping[str, Any]) -> bool:
-        """Whether config.json's quantization_config is of this format."""
-        if self.claims is not None:
-            return self.claims(quantization_config)
-        return plain_method(quantization_config.get("quant_method")) in self.quant_methods
+        """Whether config.json's quantization_config is of this format: by its quant_method, or by its fields without one."""
+        method = plain_method(quantization_config.get("quant_method"))
+        return method in self.quant_methods if method else self.has_fields(quantization_config)
 
     def answers_to(self, quantization: str) -> bool:
         """Whether a user may mean this format by ``quantization=``."""
@@ -135,7 +139,9 @@ def formats() -> tuple[Format, ...]:
     """Every format: the built-in ones, then those of extensions."""
     for module in _BUILT_IN:
         if module not in _loaded:
-            register_format(import_module(f"vllm_npu_quant.formats.{module}").FORMAT)
+            found = import_module(f"vllm_npu_quant.formats.{module}")
+            for declaration in getattr(found, "FORMATS", None) or (found.FORMAT,):
+                register_format(declaration)
             _loaded.add(module)
     if EXTENSIONS not in _loaded:
         _loaded.add(EXTENSIONS)  # before they are loaded: an extension may ask for the formats itself
@@ -164,17 +170,15 @@ def require_format(name: str, source: str) -> Format:
     """
     declaration = find_format(name)
     if declaration is None:
-        names = [one.name for one in formats()]
         raise NpuQuantError(
             [
                 Finding(
                     "unknown-scheme",
-                    "this quantization format is not served",
+                    "no format of this name is registered here",
                     file=source,
-                    expected="one of " + ", ".join(names),
-                    found=f"quant_method: {name[:60]!r}",
-                    nearest=nearest_names(name[:60], names),
-                    fix="export the checkpoint with msModelSlim, llm-compressor, AutoRound, AutoAWQ or GPTQModel",
+                    expected="one of " + ", ".join(one.name for one in formats()),
+                    found=name[:60],
+                    fix="install the extension that adds it",
                 )
             ]
         )

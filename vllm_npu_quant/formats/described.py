@@ -48,6 +48,7 @@ class ExpertsEntry:
         count: the number of experts that the checkpoint describes.
         gate, up, down: the entries, equal for all experts.
         names: the checkpoint's names of the three projections.
+        stacked: whether the tensors of all experts are stored as one (``formats.stacked``).
     """
 
     count: int
@@ -55,9 +56,10 @@ class ExpertsEntry:
     up: LayerEntry
     down: LayerEntry
     names: tuple[str, str, str]
+    stacked: bool = False
 
 
-#: Float experts that are stored as two tensors for all experts; their number is not used.
+#: Float experts that are stored in tensors of all experts; their number is not used.
 FUSED_FLOAT = ExpertsEntry(0, FLOAT_ENTRY, FLOAT_ENTRY, FLOAT_ENTRY, ("gate_up_proj", "gate_up_proj", "down_proj"))
 
 
@@ -73,11 +75,11 @@ class Described:
         source: the file that describes the quantization.
         layers: entry of every layer outside of routed experts.
         experts: entry of every MoE layer's experts, by the name that ends in ".experts".
-        fused_floats: MoE layers whose float experts are stored as two tensors.
+        fused_floats: MoE layers whose float experts are stored in tensors of all experts.
         biased: quantized layers whose own bias is stored.
         norm_biases: RMSNorm layers that carry a bias.
         stored_as_float: layers that are stored as float although the config does not exclude them.
-        dropped: last name components of tensors that are not loaded on purpose; each has a finding.
+        dropped: last name components, one or two, of tensors that are not loaded on purpose; each has a finding.
         findings: problems and notes.
     """
 
@@ -92,6 +94,12 @@ class Described:
     dropped: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether a layer is quantized."""
+        experts = (entry for one in self.experts.values() for entry in (one.gate, one.up, one.down))
+        return any(not entry.spec.is_float for entry in (*self.layers.values(), *experts))
+
     def find(self, layer: str) -> LayerEntry | None:
         """The entry of a checkpoint layer ("model.layers.0.mlp.up_proj"); None if the checkpoint has no such layer."""
         return self.layers.get(layer)
@@ -105,10 +113,12 @@ class Described:
         yield from self.layers
         yield from self.experts
 
-    def stored_layers(self) -> Iterator[tuple[str, LayerEntry]]:
-        """Every checkpoint layer, single experts included, with its entry."""
+    def stored_layers(self, *, stacked: bool = True) -> Iterator[tuple[str, LayerEntry]]:
+        """Every checkpoint layer, single experts included, with its entry; ``stacked``: with experts stored as one tensor."""
         yield from self.layers.items()
         for layer, experts in self.experts.items():
+            if experts.stacked and not stacked:
+                continue
             for name, entry in zip(experts.names, (experts.gate, experts.up, experts.down), strict=True):
                 for number in range(experts.count):
                     yield f"{layer}.{number}.{name}", entry

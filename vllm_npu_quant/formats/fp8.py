@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FP8 checkpoints (``quant_method: fp8``).
+"""FP8 checkpoints (``quant_method: fp8``, and ``fbgemm_fp8``, which is FP8 per channel).
 
 Spellings: DeepSeek's and transformers' blocks (``weight_block_size``, ``weight_scale_inv``), per-tensor and per-channel
 scales (``weight_scale``), Mistral's per-tensor ``weight_scale_inv`` with ``activation_scale``; static and dynamic
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, field_validator
+from pydantic import ConfigDict, Field, StrictStr, field_validator
 
 from vllm_npu_quant.checkpoint.text import shown
 from vllm_npu_quant.errors import Finding, FindingLimit
@@ -21,7 +21,10 @@ from vllm_npu_quant.formats.common import (
     KV_CACHE_TENSORS,
     KV_OUTPUTS,
     MAX_RULES,
+    Bool,
     ComponentRules,
+    ConfigModel,
+    Int,
     Work,
     config_text,
     kv_cache_finding,
@@ -40,7 +43,19 @@ from vllm_npu_quant.spec import ActivationSpec, Granularity, LayerSpec, Layout, 
 if TYPE_CHECKING:
     from vllm_npu_quant.checkpoint import Checkpoint
 
-__all__ = ["FORMAT", "FP8_DTYPES", "Fp8Config", "fp8_activation", "fp8_spec", "fp8_weight", "read"]
+__all__ = [
+    "FORMAT",
+    "FP8_DTYPES",
+    "ExcludedLayers",
+    "Fp8Config",
+    "fp8_activation",
+    "fp8_spec",
+    "fp8_weight",
+    "named_fp8_spec",
+    "read",
+    "stored_fp8_weight",
+    "stored_quantized",
+]
 
 #: safetensors dtypes of 8-bit floats.
 FP8_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
@@ -84,24 +99,25 @@ _AUTO_ROUND_FIELDS = frozenset(
 )
 
 
-class Fp8Config(BaseModel):
+class Fp8Config(ConfigModel):
     """``quantization_config`` of an FP8 checkpoint. Unknown fields are accepted, and reported unless they are empty."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     quant_method: StrictStr = "fp8"
     activation_scheme: Literal["dynamic", "static"] = "dynamic"
-    weight_block_size: tuple[StrictInt, StrictInt] | None = None
+    weight_block_size: tuple[Int, Int] | None = None
     modules_to_not_convert: tuple[StrictStr, ...] | None = Field(default=None, max_length=MAX_RULES)
     ignored_layers: tuple[StrictStr, ...] | None = Field(default=None, max_length=MAX_RULES)
     fmt: StrictStr | None = None
     scale_fmt: StrictStr | None = None
-    dequantize: StrictBool | None = None
+    dequantize: Bool | None = None
     kv_cache_scheme: Any = None
     store_dtype: StrictStr | None = None
-    is_checkpoint_fp8_serialized: StrictBool | None = None
-    weight_per_tensor: StrictBool | None = None
-    act_per_tensor: StrictBool | None = None
+    is_checkpoint_fp8_serialized: Bool | None = None
+    activation_scale_ub: float | None = None
+    weight_per_tensor: Bool | None = None
+    act_per_tensor: Bool | None = None
 
     @field_validator("weight_block_size")
     @classmethod
@@ -145,7 +161,7 @@ def _describe_layers(
 ) -> None:
     """Fill ``described`` with the stored layers."""
     source = described.source
-    excluded = _ExcludedLayers(config.skipped, source)
+    excluded = ExcludedLayers(config.skipped, source, "ignored_layers")
     found.extend(excluded.patterns.findings)
     layers = _Layers(config, excluded, source, found)
     index_by_rules(described, stored_layers_of(tensors), layers.entry, layers.stored_as_float, found)
@@ -155,7 +171,7 @@ def _describe_layers(
         found.add(kv_cache_finding("k_scale, v_scale" if layers.kv_cache else "kv_cache_scheme", source))
 
 
-class _ExcludedLayers:
+class ExcludedLayers:
     """The layers that a config calls float, by names and by regular expressions after "re:".
 
     Attributes:
@@ -163,10 +179,15 @@ class _ExcludedLayers:
         patterns: the regular expressions, matched at the start of a layer's name.
     """
 
-    def __init__(self, rules: Sequence[str], source: str) -> None:
+    def __init__(self, rules: Sequence[str], source: str, where: str) -> None:
+        """
+        Args:
+            rules: names, and expressions after "re:".
+            source, where: the file and the field to name in findings.
+        """
         self.names = frozenset(rule for rule in rules if not rule.startswith("re:"))
         expressions = [rule.removeprefix("re:") for rule in rules if rule.startswith("re:")]
-        self.patterns = PatternSet(expressions, file=source, where="ignored_layers")
+        self.patterns = PatternSet(expressions, file=source, where=where)
         self._components = ComponentRules(self.names, Work(source))
 
     def contains(self, layer: str) -> bool:
@@ -188,7 +209,7 @@ class _Layers:
     """
 
     config: Fp8Config
-    excluded: _ExcludedLayers
+    excluded: ExcludedLayers
     source: str
     found: FindingLimit
     stored_as_float: list[str] = field(default_factory=list)
@@ -208,34 +229,43 @@ class _Layers:
                 self.stored_as_float.append(layer)
             return FLOAT_ENTRY
         if self.excluded.contains(layer):
-            self.found.add(self._stored_quantized(layer, weight))
+            self.found.add(stored_quantized(layer, weight, self.source, "modules_to_not_convert (or ignored_layers)"))
             return None
-        stored = _stored_weight(self.config, weight, scale)
+        stored = stored_fp8_weight(weight, scale, self.config.weight_block_size)
         static = not {"input_scale", "activation_scale"}.isdisjoint(named)
         layout = Layout.FP8_INV if scale_name == "weight_scale_inv" else Layout.FP8
-        return layer_entry(layer, _spec(stored, layout, static=static), named, self.found, ignored=kv)
-
-    def _stored_quantized(self, layer: str, weight: StoredTensor) -> Finding:
-        return Finding(
-            "bad-config",
-            "the config calls the layer float, and its weight is stored quantized",
-            layer=layer,
-            file=self.source,
-            expected="a float weight",
-            found=f"{weight.dtype} in {weight.file}",
-            fix="remove the layer from modules_to_not_convert (or ignored_layers), or re-export the weights",
-        )
+        return layer_entry(layer, named_fp8_spec(stored, layout, static=static), named, self.found, ignored=kv)
 
 
-def _stored_weight(config: Fp8Config, weight: StoredTensor, scale: StoredTensor | None) -> WeightSpec:
-    """Granularity from the shape of the scale; falls back to the config."""
-    block = config.weight_block_size
+def stored_quantized(layer: str, weight: StoredTensor, source: str, where: str) -> Finding:
+    """The finding for a layer that the config calls float in the field ``where``, and whose weight is stored quantized."""
+    return Finding(
+        "bad-config",
+        "the config calls the layer float, and its weight is stored quantized",
+        layer=layer,
+        file=source,
+        expected="a float weight",
+        found=f"{weight.dtype} in {weight.file}",
+        fix=f"remove the layer from {where}, or re-export the weights",
+    )
+
+
+def stored_fp8_weight(
+    weight: StoredTensor, scale: StoredTensor | None, block: tuple[int, int] | None = None
+) -> WeightSpec:
+    """The spec of a stored FP8 weight, by the shape of its scale.
+
+    Args:
+        block: output rows and inputs per scale, if the config names blocks; taken if the shape fits nothing else.
+    """
     named = fp8_weight(Granularity.BLOCK, block) if block else fp8_weight(Granularity.TENSOR)
     if scale is None or len(weight.shape) != 2:
         return named
     outputs, inputs = weight.shape
-    if block and scale.shape == (-(-outputs // block[0]), -(-inputs // block[1])):
-        return named
+    if block:
+        rows, columns = -(-outputs // block[0]), -(-inputs // block[1])
+        if scale.shape in ((rows, columns), (rows, 1, columns, 1)):
+            return named
     if scale.shape in ((), (1,), (1, 1)):
         return fp8_weight(Granularity.TENSOR)
     if scale.shape in ((outputs,), (outputs, 1)):
@@ -243,7 +273,8 @@ def _stored_weight(config: Fp8Config, weight: StoredTensor, scale: StoredTensor 
     return named
 
 
-def _spec(weight: WeightSpec, layout: Layout, *, static: bool) -> LayerSpec:
+def named_fp8_spec(weight: WeightSpec, layout: Layout, *, static: bool) -> LayerSpec:
+    """``fp8_spec`` with a scheme by granularity and activation: "FP8_BLOCK_DYNAMIC"."""
     granularity = "" if weight.granularity is Granularity.TENSOR else f"_{weight.granularity.value.upper()}"
     return fp8_spec(f"FP8{granularity}_{'STATIC' if static else 'DYNAMIC'}", weight, layout, static=static)
 
@@ -290,15 +321,21 @@ def _config_problems(config: Fp8Config, source: str) -> list[Finding]:
     return findings + ([unknown] if unknown is not None else [])
 
 
+def _left_to_vllm_ascend(config: Mapping[str, Any], model: Any) -> bool:
+    from vllm_npu_quant.ascend.ownership import serves_fp8
+
+    return serves_fp8(config, model)
+
+
 def _producer(config: Mapping[str, Any]) -> str:
     version = config_text(config, "autoround_version")
     return f"AutoRound {version}" if version else config_text(config, "provider")
 
 
 def _samples() -> Iterator[Sample]:
-    block = _spec(fp8_weight(Granularity.BLOCK, (128, 128)), Layout.FP8_INV, static=False)
+    block = named_fp8_spec(fp8_weight(Granularity.BLOCK, (128, 128)), Layout.FP8_INV, static=False)
     tensor = fp8_weight(Granularity.TENSOR)
-    dynamic, static = (_spec(tensor, Layout.FP8, static=static) for static in (False, True))
+    dynamic, static = (named_fp8_spec(tensor, Layout.FP8, static=static) for static in (False, True))
     config = {"quant_method": "fp8", "activation_scheme": "dynamic"}
     yield Sample("block 128 x 128", {**config, "weight_block_size": [128, 128]}, sample_tensors(block))
     yield Sample("per tensor, dynamic", config, sample_tensors(dynamic))
@@ -311,7 +348,9 @@ FORMAT = Format(
     name="fp8",
     read=read,
     method_name="npu_fp8",
-    quant_methods=frozenset({"fp8"}),
+    quant_methods=frozenset({"fp8", "fbgemm-fp8"}),
+    has_fields=lambda config: "activation_scheme" in config and "bits" not in config,
+    left_to_vllm_ascend=_left_to_vllm_ascend,
     producer=_producer,
     samples=_samples,
 )

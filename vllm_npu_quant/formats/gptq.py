@@ -14,10 +14,10 @@ from itertools import islice
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic import ConfigDict, Field, StrictStr, model_validator
 
 from vllm_npu_quant.errors import Finding, FindingLimit, NpuQuantError
-from vllm_npu_quant.formats.common import FLOAT_BY_CONVENTION, MAX_RULES, Work
+from vllm_npu_quant.formats.common import FLOAT_BY_CONVENTION, MAX_RULES, Bool, ConfigModel, Int, Work
 from vllm_npu_quant.formats.declaration import Format, Sample
 from vllm_npu_quant.formats.described import Described, StoredTensor
 from vllm_npu_quant.formats.experts import split_expert
@@ -64,34 +64,34 @@ _FILE = "quantize_config.json"
 _COMPARED = ("bits", "group_size", "desc_act", "sym", "checkpoint_format")
 
 
-class Override(BaseModel):
+class Override(ConfigModel):
     """Fields that ``dynamic`` changes for a layer. Others record how the producer quantized it."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    bits: StrictInt | None = None
+    bits: Int | None = None
     group_size: GroupSize | None = None
-    sym: StrictBool | None = None
-    desc_act: StrictBool | None = None
+    sym: Bool | None = None
+    desc_act: Bool | None = None
 
 
-class GptqConfig(BaseModel):
+class GptqConfig(ConfigModel):
     """``quantization_config`` of a GPTQ checkpoint, or its quantize_config.json. Unknown fields are accepted and
     reported."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     quant_method: StrictStr = "gptq"
-    bits: StrictInt
+    bits: Int
     group_size: GroupSize
-    desc_act: StrictBool = False
-    static_groups: StrictBool = False
-    sym: StrictBool | None = None
+    desc_act: Bool = False
+    static_groups: Bool = False
+    sym: Bool | None = None
     checkpoint_format: StrictStr = "gptq"
-    is_marlin_format: StrictBool | None = None
+    is_marlin_format: Bool | None = None
     pack_dtype: StrictStr = "int32"
     data_type: StrictStr = "int"
-    lm_head: StrictBool = False
+    lm_head: Bool = False
     dynamic: dict[StrictStr, Override] = Field(default_factory=dict, max_length=MAX_RULES)
     modules_in_block_to_quantize: tuple[Any, ...] | None = Field(default=None, max_length=MAX_RULES)
     block_name_to_quantize: Any = None
@@ -101,10 +101,7 @@ class GptqConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _spellings(cls, config: Any) -> Any:
-        merged = _one_spelling(config)
-        if merged.get("dynamic", 0) is None:
-            del merged["dynamic"]
-        return merged
+        return _one_spelling(config)
 
     def spec(self, override: Override | None = None) -> LayerSpec:
         """The spec of a quantized layer."""
@@ -297,12 +294,17 @@ def _samples() -> Iterator[Sample]:
         yield Sample(label, config, sample_tensors(GptqConfig.model_validate(config).spec()))
 
 
+def _has_fields(config: Mapping[str, Any]) -> bool:
+    marks = {"desc_act", "damp_percent", "true_sequential", "static_groups", "checkpoint_format"}
+    return not marks.isdisjoint(config) and not {"bits", "w_bit"}.isdisjoint(config)
+
+
 FORMAT = Format(
     name="gptq",
     read=read,
     method_name="npu_gptq",
-    quant_methods=frozenset({"gptq"}),
-    aliases=frozenset({"auto_gptq", "gptq_marlin"}),
+    quant_methods=frozenset({"gptq", "auto-gptq", "autogptq", "gptqmodel", "gptq-marlin"}),
+    has_fields=_has_fields,
     file_beside=lambda names: _FILE if _FILE in names else None,
     producer=producer_of,
     samples=_samples,

@@ -6,9 +6,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from vllm_npu_quant.errors import FindingLimit, NpuQuantError
-from vllm_npu_quant.formats.common import FLOAT_DTYPES, silent_finding
+from vllm_npu_quant.formats.common import silent_finding
 from vllm_npu_quant.formats.described import Described, LayerEntry, StoredTensor
-from vllm_npu_quant.formats.experts import collect_experts, holds_fused_floats, split_number
+from vllm_npu_quant.formats.experts import (
+    are_ungated,
+    collect_experts,
+    split_number,
+    ungated_finding,
+)
+from vllm_npu_quant.formats.stacked import is_quantized, stacked_entry, stacked_finding, stacked_in
 
 __all__ = ["add_layers", "index_by_rules", "index_layers", "is_embedding", "stored_layers_of"]
 
@@ -42,19 +48,36 @@ def index_layers(
             finding says why it has no entry.
         found: collects findings about the experts.
     """
-    fused_floats: list[str] = []
+    fused_floats: set[str] = set()
+    stacks: dict[str, dict[str, StoredTensor]] = {}
 
     def decided_layers() -> Iterator[tuple[str, LayerEntry]]:
         same: dict[LayerEntry, LayerEntry] = {}  # one object per distinct entry keeps the pickle small
         for layer, tensors in stored.items():
+            moe = stacked_in(layer, tensors)
+            if moe and is_quantized(tensors):
+                below = layer.removeprefix(moe.removesuffix("experts")).removeprefix("experts")
+                named = {f"{below}.{name}".strip("."): tensor for name, tensor in tensors.items()}
+                stacks.setdefault(moe, {}).update(named)
+                continue
+            if moe:
+                fused_floats.add(moe)
             entry = decide(layer, tensors)
             if entry is not None:
                 yield layer, same.setdefault(entry, entry)
-            elif holds_fused_floats(layer, tensors) and all(part.dtype in FLOAT_DTYPES for part in tensors.values()):
-                fused_floats.append(layer)
 
     add_layers(described, decided_layers(), found)
-    described.fused_floats = frozenset(fused_floats)
+    described.fused_floats = frozenset(fused_floats - stacks.keys())
+    refused = {}
+    for moe, named in stacks.items():
+        experts, findings = stacked_entry(moe, named, decide, described.source)
+        found.extend(findings)
+        if experts is None:
+            refused[moe] = named
+        else:
+            described.experts[moe] = experts
+    if refused:
+        found.add(stacked_finding(refused, described.source))
 
 
 def index_by_rules(
@@ -102,6 +125,9 @@ def add_layers(described: Described, entries: Iterable[tuple[str, LayerEntry]], 
         described.layers[layer] = entry
         if "bias" in entry.tensors and not entry.spec.is_float:
             biased.append(layer)
+    if by_experts and are_ungated(by_experts.values()):
+        found.add(ungated_finding(list(by_experts), described.source))
+        by_experts.clear()
     for layer, projections in by_experts.items():
         experts, findings = collect_experts(layer, projections, described.source)
         found.extend(findings)

@@ -15,15 +15,17 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictStr, TypeAdapter, ValidationError
 
+from vllm_npu_quant.checkpoint.text import shown_name
 from vllm_npu_quant.errors import Finding, FindingLimit, NpuQuantError, Severity, nearest_names
-from vllm_npu_quant.formats.common import FLOAT_DTYPES, kv_cache_finding, unexpected_tensor
+from vllm_npu_quant.formats.common import FLOAT_DTYPES, ConfigModel, Int, kv_cache_finding, unexpected_tensor
 from vllm_npu_quant.formats.declaration import Format, Sample
 from vllm_npu_quant.formats.described import FLOAT_ENTRY, Described, LayerEntry, StoredTensor
 from vllm_npu_quant.formats.experts import holds_fused_floats, split_expert
 from vllm_npu_quant.formats.index import add_layers
 from vllm_npu_quant.formats.samples import LAYER, sample_tensors
+from vllm_npu_quant.formats.small_floats import MXFP4, MXFP8, block_float_input
 from vllm_npu_quant.layouts.tables import LAYOUTS
 from vllm_npu_quant.spec import (
     FLOAT,
@@ -44,7 +46,6 @@ __all__ = [
     "FORMAT",
     "TYPES",
     "description_name",
-    "embedded_description",
     "is_description_file",
     "read",
     "vllm_ascend_schemes",
@@ -52,9 +53,6 @@ __all__ = [
 
 DESCRIPTION_FILE = "quant_model_description.json"
 _FILE_NAME = re.compile(r"quant_model_description(_[a-z0-9_]{1,40})?\.json")
-
-#: quant_method values under which the description is embedded in config.json.
-_METHODS = frozenset({"modelslim", "ascend", ""})
 
 
 def is_description_file(name: str) -> bool:
@@ -84,22 +82,14 @@ def description_name(names: Iterable[str]) -> str | None:
     return found[0] if found else None
 
 
-def embedded_description(config: Mapping[str, Any]) -> bool:
-    """Whether a quantization_config is msModelSlim's description itself."""
-    method = str(config.get("quant_method") or "").lower()
-    if method not in _METHODS:
-        return False
-    return method != "" or any(str(key).endswith(".weight") for key in config)
-
-
-class DescriptionHeader(BaseModel):
+class DescriptionHeader(ConfigModel):
     """The entries of a description that are not tensors. Fields that later releases add are accepted and ignored."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     version: StrictStr | None = None
     model_quant_type: StrictStr | None = None
-    group_size: StrictInt = Field(default=0, ge=0, le=65536)
+    group_size: Int = Field(default=0, ge=-1, le=65536)
     metadata: dict[str, Any] | None = None
     optional: dict[str, Any] | None = None
     kv_cache_type: StrictStr | None = None
@@ -134,6 +124,7 @@ _STATIC_INT8 = ActivationSpec(8, dynamic=False, granularity=Granularity.TENSOR, 
 _INT8 = WeightSpec(8)
 _INT4 = WeightSpec(4)
 _FP8 = WeightSpec(8, NumberKind.FLOAT)
+_MX8, _MX4 = (block_float_input(NumberKind.MX, bits) for bits in (8, 4))
 
 
 @dataclass(frozen=True)
@@ -174,6 +165,10 @@ TYPES: dict[str, _Type] = {
         needs=frozenset({"left_trans", "clip_ratio"}),
     ),
     "WFP8AFP8_DYNAMIC": _Type(Layout.FP8, _FP8, _FP8_PER_TOKEN),
+    "W8A8_MXFP8": _Type(Layout.MXFP8, MXFP8, _MX8),
+    "W4A8_MXFP": _Type(Layout.MXFP4, MXFP4, _MX8),
+    "W4A4_MXFP4": _Type(Layout.MXFP4, MXFP4, _MX4),
+    "W4A16_MXFP4": _Type(Layout.MXFP4, MXFP4),
 }
 FLOAT_TYPE = "FLOAT"
 #: Types of tensors that are not quantized: "W16A16S" is float that was made sparse.
@@ -192,15 +187,17 @@ _REFUSED = {
     "W8A8_TIMESTEP": "scales per diffusion step have no meaning for a language model",
 }
 _ONLY_950 = (
-    "microscaling formats (MXFP8, MXFP4) are computed by Ascend 950 (A5) only: Atlas A2, A3 and 310P have no instructions "
-    "for them"
+    "this microscaling type is computed by Ascend 950 (A5) only: Atlas A2, A3 and 310P have no instructions for it, and it "
+    "is not among those that are converted at load"
 )
-#: Types of tensors that quantize something other than a layer's weight.
+#: The type of tensors that quantize the KV cache of dense attention.
 KV_CACHE_TYPE = "C8"
-_NOT_SERVED = {
-    "FAQuant": "quantized attention (FA3) needs vllm-ascend's attention backend",
-    "INT8_DYNAMIC": "a quantized sparse-attention indexer needs vllm-ascend's attention backend",
-}
+#: Tensors of vllm-ascend's attention backend, whatever their type: scales of FA3's inputs, which may be those of an MXFP8 KV
+#: cache, and the rotations of a sparse indexer, which cancel out in the product of its queries and keys.
+_ATTENTION_SCALES = tuple(f"fa_{part}.{name}" for part in "qkv" for name in ("scale", "offset"))
+_ATTENTION_ROTATIONS = ("indexer.q_rot", "indexer.k_rot")
+#: The entry for how an attention layer quantizes, which is no tensor.
+_ATTENTION_TYPE = "quant_type"
 
 #: Tensors of an input transform: those that give the size of its left side, of its right side, and the others.
 _LEFT = ("heads_rotation", "kronecker_rotation_m", "left_trans")
@@ -265,7 +262,7 @@ class _Findings(FindingLimit):
                 layer=layers[0],
                 found=kind[:80],
                 fix="serve it on a chip that has this format, or export the checkpoint for Atlas A2 and A3: W8A8_DYNAMIC, "
-                "W4A8_DYNAMIC",
+                "W4A8_DYNAMIC, W8A8_MXFP8",
             )
         for kinds, layers in self.unknown.items():
             self.report(
@@ -303,7 +300,7 @@ def read(
         The layers; problems are in ``findings``. Nothing is raised.
     """
     found = _Findings(source)
-    header, types = _split(description, found)
+    header, types, attention = _split(description, found)
     rotations = _rotated_layers(header, found)
     layers = _by_layer(types, rotations, tensors)
     entries = _Entries(header.version is not None, found)
@@ -315,40 +312,94 @@ def read(
         if layer.endswith("norm") and entry.spec.is_float and "bias" in entry.tensors
     )
     kv_cache = KV_CACHE_TYPE in types.values()
-    _report_header(header, kv_cache, found)
+    _report_attention(header, kv_cache, attention, found)
     _report_undescribed_rotations(rotations, layers, found)
     missing = types.keys() - tensors.keys()
     _report_missing(missing, types, tensors, described, found)
     if len(tensors) > len(types) - len(missing):  # more than those that are listed
-        _report_unlisted(types, tensors, described, rotations, found)
+        _report_unlisted({**types, **attention}, tensors, described, rotations, found)
     _report_float_dtypes(types, tensors, found)
     scale_bias = any(_SCALE_BIAS in entry.tensors for entry in entries.distinct)
-    described.dropped = (*(_KV_TENSORS if kv_cache else ()), *((_SCALE_BIAS,) if scale_bias else ()))
+    unused = {_last_two(name) for name in attention} & {*_ATTENTION_SCALES, *_ATTENTION_ROTATIONS}
+    described.dropped = (*(_KV_TENSORS if kv_cache else ()), *((_SCALE_BIAS,) if scale_bias else ()), *sorted(unused))
     described.findings = tuple(found.close())
     return described
 
 
 def vllm_ascend_schemes(description: Mapping[str, Any]) -> set[tuple[str, str]]:
-    """(scheme, "linear" or "moe") of every quantized layer that a description lists, from its type strings alone.
+    """Every (scheme, kind) that vllm-ascend needs a class for, from a description's type strings alone.
 
-    Types that this package refuses or does not know are among them, as "linear": they are no reason to take the checkpoint
-    from vllm-ascend.
+    The kind is "linear", "moe" or "attention". Types that this package refuses or does not know are among them: they are no
+    reason to take the checkpoint from vllm-ascend. So are things that it does not compute, under names that it does not have.
     """
     found = _Findings(DESCRIPTION_FILE)
-    header, types = _split(description, found)
-    layers = _by_layer(types, _rotated_layers(header, found), {})
-    schemes = {
-        (entry.spec.scheme, "linear" if split_expert(layer) is None else "moe")
-        for layer, entry in _Entries(header.version is not None, found).of(layers, _fused_floats(layers))
-        if not entry.spec.is_float
-    }
-    _report_header(header, False, found)
-    refused = (finding.found for finding in found.close() if finding.code in ("unknown-scheme", "unsupported-scheme"))
-    return schemes | {(scheme, "linear") for scheme in refused}
+    header, types, attention = _split(description, found)
+    rotations = _rotated_layers(header, found)
+    schemes = set(_attention_schemes(header, KV_CACHE_TYPE in types.values(), attention))
+    if rotations:
+        schemes.add(("inputs that are rotated at run time", "linear"))
+    layers = _by_layer(types, rotations, {})
+    fused_floats = _fused_floats(layers)
+    # Equal layers share one form, so that there are few of them.
+    kinds = {(form, _kind(layer)) for layer, form in layers.items() if layer not in fused_floats}
+    for form, kind in kinds:
+        listed = dict(zip(form.names, form.types, strict=True))
+        if kind == "smoothing" and "mul_scale" in listed:
+            schemes.add(("smoothing that is not fused", "linear"))
+        weights = {listed[name] for name in ("weight", "weight_packed") if name in listed} or set(form.types)
+        where = "moe" if kind == "moe" else "linear"
+        schemes |= {
+            (_vllm_ascend_name(scheme, where, listed, header), where)
+            for scheme in weights - {FLOAT_TYPE, KV_CACHE_TYPE}
+        }
+    return {(shown_name(scheme, 80), kind) for scheme, kind in schemes}
 
 
-def _split(description: Mapping[str, Any], found: _Findings) -> tuple[DescriptionHeader, dict[str, str]]:
-    """Separate the description's own fields from its tensor entries, and validate both."""
+def _kind(layer: str) -> str:
+    """ "moe" for routed experts, "smoothing" for modules of unfused smoothing, "linear" for all other layers."""
+    if layer.endswith(".experts") or split_expert(layer) is not None:
+        return "moe"
+    return "smoothing" if layer.endswith(".div") else "linear"
+
+
+def _vllm_ascend_name(scheme: str, kind: str, listed: Mapping[str, str], header: DescriptionHeader) -> str:
+    """vllm-ascend's name of a layer's scheme; one that it does not have for what its class of that name does not take.
+
+    Args:
+        scheme: the type of the layer's weight. kind: "linear" or "moe".
+        listed: the types of the layer's tensors. header: the description's own fields.
+    """
+    if (scheme, kind) == ("W4A16", "moe") and "weight_packed" not in listed:
+        return "W4A16 without weight_packed"  # it takes LLM-Compressor's tensors only
+    if (scheme, kind) == ("W4A8_DYNAMIC", "moe") and ("weight_scale_second" in listed or header.group_size):
+        return "W4A8_DYNAMIC per group"
+    return scheme
+
+
+def _attention_schemes(
+    header: DescriptionHeader, kv_cache: bool, attention: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
+    """(scheme, "attention") for quantized attention and KV caches, by the fields and entries that vllm-ascend reads.
+
+    It goes by the header's fields; by an attention layer's own type it knows an MXFP8 KV cache. Stored tensors that none of
+    these gives a meaning are unknown to it.
+    """
+    header_types = (header.fa_quant_type, header.indexer_quant_type, header.kv_cache_type)
+    yield from ((kind, "attention") for kind in header_types if kind and kind != FLOAT_TYPE)
+    if kv_cache and header.kv_cache_type != KV_CACHE_TYPE:
+        yield "C8 without kv_cache_type", "attention"
+    names = {_last_two(name) for name in attention}
+    if not names.isdisjoint(_ATTENTION_ROTATIONS) and not header.indexer_quant_type:
+        yield "rotations without indexer_quant_type", "attention"
+    if not names.isdisjoint(_ATTENTION_SCALES) and not header.fa_quant_type and not header.kv_cache_type:
+        own = {kind for name, kind in attention.items() if name.endswith(f"_attn.{_ATTENTION_TYPE}")}
+        yield from ((kind, "attention") for kind in own or {"scales without fa_quant_type"})
+
+
+def _split(
+    description: Mapping[str, Any], found: _Findings
+) -> tuple[DescriptionHeader, dict[str, str], dict[str, str]]:
+    """Separate the description's own fields, its tensor entries and those of its attention layers, and validate them."""
     fields = {key: value for key, value in description.items() if "." not in key}
     entries = dict(description)
     for key in fields:
@@ -359,10 +410,29 @@ def _split(description: Mapping[str, Any], found: _Findings) -> tuple[Descriptio
         found.report_invalid(error)
         header = DescriptionHeader()
     try:
-        return header, _TENSOR_TYPES.validate_python(entries)
+        types = _TENSOR_TYPES.validate_python(entries)
     except ValidationError as error:
         found.report_invalid(error)
-        return header, {key: value for key, value in entries.items() if isinstance(value, str)}
+        types = {key: value for key, value in entries.items() if isinstance(value, str)}
+    attention = {name: kind for name, kind in types.items() if _is_attention(name, types)}
+    for name in attention:
+        del types[name]
+    return header, types, attention
+
+
+def _is_attention(name: str, types: Mapping[str, str]) -> bool:
+    """Whether an entry is one of an attention layer's own. A rotation is one if it has its counterpart."""
+    layer, _, last = name.rpartition(".")
+    if last == _ATTENTION_TYPE:
+        return True
+    if last in ("q_rot", "k_rot"):
+        return layer.endswith(".indexer") and {f"{layer}.q_rot", f"{layer}.k_rot"} <= types.keys()
+    return last in ("scale", "offset") and _last_two(name) in _ATTENTION_SCALES
+
+
+def _last_two(name: str) -> str:
+    """ "fa_q.scale" for "model.layers.0.self_attn.fa_q.scale"."""
+    return ".".join(name.rsplit(".", 2)[-2:])
 
 
 def _rotated_layers(header: DescriptionHeader, found: _Findings) -> dict[str, tuple[str, ...]]:
@@ -415,15 +485,15 @@ def _by_layer(
 
     before: str | None = None
     triples: list[Any] = []
-    for name, kind in types.items():
+    shapes = [None if stored is None else stored.shape for stored in map(tensors.get, types)]
+    for (name, kind), shape in zip(types.items(), shapes, strict=True):
         layer, _, last = name.rpartition(".")
         if layer != before:
             if before is not None and before not in scattered:
                 layers[before] = form_of(triples)
             before = layer
             triples = scattered.setdefault(layer, []) if layer in layers else []
-        stored = tensors.get(name)
-        triples += (last, kind, None if stored is None else stored.shape)
+        triples += (last, kind, shape)
     if before is not None and before not in scattered:
         layers[before] = form_of(triples)
     for layer, triples in scattered.items():
@@ -528,11 +598,6 @@ def _listed_entry(
 
 def _is_served(layer: str, quantized: Collection[str], rotation: frozenset[str], found: _Findings) -> bool:
     """Whether all of a layer's types, and its rotation, are served. Others are reported."""
-    refused = next((kind for kind in quantized if kind in _NOT_SERVED), None)
-    if refused is not None:
-        fix = "export the checkpoint without it"
-        found.report("unsupported-scheme", _NOT_SERVED[refused], layer=layer, found=refused, fix=fix)
-        return False
     if not quantized:
         found.report(
             "unsupported-scheme",
@@ -542,7 +607,7 @@ def _is_served(layer: str, quantized: Collection[str], rotation: frozenset[str],
             fix="quantize the layer, or export the checkpoint without online rotation",
         )
         return False
-    refused = next((kind for kind in quantized if kind in _REFUSED or "MXFP" in kind), None)
+    refused = next((kind for kind in quantized if kind in _REFUSED or ("MXFP" in kind and kind not in TYPES)), None)
     if refused is not None:
         found.refused.setdefault(refused, []).append(layer)
         return False
@@ -645,19 +710,23 @@ def _report_undescribed_rotations(rotations: Iterable[str], layers: Mapping[str,
         )
 
 
-def _report_header(header: DescriptionHeader, kv_cache: bool, found: _Findings) -> None:
-    """Report findings about the description's own fields."""
-    for value, kind in ((header.fa_quant_type, "FAQuant"), (header.indexer_quant_type, "INT8_DYNAMIC")):
-        if value and value != FLOAT_TYPE:
-            found.report(
-                "unsupported-scheme",
-                _NOT_SERVED[kind],
-                expected="no fa_quant_type" if kind == "FAQuant" else "no indexer_quant_type",
-                found=value[:80],
-                fix="export the checkpoint without it",
-            )
-    if kv_cache or header.kv_cache_type or header.kv_quant_type:
-        found.add(kv_cache_finding(header.kv_cache_type or header.kv_quant_type or KV_CACHE_TYPE, found.source))
+def _report_attention(
+    header: DescriptionHeader, kv_cache: bool, attention: Mapping[str, str], found: _Findings
+) -> None:
+    """Report, once for the model, that attention and its caches are not quantized."""
+    cache = header.kv_cache_type or header.kv_quant_type or (KV_CACHE_TYPE if kv_cache else None)
+    listed = (cache, header.fa_quant_type, header.indexer_quant_type, *sorted(set(attention.values())))
+    kinds = dict.fromkeys(kind for kind in listed if kind and kind != FLOAT_TYPE)
+    if not kinds and all(name.endswith(f".{_ATTENTION_TYPE}") for name in attention):
+        return
+    names = ", ".join(shown_name(kind, 80) for kind in list(kinds)[:8])
+    finding = kv_cache_finding(names or "rotations of a sparse indexer", found.source)
+    if list(kinds) != [cache]:
+        message = (
+            "the weights are served; attention and its caches stay in the model's dtype, and their scales are dropped"
+        )
+        finding = replace(finding, message=message)
+    found.add(finding)
 
 
 def _report_missing(
@@ -736,7 +805,7 @@ def _producer(description: Mapping[str, Any]) -> str:
 
 
 #: Types that msModelSlim writes and that are refused, for the support matrix.
-_REFUSED_SAMPLES = ("W8A8_MXFP8", "W4A8_MXFP", "W4A4_MXFP4", "W8A8SC", "FAQuant")
+_REFUSED_SAMPLES = ("W4A4_MXFP4_FLATQUANT", "W8A8SC")
 
 
 def _samples() -> Iterator[Sample]:
@@ -758,9 +827,17 @@ def _lists_tensors(quantization_config: Mapping[str, Any]) -> bool:
     return any(str(key).endswith(".weight") for key in quantization_config)
 
 
-def _unserved_by_vllm_ascend(description: Mapping[str, Any]) -> str:
+def _left_to_vllm_ascend(config: Mapping[str, Any], model: Any) -> bool:
+    """Whether a description in config.json has vllm-ascend's name for the format, and only schemes that it serves."""
+    named = str(config.get("quant_method") or "") in ("ascend", "")
+    return named and _lists_tensors(config) and not _unserved_by_vllm_ascend(config, DESCRIPTION_FILE)
+
+
+def _unserved_by_vllm_ascend(description: Mapping[str, Any], file: str) -> str:
     from vllm_npu_quant.ascend.ownership import unserved
 
+    if file != DESCRIPTION_FILE:
+        return f"a description named {shown_name(file, 80)}"
     return unserved(vllm_ascend_schemes(description))
 
 
@@ -775,7 +852,8 @@ FORMAT = Format(
     needs_file="quant_model_description.json beside config.json",
     decisive=True,
     is_complete=_lists_tensors,
-    claims=embedded_description,
+    has_fields=_lists_tensors,
+    left_to_vllm_ascend=_left_to_vllm_ascend,
     unserved_by_vllm_ascend=_unserved_by_vllm_ascend,
     float_reason="{source} says FLOAT",
     producer=_producer,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, StrictInt
+from pydantic import AfterValidator, BaseModel
 
 from vllm_npu_quant.errors import Finding, FindingLimit
 from vllm_npu_quant.formats import common
@@ -48,7 +48,7 @@ MAX_PROBLEMS = 20
 _MAX_PARTS = 100
 
 #: Tensors that mark a layer as quantized, in case its qweight is missing.
-_MARKS = frozenset({"qweight", "qzeros", "scales", "g_idx"})
+_MARKS = frozenset({"qweight", "qzeros", "scales", "g_idx", "weight_packed"})
 
 
 def _group_size(value: int) -> int:
@@ -58,7 +58,7 @@ def _group_size(value: int) -> int:
 
 
 #: Inputs that share a scale; -1 for all of them.
-GroupSize = Annotated[StrictInt, AfterValidator(_group_size)]
+GroupSize = Annotated[common.Int, AfterValidator(_group_size)]
 
 #: Config fields that record how a checkpoint was made, or how its producer's runtime loads it.
 _RECORDS = frozenset(

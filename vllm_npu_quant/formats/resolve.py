@@ -200,7 +200,7 @@ class LayerResolver:
         hits = [hit for hit in found if hit is not None]
         spec = joint_spec([entry.spec for _, entry in hits])
         if spec is None:
-            raise NpuQuantError([self._disagree(prefix, [(name, describe(entry.spec)) for name, entry in hits])])
+            raise NpuQuantError([self._disagree(prefix, [(name, entry.spec) for name, entry in hits])])
         names, entries = zip(*hits, strict=True)
         family = FUSED_FAMILIES.get(prefix.rpartition(".")[2], {})
         fills = tuple(family.get(name.rpartition(".")[2], 1) for name in wanted)
@@ -226,7 +226,7 @@ class LayerResolver:
         name, entry = hit
         if entry.gate.spec != entry.up.spec:
             schemes = [
-                (f"{name}.*.{part}", describe(part_entry.spec))
+                (f"{name}.*.{part}", part_entry.spec)
                 for part, part_entry in ((entry.names[0], entry.gate), (entry.names[1], entry.up))
             ]
             raise NpuQuantError([self._disagree(prefix, schemes)])
@@ -260,13 +260,23 @@ class LayerResolver:
             "listed as float",
         )
 
-    def _disagree(self, prefix: str, schemes: Sequence[tuple[str, str]]) -> Finding:
+    def _disagree(self, prefix: str, schemes: Sequence[tuple[str, LayerSpec]]) -> Finding:
+        floats = [name for name, spec in schemes if spec.is_float]
+        quantized = [name for name, spec in schemes if not spec.is_float]
+        fix = "re-export the checkpoint with one scheme for these layers"
+        if floats:
+            fix = f"{fix}: quantize {_listed(floats)} too, or leave {_listed(quantized)} out of quantization"
         return Finding(
             "fused-shards-disagree",
             "vLLM runs these layers as one, and the checkpoint quantizes them differently",
             layer=prefix,
             file=self.described.source,
             expected="one scheme",
-            found=", ".join(f"{name}: {scheme}" for name, scheme in schemes),
-            fix="re-export the checkpoint with one scheme for these layers",
+            found=", ".join(f"{name}: {describe(spec)}" for name, spec in schemes),
+            fix=fix,
         )
+
+
+def _listed(layers: Sequence[str]) -> str:
+    """The last components of layers' names."""
+    return " and ".join(layer.rpartition(".")[2] for layer in layers)

@@ -32,7 +32,7 @@ def sample_tensors(spec: LayerSpec, listed: Iterable[str] = (), *, experts: bool
     )
     layers = [LAYER, *(f"{EXPERTS}.0.{name}" for name in ("gate_proj", "up_proj", "down_proj") if experts)]
     found = {}
-    for tensor in tensors_of(spec, frozenset(listed)):
+    for tensor in (tensor for tensor in tensors_of(spec, frozenset(listed)) if not tensor.of):
         shape = tuple(1 if length == ANY_LENGTH else length for length in tensor.shape(sizes))
         for layer in layers:
             name = f"{layer}.{tensor.name}"

@@ -8,15 +8,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from vllm_npu_quant.errors import Finding, FindingLimit, NpuQuantError, Severity
-from vllm_npu_quant.formats.check import check_checkpoint
+from vllm_npu_quant.formats.check import check_checkpoint, check_expert_biases, tied_head_findings
 from vllm_npu_quant.formats.described import Described
 from vllm_npu_quant.formats.index import is_embedding
 from vllm_npu_quant.formats.resolve import FUSED_FAMILIES, LayerResolver
+from vllm_npu_quant.inspection.experts import moe_findings
 from vllm_npu_quant.inspection.layers import Layer, layers_of
 from vllm_npu_quant.inspection.limits import limit_findings
 from vllm_npu_quant.inspection.model import Model, open_model
 from vllm_npu_quant.inspection.overview import dtype_of
 from vllm_npu_quant.inspection.parallel import parallel_findings
+from vllm_npu_quant.inspection.sizes import size_findings
 from vllm_npu_quant.serving import dispatch
 from vllm_npu_quant.serving.decide import expert_findings, requantized_findings
 from vllm_npu_quant.spec import LayerKind
@@ -87,11 +89,14 @@ def check(
         return _report(opened, [*opened.findings, *opened.checkpoint.findings], readable=False)
     described = opened.described
     findings = [*opened.findings, *described.findings, *check_checkpoint(described, opened.checkpoint)]
+    findings += tied_head_findings(described, opened.tied_embeddings)
+    findings += size_findings(opened)
     layers = layers_of(opened)
     findings += served_findings(layers, described)
     findings += difference_findings(layers, described.source)
     findings += requantized_findings(((layer.stored, layer.count) for layer in layers), opened.host, described.source)
     findings += fused_findings(described)
+    findings += moe_findings(described, opened.config)
     findings += parallel_findings(opened, layers, tp=tp, ep=ep)
     reported = {finding.layer for finding in described.findings if finding.code == "operator-limit"}
     findings += limit_findings(layers, described.source, tp=tp, ep=ep, reported=reported)
@@ -101,6 +106,8 @@ def check(
         findings += chip_findings(device, layers, dtype_of(opened), described.source)
     # With a damaged header, values would be read from wrong offsets.
     damaged = any(finding.severity is Severity.ERROR for finding in opened.checkpoint.findings)
+    if not damaged:
+        findings += check_expert_biases(described, opened.checkpoint, every=values)
     if values and not damaged:
         from vllm_npu_quant.inspection.values import value_findings
 
@@ -138,7 +145,7 @@ def served_findings(layers: Iterable[Layer], described: Described) -> list[Findi
         elif layer.row is None:
             refused.setdefault((layer.kind, dispatch.describe(layer.spec, layer.stored)), []).append(layer)
         elif layer.kind == LayerKind.FUSED_MOE.value:
-            for finding in expert_findings(layer.stored, layer.tensors, layer.name, described.source):
+            for finding in expert_findings(layer.stored, layer.name, described.source):
                 found.add(finding)
     for members in refused.values():
         first = members[0]

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from vllm_npu_quant.checkpoint import Checkpoint, TensorInfo
 from vllm_npu_quant.formats.common import FLOAT_DTYPES
 from vllm_npu_quant.formats.declaration import find_format
-from vllm_npu_quant.formats.described import Described, ExpertsEntry, LayerEntry
+from vllm_npu_quant.formats.described import Described, ExpertsEntry, LayerEntry, StoredTensor
 from vllm_npu_quant.formats.index import is_embedding
+from vllm_npu_quant.formats.stacked import STACKED_TENSORS, expert_parts
 from vllm_npu_quant.inspection.model import Model
 from vllm_npu_quant.layouts.tables import Axis, tensors_of
 from vllm_npu_quant.serving import dispatch
@@ -214,16 +215,32 @@ def _experts(
     sizes: dict[str, int],
     host: Host,
 ) -> Iterable[Layer]:
+    parts: Mapping[str, StoredTensor] = tensors
+    if experts.stacked:
+        del sizes[name]
+        parts, sizes = _parts(name, tensors)
     for projection, entry in zip(experts.names, (experts.gate, experts.up, experts.down), strict=True):
         nbytes = sum(sizes.pop(f"{name}.{number}.{projection}", 0) for number in range(experts.count))
         first = f"{name}.0.{projection}"
         reason = _why_float(first, described) if entry.spec.is_float else ""
         served = decide(LayerKind.FUSED_MOE, entry.spec, host, layer=first)
-        shape = _sizes(first, entry, tensors)
+        shape = _sizes(first, entry, parts)
         yield _as_layer(f"{name}.*.{projection}", served, experts.count, shape, nbytes, reason, entry.tensors)
 
 
-def _sizes(layer: str, entry: LayerEntry, tensors: Mapping[str, TensorInfo]) -> tuple[int, int]:
+def _parts(name: str, tensors: Mapping[str, TensorInfo]) -> tuple[Mapping[str, StoredTensor], dict[str, int]]:
+    """The headers of the first expert's parts of stacked tensors, and the bytes of each projection of all experts."""
+    stored = {last: tensors[f"{name}.{last}"] for last in STACKED_TENSORS if f"{name}.{last}" in tensors}
+    parts = expert_parts(stored)
+    halves = sum(tensor.nbytes for last, tensor in stored.items() if last.startswith("gate_up_proj"))
+    down = sum(tensor.nbytes for tensor in stored.values()) - halves
+    headers = {f"{name}.0.{part}.{last}": header for part, own in parts.items() for last, header in own.items()}
+    return headers, {
+        f"{name}.0.{part}": nbytes for part, nbytes in zip(parts, (halves // 2, halves // 2, down), strict=True)
+    }
+
+
+def _sizes(layer: str, entry: LayerEntry, tensors: Mapping[str, StoredTensor]) -> tuple[int, int]:
     """N and K of the stored weight; zeros if it is missing or does not have the dimensions of its layout."""
     if entry.spec.is_float:
         weight = tensors.get(layer + ".weight")

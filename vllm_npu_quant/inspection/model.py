@@ -62,6 +62,11 @@ class Model:
                 return value
         return 0
 
+    @property
+    def tied_embeddings(self) -> bool:
+        """Whether the language model's head is its embedding."""
+        return True in (self.config.get("tie_word_embeddings"), self.text_config.get("tie_word_embeddings"))
+
     @cached_property
     def host(self) -> Host:
         """The facts of the serving decision besides the layers: settings, read once, and the kind of attention."""

@@ -202,7 +202,7 @@ def _nothing(name: str) -> Finding:
 def _left_out(model: Model, layer: Layer) -> bool:
     """Whether vLLM does not load a stored layer: a tied lm_head, layers of multi-token prediction."""
     if layer.name == "lm_head":
-        return model.text_config.get("tie_word_embeddings") is True
+        return model.tied_embeddings
     depth = model.size("num_hidden_layers")
     extra = model.size("num_nextn_predict_layers")
     number = layer.name.removeprefix("model.layers.").partition(".")[0] if extra else ""

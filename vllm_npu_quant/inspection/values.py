@@ -7,16 +7,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from vllm_npu_quant import settings
 from vllm_npu_quant.checkpoint import Checkpoint, TensorInfo
 from vllm_npu_quant.checkpoint.values import to_float32
 from vllm_npu_quant.errors import Finding, FindingLimit, NpuQuantError, Severity
+from vllm_npu_quant.formats.check import check_layer
 from vllm_npu_quant.formats.common import FLOAT_DTYPES
 from vllm_npu_quant.formats.described import LayerEntry
 from vllm_npu_quant.inspection.layers import Layer
 from vllm_npu_quant.inspection.model import Model
-from vllm_npu_quant.layouts.tables import LAYOUTS, Role
+from vllm_npu_quant.layouts.tables import LAYOUTS, Role, tensors_of
 from vllm_npu_quant.serving.cost import MAX_INPUTS
-from vllm_npu_quant.spec import Granularity, Layout, NumberKind, WeightSpec
+from vllm_npu_quant.serving.decide import float_name
+from vllm_npu_quant.spec import Granularity, Layout, WeightSpec
 
 __all__ = ["value_findings"]
 
@@ -26,12 +29,14 @@ BLOCK = 1 << 24
 #: Layouts that store one int4 per byte.
 _BYTES = frozenset({Layout.MODELSLIM_INT, Layout.MODELSLIM_TWO_LEVEL, Layout.CT_INT})
 _FP8_NAN = 0x7F
+#: Scales of blocks of floats: E4M3, and E8M0, whose dtype most files call U8.
+_FLOAT_SCALES = frozenset({"F8_E4M3", "F8_E8M0", "U8"})
 
 
 def value_findings(
     model: Model, layers: Sequence[Layer], progress: Callable[[str, int, int], None] | None = None
 ) -> list[Finding]:
-    """Findings about values of scales, zero points, integers and floats, and about the error of requantizing FP8.
+    """Findings about values of scales, zero points, integers and floats, and about the error of requantizing floats.
 
     Args:
         model: an opened model with local files.
@@ -42,8 +47,8 @@ def value_findings(
     checkpoint = model.checkpoint
     found = FindingLimit()
     symmetric = {layer.name: layer.row.weight_symmetric is True for layer in layers if layer.row is not None}
-    # Layers whose FP8 weights are not requantized.
-    floats = {layer.name for layer in layers if layer.row is not None and layer.row.weight_kind is NumberKind.FLOAT}
+    # Layers whose weights are requantized with a scale per channel.
+    requantized = {layer.name for layer in layers if float_name(layer.stored) and layer.spec.weight == WeightSpec(8)}
     entries = dict(described.stored_layers())
     by_layer: dict[str, list[TensorInfo]] = {}
     for name, tensor in checkpoint.tensors.items():
@@ -54,7 +59,8 @@ def value_findings(
         try:
             for finding in _layer_values(checkpoint, layer, tensors, entry, symmetric):
                 found.add(finding)
-            loss = None if layer in floats else _requantization(checkpoint, layer, entry)
+            own = requantized & {layer, _any_expert(layer)}
+            loss = _requantization(checkpoint, layer, entry) if own and entry is not None else None
         except NpuQuantError as error:
             found.extend(error.findings)
             if "unreadable-file" in error.codes:  # the file is damaged or has changed
@@ -111,7 +117,7 @@ def _layer_values(
 
 
 def _scale_values(checkpoint: Checkpoint, layer: str, tensor: TensorInfo) -> Iterator[Finding]:
-    if tensor.dtype != "I64" and tensor.dtype not in FLOAT_DTYPES and tensor.dtype != "F8_E8M0":
+    if tensor.dtype != "I64" and tensor.dtype not in FLOAT_DTYPES and tensor.dtype not in _FLOAT_SCALES:
         return
     smallest = 2.0**-14 if tensor.dtype == "F16" else 2.0**-126
     broken = zeros = tiny = 0
@@ -119,7 +125,7 @@ def _scale_values(checkpoint: Checkpoint, layer: str, tensor: TensorInfo) -> Ite
         if tensor.dtype == "I64":  # float32 bits widened to int64
             values = (block & 0xFFFFFFFF).astype(np.uint32).view(np.float32)
         else:
-            values = to_float32(block, tensor)
+            values = to_float32(block, _as_scale(tensor))
         broken += int(np.count_nonzero(~np.isfinite(values)))
         zeros += int(np.count_nonzero(values == 0))
         tiny += int(np.count_nonzero((np.abs(values) < smallest) & (values != 0)))
@@ -142,7 +148,7 @@ def _scale_values(checkpoint: Checkpoint, layer: str, tensor: TensorInfo) -> Ite
             "check that these outputs are 0 in the model, too, or re-export the checkpoint",
             severity=Severity.WARNING,
         )
-    if tiny:
+    if tiny and tensor.dtype not in _FLOAT_SCALES:
         yield _bad(
             layer,
             tensor,
@@ -206,27 +212,25 @@ def _bad(
     )
 
 
-def _requantization(checkpoint: Checkpoint, layer: str, entry: LayerEntry | None) -> float | None:
-    """``||w_int8 - w_fp8|| / ||w_fp8||`` of an FP8 layer requantized to int8 per channel; None for other layers."""
-    if entry is None or entry.spec.weight is None:
+def _requantization(checkpoint: Checkpoint, layer: str, entry: LayerEntry) -> float | None:
+    """``||w_int8 - w|| / ||w||`` of a layer of small floats requantized to int8 per channel; None after a finding."""
+    spec = entry.spec.weight
+    if spec is None or check_layer(layer, entry, checkpoint.tensors, "", near=False):
         return None
-    stored = entry.spec.weight
-    weight = checkpoint.tensors.get(f"{layer}.weight")
-    scale_name = "weight_scale_inv" if entry.spec.layout is Layout.FP8_INV else "weight_scale"
-    scale = checkpoint.tensors.get(f"{layer}.{scale_name}")
-    if stored.kind is not NumberKind.FLOAT:
-        return None
-    if weight is None or scale is None or len(weight.shape) != 2 or weight.dtype != "F8_E4M3" or not weight.numel:
-        return None
-    inputs = weight.shape[1]
-    if inputs > MAX_INPUTS:
+    names = [tensor.name for tensor in tensors_of(entry.spec, entry.tensors)]
+    tensors = {name: checkpoint.tensors[f"{layer}.{name}"] for name in names}
+    weight = tensors[names[0]]
+    columns = weight.shape[1]
+    dtype, inputs = ("F4", 2 * columns) if spec.bits == 4 else ("F8_E4M3", columns)
+    if not 0 < inputs <= MAX_INPUTS:
         return None  # the operators' limits say so
-    scales = checkpoint.read(scale.name, float32=True)
+    scales = _scales(checkpoint, tensors)
     error = norm = 0.0
     start = 0
-    for codes in checkpoint.blocks(weight.name, BLOCK // inputs * inputs):
-        stop = start + codes.size // inputs
-        rows = to_float32(codes, weight).reshape(-1, inputs) * _row_scales(scales, stored, start, stop, inputs)
+    for block in checkpoint.blocks(weight.name, max(BLOCK // inputs, 1) * columns):
+        stop = start + block.size // columns
+        values = to_float32(block, TensorInfo("", dtype, (stop - start, inputs), "", 0, block.size))
+        rows = values.reshape(-1, inputs) * _row_scales(scales, spec, start, stop, inputs)
         start = stop
         if not np.isfinite(rows).all():
             return None  # reported as a bad value
@@ -238,12 +242,34 @@ def _requantization(checkpoint: Checkpoint, layer: str, entry: LayerEntry | None
     return (error / norm) ** 0.5 if norm else 0.0
 
 
+def _as_scale(tensor: TensorInfo) -> TensorInfo:
+    """A scale whose U8 are power-of-two scales."""
+    return tensor._replace(dtype="F8_E8M0") if tensor.dtype == "U8" else tensor
+
+
+def _as_float32(checkpoint: Checkpoint, tensor: TensorInfo) -> np.ndarray:
+    """A scale as float32."""
+    return to_float32(checkpoint.read(tensor.name), _as_scale(tensor))
+
+
+def _scales(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo]) -> np.ndarray:
+    """The scales of a layer of small floats, float32 in their stored shape."""
+    name = "weight_scale" if "weight_scale" in tensors else "weight_scale_inv"
+    scales = _as_float32(checkpoint, tensors[name])
+    if "weight_scale_2" in tensors:
+        scales = scales * _as_float32(checkpoint, tensors["weight_scale_2"]).reshape(1)
+    if "weight_global_scale" in tensors:
+        with np.errstate(divide="ignore", invalid="ignore"):  # reported as a bad value
+            scales = scales / _as_float32(checkpoint, tensors["weight_global_scale"]).reshape(1)
+    return scales
+
+
 def _row_scales(scales: np.ndarray, stored: WeightSpec, start: int, stop: int, inputs: int) -> np.ndarray:
     """Scales of rows [start, stop), in a shape that broadcasts to [rows, inputs]."""
-    if stored.granularity is Granularity.BLOCK:
-        rows = np.arange(start, stop) // stored.block_rows
+    if stored.granularity in (Granularity.BLOCK, Granularity.GROUP):
+        rows = np.arange(start, stop) // max(stored.block_rows, 1)
         columns = np.arange(inputs) // stored.group_size
-        return scales[rows][:, columns]
+        return scales.reshape(scales.shape[0], -1)[rows][:, columns]
     if stored.granularity is Granularity.CHANNEL and scales.size > 1:
         return scales.reshape(-1, 1)[start:stop]
     return scales.reshape(-1)[:1].reshape(1, 1)
@@ -255,10 +281,10 @@ def _losses(losses: list[tuple[float, str]], source: str) -> Finding:
     worst = ", ".join(f"{layer} {loss:.2%}" for loss, layer in losses[:3])
     return Finding(
         "requantized",
-        f"FP8 weights as int8 with one scale per output differ by {mean:.2%} on average over {len(losses):,} layers "
-        "(relative error of the weight)",
+        f"int8 with one scale per output differs from the stored floats by {mean:.2%} on average over {len(losses):,} "
+        "layers (relative error of the weight)",
         file=source,
         found=f"worst: {worst}",
-        fix="nothing, if that is acceptable; VLLM_NPU_QUANT_FP8=bf16 keeps the numbers, at twice the memory",
+        fix=f"nothing, if that is acceptable; {settings.FLOAT_WEIGHTS}=bf16 keeps the numbers, two bytes per weight",
         severity=Severity.INFO,
     )

@@ -27,7 +27,9 @@ class CanonicalWeight:
         group_size: inputs per group; 0 if G is 1.
         bits: bits per integer.
         float_rows: returns the exact rows [start, stop) as float32 [stop - start, K] if the integers only approximate the
-            checkpoint's values (requantized FP8). None if the integers are exact.
+            checkpoint's values (requantized floats). None if the integers are exact.
+        exact: the same weight as exact integers, with scales for smaller groups, if ``rows`` only approximates it and there
+            are such integers (FP4). None otherwise.
         pairs: returns rows [start, stop) of 4-bit integers packed as by ``int4.pack_pairs``, int8 [stop - start, K/2], if
             the checkpoint packs them in that order. None otherwise, and for an odd K.
     """
@@ -41,6 +43,7 @@ class CanonicalWeight:
     bits: int = 8
     float_rows: Callable[[int, int], torch.Tensor] | None = None
     pairs: Callable[[int, int], torch.Tensor] | None = None
+    exact: CanonicalWeight | None = None
 
     @classmethod
     def of(

@@ -49,7 +49,8 @@ def one_scale_per_row(stored: torch.Tensor, spec: LayerSpec, outputs: int) -> to
     """Repeat a stored scale or zero point so that every output row has its own.
 
     Args:
-        stored: per tensor [], [1] or [1, 1]; per channel [N] or [N, 1]; per group [N, G]; per block [ceil(N/rows), G].
+        stored: per tensor [], [1] or [1, 1]; per channel [N] or [N, 1]; per group [N, G]; per block [ceil(N/rows), G] or
+            [ceil(N/rows), 1, G, 1].
         spec: gives the granularity.
         outputs: rows of vLLM's layer: an upper bound of N, exact if the layer is one checkpoint layer.
 
@@ -63,7 +64,7 @@ def one_scale_per_row(stored: torch.Tensor, spec: LayerSpec, outputs: int) -> to
     if weight.granularity is Granularity.TENSOR:
         return stored.reshape(1, 1).expand(outputs, 1)
     if weight.granularity is Granularity.BLOCK:
-        return stored.repeat_interleave(weight.block_rows, dim=0)[:outputs]
+        return stored.flatten(1).repeat_interleave(weight.block_rows, dim=0)[:outputs]
     return stored.unsqueeze(1) if stored.dim() == 1 else stored
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from vllm_npu_quant.spec import Granularity, LayerSpec, Layout, TransformSpec, WeightSpec
 
 __all__ = [
+    "E2M1",
     "LAYOUTS",
     "Axis",
     "Dim",
@@ -175,6 +176,7 @@ class TensorSpec:
             vLLM's layer, which may hold several checkpoint layers.
         loaded: False for a tensor that is checked and then dropped because it follows from the others.
         role: the role of its values, for ``check --values`` and for placeholders.
+        of: the stored tensor of the same layer from which ``rearrange`` computes it; empty for a tensor that is stored.
     """
 
     name: str
@@ -186,6 +188,7 @@ class TensorSpec:
     rearrange: str | Callable[..., Any] = ""
     loaded: bool = True
     role: Role = Role.OTHER
+    of: str = ""
 
     def as_loaded(self) -> TensorSpec:
         """The spec with the shape of the parameter."""
@@ -226,6 +229,9 @@ class LayoutRow:
 
 
 _FLOATS = ("F32", "BF16", "F16")
+
+#: Values of the codes 0 to 7 of E2M1 (OCP Microscaling Formats 1.0); 8 to 15 are minus these.
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 #: The bias of a Linear layer. Layouts list it because asymmetric smoothing adds a bias to layers whose model class has
 #: none; ``engine`` assigns it to vLLM's ``layer.bias``.
@@ -305,6 +311,7 @@ def _scale_per_row(
     load_dtype: str = "float32",
     optional: bool = False,
     groups: Dim = GROUP,
+    dims: tuple[Dim, ...] = (),
     role: Role = Role.SCALE,
 ) -> TensorSpec:
     """A scale or zero point per row, block or tensor, repeated at load so that every row has its own. The parameter is then
@@ -312,7 +319,7 @@ def _scale_per_row(
     return TensorSpec(
         name,
         dtypes or _FLOATS,
-        (ROWS, groups),
+        dims or (ROWS, groups),
         load_dtype,
         optional,
         (OUT, groups),
@@ -357,16 +364,80 @@ def _ct_packed(groups: Axis, *, plain_zero: bool = False, pack: int = PER_WORD) 
     return LayoutRow((*tensors, g_idx), _CT + "act_order_to_canonical")
 
 
-def _fp8(scale: str) -> tuple[TensorSpec, ...]:
+def _fp8(scale: str, *dims: Dim) -> tuple[TensorSpec, ...]:
     """FP8 weights, held as bytes for chips without the dtype. Static input scales are loaded but not used: activations are
     quantized per token."""
     return (
         TensorSpec("weight", ("F8_E4M3",), (OUT, IN), "uint8", rearrange=_FP8 + "as_bytes"),
-        _scale_per_row(scale, *_FLOATS, "F8_E8M0"),
+        _scale_per_row(scale, *_FLOATS, "F8_E8M0", dims=dims),
         _scale("input_scale", dims=(SHARD,), optional=True),
         _scale("activation_scale", dims=(SHARD,), optional=True),
         _scale_per_row("weight_offset", optional=True, role=Role.ZERO),
         BIAS,
+    )
+
+
+_FP4 = "vllm_npu_quant.layouts.fp4:"
+
+
+def _e8m0(name: str) -> TensorSpec:
+    """Power-of-two scales, as codes."""
+    as_codes = _FP8 + "as_bytes"
+    return TensorSpec(name, ("U8", "F8_E8M0"), (OUT, GROUP), "uint8", rearrange=as_codes, role=Role.SCALE)
+
+
+def _mxfp8(scale: str) -> LayoutRow:
+    weight = TensorSpec("weight", ("F8_E4M3",), (OUT, IN), "uint8", rearrange=_FP8 + "as_bytes")
+    return LayoutRow((weight, _e8m0(scale), BIAS), _FP8 + "to_canonical")
+
+
+def _fp4(weight: str, *scales: TensorSpec) -> LayoutRow:
+    packed = TensorSpec(weight, ("U8",), (OUT, Dim(Axis.IN, 2)), "uint8")
+    return LayoutRow((packed, *scales, BIAS), _FP4 + "to_canonical")
+
+
+def _nvfp4(weight: str, factor: str, input_factor: str) -> LayoutRow:
+    """E4M3 scales with a factor for the whole layer. The static factor of the input is loaded but not used: activations are
+    quantized per token."""
+    return _fp4(
+        weight,
+        TensorSpec("weight_scale", ("F8_E4M3",), (OUT, GROUP), "float32", role=Role.SCALE),
+        TensorSpec(factor, ("F32",), (SHARD,), "float32", False, (OUT, ONE), _FP4 + "one_per_row", role=Role.SCALE),
+        _scale(input_factor, dims=(SHARD,), optional=True),
+    )
+
+
+_ROUNDED = "vllm_npu_quant.layouts.rounded:"
+
+
+def _rounded(packed: bool) -> LayoutRow:
+    """Float weights that are rounded while they load: integers, and scales computed from the whole stored rows, so that they
+    do not depend on the number of ranks."""
+    stored = ("BF16", "F16", "F32", "F64")
+    integers = (OUT, Dim(Axis.IN, 2)) if packed else (OUT, IN)
+    return LayoutRow(
+        (
+            TensorSpec(
+                "weight",
+                stored,
+                (OUT, IN),
+                "int8",
+                loaded_dims=integers,
+                rearrange=_ROUNDED + ("packed_integers" if packed else "integers"),
+            ),
+            TensorSpec(
+                "weight_scale",
+                stored,
+                (OUT, IN),
+                "float32",
+                loaded_dims=(OUT, GROUP),
+                rearrange=_ROUNDED + "scales",
+                role=Role.SCALE,
+                of="weight",
+            ),
+            BIAS,
+        ),
+        _ROUNDED + ("packed_to_canonical" if packed else "to_canonical"),
     )
 
 
@@ -429,6 +500,15 @@ LAYOUTS: dict[Layout | str, LayoutRow] = {
     Layout.CT_PACKED_PLAIN_ZERO_ACT_ORDER: _ct_packed(Axis.ALL_GROUPS, plain_zero=True),
     Layout.FP8: LayoutRow(_fp8("weight_scale"), _FP8 + "to_canonical"),
     Layout.FP8_INV: LayoutRow(_fp8("weight_scale_inv"), _FP8 + "to_canonical"),
+    Layout.FP8_BLOCK_4D: LayoutRow(_fp8("weight_scale", ROWS, ONE, GROUP, ONE), _FP8 + "to_canonical"),
+    Layout.MXFP8: _mxfp8("weight_scale"),
+    Layout.MXFP8_INV: _mxfp8("weight_scale_inv"),
+    Layout.MXFP4: _fp4("weight", _e8m0("weight_scale")),
+    Layout.CT_MXFP4: _fp4("weight_packed", _e8m0("weight_scale")),
+    Layout.NVFP4: _nvfp4("weight", "weight_scale_2", "input_scale"),
+    Layout.CT_NVFP4: _nvfp4("weight_packed", "weight_global_scale", "input_global_scale"),
+    Layout.ROUNDED: _rounded(packed=False),
+    Layout.ROUNDED_PAIRS: _rounded(packed=True),
     Layout.AWQ_GEMM: LayoutRow(
         (
             TensorSpec("qweight", ("I32",), (IN, Dim(Axis.OUT, 8)), "int32"),

@@ -29,9 +29,10 @@ from typing import Any, ClassVar
 import torch
 from torch.nn import functional as F
 
-from vllm_npu_quant.errors import Finding, NpuQuantError
+from vllm_npu_quant.errors import NpuQuantError
 from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight
 from vllm_npu_quant.methods.base import bad_zero_points, permuted_inputs, transformed_inputs
+from vllm_npu_quant.serving.decide import expert_bias
 
 __all__ = ["Experts", "FusedExperts", "GroupedMethod", "GroupedSizes", "Input", "Placement", "operators_of"]
 
@@ -421,14 +422,3 @@ def check_plain(linear: CanonicalLinear, operator: str, *, symmetric: bool = Fal
     if symmetric and linear.weight.zero is not None:
         raise NpuQuantError([bad_zero_points(operator)])
     return linear.weight
-
-
-def expert_bias() -> Finding:
-    """Finding for experts with a bias."""
-    return Finding(
-        "unsupported-scheme",
-        "routed experts with a bias are not served",
-        expected="experts without bias",
-        found="a bias",
-        fix="export the experts without bias (no asymmetric smoothing of their inputs), or as float",
-    )

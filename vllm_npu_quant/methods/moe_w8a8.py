@@ -11,7 +11,8 @@ from vllm_npu_quant.errors import NpuQuantError
 from vllm_npu_quant.layouts.canonical import CanonicalWeight, StaticActivation
 from vllm_npu_quant.layouts.int4 import row_blocks
 from vllm_npu_quant.methods.base import to_nz
-from vllm_npu_quant.methods.moe import Experts, GroupedMethod, GroupedSizes, Input, check_plain, expert_bias
+from vllm_npu_quant.methods.moe import Experts, GroupedMethod, GroupedSizes, Input, check_plain
+from vllm_npu_quant.serving.decide import expert_bias
 
 __all__ = ["W8A8DynamicExperts", "place_int8"]
 
