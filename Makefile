@@ -13,6 +13,9 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 # Processes that run test files side by side; each has engines of 2 to 3 GB, one at a time.
 TEST_PROCESSES ?= 2
 
+# How long make fuzz runs.
+MINUTES ?= 10
+
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -20,11 +23,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 QUIET := $(shell test -t 2 || echo --quiet --quiet)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test conformance chip traces lint bench doors ascend-env ascend-contract clean
+.PHONY: help demo test fuzz conformance chip traces lint bench doors ascend-env ascend-contract clean
 
 help:
 	@echo "make demo    install into $(VENV) and generate text from a W8A8 checkpoint"
 	@echo "make test    install the test tools and run the whole suite but for the next line"
+	@echo "make fuzz    changed configs and headers for the readers, for MINUTES=10"
 	@echo "make conformance    against the real torch_npu wheel and the released vllm-ascend (no NPU needed)"
 	@echo "make chip    on an Ascend host, with its own python: the same cases on the real kernels"
 	@echo "make lint    ruff and mypy"
@@ -40,6 +44,10 @@ demo: $(STAMPS)/cpu
 
 test: $(STAMPS)/test
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --ignore=tests/conformance $(PYTEST_ARGS)
+
+# make test runs the first inputs; these are others unless FUZZ_ARGS="--first 0".
+fuzz: $(STAMPS)/test
+	$(BIN)/python -m tests.fuzz.run --minutes $(MINUTES) --first $(shell date +%s)000 $(FUZZ_ARGS)
 
 # The contract of vllm-ascend is checked in environments of their own, which the script makes.
 conformance: $(STAMPS)/test

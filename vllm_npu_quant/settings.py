@@ -13,6 +13,7 @@ from typing import TypeVar
 from vllm_npu_quant.errors import Finding, NpuQuantError
 
 __all__ = [
+    "FAILED_BUILD",
     "FLOAT_WEIGHTS",
     "FP8",
     "VARIABLES",
@@ -23,6 +24,7 @@ __all__ = [
     "cpu_build",
     "emulation_mode",
     "float_weights_mode",
+    "kernels_dir",
     "plugin_enabled",
     "plugin_mode",
     "reload_mode",
@@ -50,6 +52,8 @@ RELOAD = "VLLM_NPU_QUANT_RELOAD"
 EMULATION = "VLLM_NPU_QUANT_EMULATION"
 #: Folder of the emulation's compiled kernels, and of downloads of the demo, the tests and the benchmarks.
 CACHE = "VLLM_NPU_QUANT_CACHE"
+#: Suffix of the files in ``kernels_dir`` that remember why a compiler failed.
+FAILED_BUILD = ".failed"
 #: All variables.
 VARIABLES = (MODE, TAKEOVER, FLOAT_WEIGHTS, FP8, W4A8, RELOAD, EMULATION, CACHE)
 
@@ -150,6 +154,15 @@ def cache_dir() -> Path:
     own = os.environ.get(CACHE)
     folder = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "vllm-npu-quant"
     return folder.expanduser().absolute()
+
+
+def kernels_dir() -> Path:
+    """The folder of the emulation's compiled kernels.
+
+    Raises:
+        RuntimeError: as ``cache_dir``.
+    """
+    return cache_dir() / "native"
 
 
 @dataclass(frozen=True)

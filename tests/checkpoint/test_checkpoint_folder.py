@@ -318,11 +318,6 @@ def test_limits_of_json_by_kind(two: Path) -> None:
             Checkpoint.open(two).read_json(name)
 
 
-def test_limit_of_tensors(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder, "MAX_TENSORS", 2)
-    assert ("bad-header", "the files hold more tensors than any checkpoint needs") in said(Checkpoint.open(two))
-
-
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
     """A cache of huggingface_hub with one model, of links as it makes them."""

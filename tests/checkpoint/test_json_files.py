@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vllm_npu_quant.checkpoint import json_files, parse_json, read_json
+from vllm_npu_quant.checkpoint.json_files import check_depth
 from vllm_npu_quant.errors import NpuQuantError
 
 MEBIBYTE = 2**20
@@ -219,3 +220,23 @@ def test_arbitrary_bytes(content: bytes) -> None:
         assert result == json.loads(content.decode("utf-8"))
     assert codes <= {"unreadable-file", "bad-config"}
     text.encode("utf-8")
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 10**5, b'{"a":' * 10**5, b'{"a": "[[[[", "b": ' + b"[" * 600 + b"]" * 600 + b"}"]
+)
+def test_files_too_deep_for_other_parsers(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(NpuQuantError, match="nested too deeply") as caught:
+        check_depth(tmp_path / "config.json", file="config.json")
+    assert caught.value.codes == ("unreadable-file",)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{}", b"[" * 500 + b"]" * 500, b"[]," * 10**5, b'{"a": "' + b"[" * 10**5 + b'"}', b'["\\"' + b",[]" * 10**4],
+)
+def test_files_that_others_may_read(content: bytes, tmp_path: Path) -> None:
+    """Depth is all that is checked: other parsers allow more than this package's."""
+    (tmp_path / "config.json").write_bytes(content)
+    check_depth(tmp_path / "config.json", file="config.json")

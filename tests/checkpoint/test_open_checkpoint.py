@@ -220,9 +220,9 @@ def test_the_reason_of_a_hub_that_is_not_reached(tmp_path: Path, monkeypatch: py
 
 
 def test_an_error_of_the_program_is_none_of_the_hub(served: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    def model_info(*_: object) -> None:
+    def build_hf_headers() -> None:
         """huggingface_hub's, of a version without these arguments."""
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub.utils, "build_hf_headers", build_hf_headers)
     with pytest.raises(TypeError):
         open_checkpoint(MODEL)

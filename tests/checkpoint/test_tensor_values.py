@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import struct
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from safetensors import safe_open
 from tests.fixtures_index import fixture
 from vllm_npu_quant.checkpoint import DTYPE_BITS, Checkpoint
 from vllm_npu_quant.checkpoint.values import NUMPY_DTYPES
+from vllm_npu_quant.errors import NpuQuantError
 
 
 def opened(folder: Path, dtype: str, shape: list[int], data: bytes, before: bytes = b"") -> Checkpoint:
@@ -117,14 +120,52 @@ def test_conversion_gives_a_copy(tmp_path: Path) -> None:
     assert opened(tmp_path, "F32", [2], struct.pack("<2f", 1, 2)).read("a").tolist() == [1, 2]
 
 
-def test_reading_maps_and_does_not_load(tmp_path: Path) -> None:
-    header = json.dumps({"a": {"dtype": "I8", "shape": [2**20, 2**20], "data_offsets": [0, 2**40]}}).encode()
-    with open(tmp_path / "model.safetensors", "wb") as stream:
+def sparse(folder: Path, dtype: str, *shape: int) -> Checkpoint:
+    """A file with one tensor of zeros that takes no space."""
+    nbytes = math.prod(shape) * DTYPE_BITS[dtype] // 8
+    header = json.dumps({"a": {"dtype": dtype, "shape": shape, "data_offsets": [0, nbytes]}}).encode()
+    with open(folder / "model.safetensors", "wb") as stream:
         stream.write(struct.pack("<Q", len(header)) + header)
-        stream.truncate(8 + len(header) + 2**40)
-    values = Checkpoint.open(tmp_path).read("a")
-    assert values.shape == (2**20, 2**20)
-    assert values[-1, -3:].tolist() == [0, 0, 0]
+        stream.truncate(8 + len(header) + nbytes)
+    return Checkpoint.open(folder)
+
+
+def test_large_tensors_are_read_in_blocks(tmp_path: Path) -> None:
+    checkpoint = sparse(tmp_path, "I8", 2**20, 2**20)
+    with pytest.raises(NpuQuantError, match="larger than any of its kind") as caught:
+        checkpoint.read("a")
+    assert caught.value.codes == ("operator-limit",)
+    first = next(checkpoint.blocks("a", 1 << 16))
+    assert first.tolist() == [0] * (1 << 16)
+
+
+@pytest.mark.parametrize("elements", [1, 3, 4, 7, 12, 100])
+def test_blocks_are_the_tensor(tmp_path: Path, elements: int) -> None:
+    checkpoint = opened(tmp_path, "I16", [3, 4], np.arange(12, dtype="<i2").tobytes(), b"xy")
+    blocks = list(checkpoint.blocks("a", elements))
+    assert {block.size for block in blocks[:-1]} <= {elements}
+    assert np.concatenate(blocks).tolist() == checkpoint.read("a").reshape(-1).tolist()
+    assert list(opened(tmp_path, "I16", [0, 4], b"").blocks("a", elements)) == []
+
+
+def test_a_file_that_is_cut_off_while_it_is_read(tmp_path: Path) -> None:
+    """A memory map would end the process by a signal."""
+    checkpoint = sparse(tmp_path, "I8", 1 << 24)
+    blocks = checkpoint.blocks("a", 1 << 20)
+    assert next(blocks).size == 1 << 20
+    os.truncate(tmp_path / "model.safetensors", 1 << 21)
+    with pytest.raises(NpuQuantError, match="has changed since") as caught:
+        list(blocks)
+    assert caught.value.codes == ("unreadable-file",)
+    assert caught.value.findings[0].found == f"{1 << 21:,} bytes"
+
+
+def test_values_are_not_those_of_the_file(tmp_path: Path) -> None:
+    """What was read stays when the file is cut off afterwards."""
+    checkpoint = sparse(tmp_path, "I8", 1 << 20)
+    values = checkpoint.read("a")
+    os.truncate(tmp_path / "model.safetensors", 100)
+    assert not values.any()
 
 
 @pytest.mark.parametrize("name", ["msmodelslim-qwen3-w8a8", "awq-qwen3-autoawq-g128", "msmodelslim-qwen3fp16-w8a8"])

@@ -134,7 +134,8 @@ def test_matrix() -> None:
     assert code == 0
     assert output == (Path(__file__).resolve().parents[2] / "docs" / "support_matrix.md").read_text()
     rows = json.loads(invoke("matrix", "--json")[1])["rows"]
-    assert {row["format"] for row in rows} == {"modelslim", "compressed-tensors", "fp8", "awq", "gptq", "auto-round"}
+    published = {"modelslim", "compressed-tensors", "fp8", "modelopt", "awq", "gptq", "auto-round"}
+    assert {row["format"] for row in rows} == published | {"npu-w8a8", "npu-w8a16", "npu-w4a16"}
     assert all(row["methods"] or row["remark"] for row in rows)
     dynamic = next(row for row in rows if (row["format"], row["scheme"]) == ("modelslim", "W8A8_DYNAMIC"))
     assert dynamic["chips"]["a2"] == "yes"

@@ -18,6 +18,7 @@ from tests.plugin import test_platform_resolution as real
 from tests.plugin.hosts import Host, ascend_host, plain_vllm, third_party
 from vllm_npu_quant import settings
 from vllm_npu_quant.cli.app import app
+from vllm_npu_quant.errors import Severity
 from vllm_npu_quant.inspection.host import doctor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -220,6 +221,19 @@ def test_settings_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
         ("warning", "VLLM_NPU_QUANT=0"),
     ]
     assert found.platform.platform == "vLLM's CPU platform"
+
+
+def test_kernels_that_were_not_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("VLLM_NPU_QUANT_CACHE", str(tmp_path))
+    (tmp_path / "native").mkdir()
+    marker = tmp_path / "native" / "native-0123.failed"
+    marker.write_text("gcc: native.c:1: error: no such vector type")
+    (finding,) = [finding for finding in doctor().findings if "could not be compiled" in finding.message]
+    assert finding.severity is Severity.WARNING
+    assert finding.found == "gcc: native.c:1: error: no such vector type"
+    assert f"delete {marker}" in finding.fix
+    marker.unlink()
+    assert not [finding for finding in doctor().findings if "could not be compiled" in finding.message]
 
 
 def test_text_and_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:

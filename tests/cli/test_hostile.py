@@ -201,3 +201,58 @@ def test_headers_that_lie(content: bytes, tmp_path: Path) -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def limited(code: str, *, extra: int) -> None:
+    """Run code in a process with ``extra`` bytes of address space more than it has after the imports."""
+    start = (
+        "import resource\n"
+        "from vllm_npu_quant.inspection import check, inspect, plan\n"
+        "from vllm_npu_quant.inspection import values as _\n"
+        "size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        f"resource.setrlimit(resource.RLIMIT_AS, (size + {extra}, size + {extra}))\n"
+    )
+    process = [sys.executable, "-c", start + code]
+    result = subprocess.run(process, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_long_rows(tmp_path: Path) -> None:
+    """The values of an FP8 weight with one row: in float32 it has four times its bytes."""
+    folder = Folder("ct-qwen3-fp8-block", tmp_path / "model")
+    inputs = 1 << 28
+    header = {
+        "lm_head.weight": {"dtype": "BF16", "shape": [0], "data_offsets": [0, 0]},
+        "model.layers.0.mlp.up_proj.weight_scale": {"dtype": "F32", "shape": [1, 1], "data_offsets": [0, 4]},
+        "model.layers.0.mlp.up_proj.weight": {
+            "dtype": "F8_E4M3",
+            "shape": [1, inputs],
+            "data_offsets": [4, 4 + inputs],
+        },
+    }
+    content = json.dumps(header).encode()
+    with folder.weights.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(content)) + content + struct.pack("<f", 1.0))
+        stream.truncate(8 + len(content) + 4 + inputs)
+    limited(f"assert check({str(folder.path)!r}, values=True).values", extra=400 << 20)
+
+
+def test_layers_of_a_long_model_are_bounded(tmp_path: Path) -> None:
+    """``inspect --layers`` of 10,000 layers prints a part of them; --json has all."""
+    entry = {"dtype": "BF16", "shape": [0, 8], "data_offsets": [0, 0]}
+    content = json.dumps({f"model.layers.{number}.up_proj.weight": entry for number in range(10_000)}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(content)) + content)
+    (tmp_path / "config.json").write_text("{}")
+    process = [sys.executable, "-m", "vllm_npu_quant", "inspect", "--layers", str(tmp_path)]
+    result = subprocess.run(process, capture_output=True, text=True, timeout=300, check=True)
+    assert "... and 6,000 more layers: --json lists all" in result.stdout
+    assert len(result.stdout.splitlines()) < 4_100
+
+
+def test_depth_of_models_by_number() -> None:
+    """num_hidden_layers is a number of config.json, which no loop runs over."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Folder("ct-qwen3-w8a8-dynamic", Path(scratch) / "model")
+        config = {**folder.json("config.json"), "num_hidden_layers": 10**9}
+        folder.write_json("config.json", config)
+        ask(folder.path)

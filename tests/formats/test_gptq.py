@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -213,10 +214,10 @@ def test_activation_order_that_orders_nothing():
         names = ()
         has_values = True
 
-        def read(self, name: str) -> np.ndarray:
+        def blocks(self, name: str, elements: int) -> Iterator[np.ndarray]:
             if name not in values:
                 raise NpuQuantError([])
-            return values[name]
+            yield from np.split(values[name], 2)
 
     found = of(tensors, Values(), desc_act=True)
     assert found.find(UP).spec.layout is Layout.GPTQ
@@ -226,6 +227,61 @@ def test_activation_order_that_orders_nothing():
     assert pickle.loads(pickle.dumps(found)) == found
     Values.has_values = False  # only the headers are here
     assert of(tensors, Values(), desc_act=True).find(UP).spec.layout is Layout.GPTQ_ACT_ORDER
+
+
+class Zeros:
+    """A checkpoint whose g_idx hold nothing but zeros, and that counts the entries it was asked for."""
+
+    names = ()
+    has_values = True
+
+    def __init__(self, entries: int) -> None:
+        self.entries = entries
+        self.given = 0
+
+    def blocks(self, name: str, elements: int) -> Iterator[np.ndarray]:
+        for start in range(0, self.entries, elements):
+            size = min(elements, self.entries - start)
+            self.given += size
+            yield np.zeros(size, np.int32)
+
+
+def test_a_long_g_idx_is_not_read():
+    """2^28 inputs, as the qweight has them, too."""
+    inputs = 1 << 28
+    layer = {
+        f"{UP}.qweight": ("I32", (inputs // 8, 8)),
+        f"{UP}.qzeros": ("I32", (inputs // 128, 1)),
+        f"{UP}.scales": ("F16", (inputs // 128, 8)),
+        f"{UP}.g_idx": ("I32", (inputs,)),
+    }
+    checkpoint = Zeros(inputs)
+    found = of(headers(layer), checkpoint, desc_act=True)
+    assert checkpoint.given == 0
+    assert [finding.code for finding in found.findings] == ["operator-limit"]
+    assert found.find(UP).spec.layout is Layout.GPTQ_ACT_ORDER
+
+
+def test_a_g_idx_is_read_up_to_the_first_difference():
+    inputs = 1 << 20
+    checkpoint = Zeros(inputs)
+    tensors = headers(gptq_layer(UP)) | headers({f"{UP}.g_idx": ("I32", (inputs,))})
+    found = of(tensors, checkpoint, desc_act=True)
+    assert checkpoint.given == 1 << 16
+    assert found.find(UP).spec.layout is Layout.GPTQ_ACT_ORDER
+
+
+def test_all_g_idx_together_are_bounded():
+    """Layers of one group, whose g_idx of zeros are in order: each is read to its end."""
+    inputs = 1 << 20
+    names = [f"model.layers.{number}.mlp.up_proj" for number in range(200)]
+    tensors = {}
+    for name in names:
+        tensors |= headers(gptq_layer(name)) | headers({f"{name}.g_idx": ("I32", (inputs,))})
+    checkpoint = Zeros(inputs)
+    found = of(tensors, checkpoint, desc_act=True, group_size=inputs)
+    assert checkpoint.given <= 100 << 20
+    assert any("too much work" in finding.message for finding in found.findings)
 
 
 def test_g_idx_is_needed_for_activation_order():

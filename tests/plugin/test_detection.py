@@ -651,3 +651,10 @@ def test_vllm_with_a_hub(modelscope: bool, tmp_path: Path) -> None:
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
             assert done.returncode == 0, done.stderr[-4000:]
             assert json.loads(done.stdout.splitlines()[-1]) == ["modelslim", DESCRIPTION, "W8A8"]
+
+
+def test_configs_too_deep_for_vllm(tmp_path: Path) -> None:
+    """vLLM's parser raises RecursionError; the wrapper around it says why before."""
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3", "a": ' + "[" * 10**5 + "]" * 10**5 + "}")
+    with pytest.raises(NpuQuantError, match="nested too deeply"):
+        EngineArgs(str(tmp_path)).create_model_config()

@@ -202,11 +202,11 @@ def test_the_settings_are_read_by_the_host_alone(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    "weight", [WeightSpec(4, NumberKind.FLOAT, Granularity.GROUP, 16), WeightSpec(8, NumberKind.MX)]
+    "weight", [WeightSpec(6, NumberKind.FLOAT, Granularity.GROUP, 16), WeightSpec(6, NumberKind.MX)]
 )
 @pytest.mark.parametrize("kind", LayerKind)
 @pytest.mark.parametrize("host", [Host(), Host(float_weights="bf16")])
-def test_other_floats_are_not_taken_for_fp8(weight: WeightSpec, kind: LayerKind, host: Host) -> None:
+def test_other_floats_are_not_taken_for_known_ones(weight: WeightSpec, kind: LayerKind, host: Host) -> None:
     stored = LayerSpec("OTHER", Layout.FP8, weight)
     served = decide(kind, stored, host, layer="l")
     assert (served.spec, served.row) == (stored, None)

@@ -6,14 +6,22 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from vllm_npu_quant.checkpoint.text import near, shown_name
 from vllm_npu_quant.errors import Finding, NpuQuantError
 
-__all__ = ["opened"]
+__all__ = ["listed", "opened"]
+
+
+def listed(folder: Path) -> list[str]:
+    """The names in a folder; none if it cannot be read."""
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
 
 
 @contextmanager
@@ -55,15 +63,13 @@ def _open(path: str, flags: int) -> int:
 
 def _missing(path: Path, file: str) -> NpuQuantError:
     """Error for a missing file, with similar names in its folder."""
-    try:
+    with suppress(OSError):
         if path.is_symlink():  # left in huggingface_hub's cache by an interrupted download
             target = f"a link to {shown_name(os.readlink(path))}"
             return _unreadable(
                 file, "the file is a link to a file that does not exist", target, fix="Download it again."
             )
-        close = near(path.name, sorted(os.listdir(path.parent)))
-    except OSError:
-        close = ()
+    close = near(path.name, sorted(listed(path.parent)))
     return _unreadable(file, "the file does not exist", nearest=close, fix="Check the path, or download the file.")
 
 

@@ -7,15 +7,23 @@ import fnmatch
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from vllm_npu_quant.checkpoint.files import listed
 from vllm_npu_quant.checkpoint.json_files import json_limit, read_json
-from vllm_npu_quant.checkpoint.safetensors_header import Header, TensorInfo, read_header
+from vllm_npu_quant.checkpoint.safetensors_header import (
+    ALL_MAX_TENSORS,
+    Header,
+    HeaderBudget,
+    TensorInfo,
+    read_header,
+)
 from vllm_npu_quant.checkpoint.text import near, shown, shown_name
-from vllm_npu_quant.errors import Finding, NpuQuantError, Severity, nearest_names
+from vllm_npu_quant.errors import Finding, FindingLimit, NpuQuantError, Severity, nearest_names
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,8 +36,12 @@ VLLM_INDEX = "model.safetensors.index.json"
 #: The index if the folder holds Mistral's consolidated*.safetensors, which vLLM prefers.
 CONSOLIDATED_INDEX = "consolidated.safetensors.index.json"
 
-#: Limit on the number of tensors of a checkpoint.
-MAX_TENSORS = 2_000_000
+#: Limits on the files of a checkpoint that are opened. The largest known have 200 weight files and two indexes.
+MAX_WEIGHT_FILES = 10_000
+MAX_INDEXES = 8
+
+#: Findings of one code that are kept.
+MAX_FINDINGS = 100
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -127,27 +139,43 @@ class Checkpoint:
         return read_json(self.path(name), max_bytes=json_limit(name), file=name)
 
     def read(self, name: str, *, float32: bool = False) -> np.ndarray:
-        """Read the values of one tensor.
+        """Read the values of one tensor, which has at most ``values.MAX_READ`` bytes.
 
         Args:
             name: a key of ``tensors``.
-            float32: whether to convert to float32. Otherwise the values are those stored, read-only and memory-mapped, in
-                the NumPy dtype of the same name: BF16 is returned as uint16, 8-bit floats as uint8, F4 and F6 as packed
-                bytes (see ``values.map_tensor`` for the shape).
+            float32: whether to convert to float32. Otherwise the values are those stored, read-only, in the NumPy dtype of
+                the same name: BF16 is returned as uint16, 8-bit floats as uint8, F4 and F6 as packed bytes (see
+                ``values.read_tensor`` for the shape).
 
         Raises:
             KeyError: the tensor does not exist; the message has the nearest names.
-            NpuQuantError: the file has changed since the checkpoint was opened, or it has an error in ``findings``.
+            NpuQuantError: the file has changed since the checkpoint was opened, or it has an error in ``findings``, or the
+                tensor is too large.
             ValueError: with ``float32``, for integer, complex and 6-bit float dtypes.
         """
+        from vllm_npu_quant.checkpoint.values import read_tensor, to_float32  # imports NumPy, not needed for headers
+
+        tensor = self._tensor(name)
+        values = read_tensor(self.path(tensor.file), tensor, self.sizes[tensor.file])
+        return to_float32(values, tensor) if float32 else values
+
+    def blocks(self, name: str, elements: int) -> Iterator[np.ndarray]:
+        """The values of one tensor of any size as they are stored, in vectors of at most ``elements`` numbers, in order.
+
+        Raises:
+            KeyError, NpuQuantError: as ``read``.
+        """
+        from vllm_npu_quant.checkpoint.values import read_blocks
+
+        tensor = self._tensor(name)
+        return read_blocks(self.path(tensor.file), tensor, self.sizes[tensor.file], elements)
+
+    def _tensor(self, name: str) -> TensorInfo:
         tensor = self.tensors.get(name)
         if tensor is None:
             near = nearest_names(name, self.tensors)
             raise KeyError(f"no tensor {name!r} in {self.folder}" + (f"; nearest: {', '.join(near)}" if near else ""))
-        from vllm_npu_quant.checkpoint.values import map_tensor, to_float32  # imports NumPy, not needed for headers
-
-        values = map_tensor(self.path(tensor.file), tensor, self.sizes[tensor.file])
-        return to_float32(values, tensor) if float32 else values
+        return tensor
 
     def read_headers(self, *, consolidated: bool = True) -> None:
         """Set ``files``, ``tensors``, ``findings`` and the other attributes from the files in ``names``.
@@ -155,9 +183,12 @@ class Checkpoint:
         Args:
             consolidated: whether vLLM prefers Mistral's consolidated*.safetensors, as by default.
         """
-        findings: list[Finding] = []
+        findings = FindingLimit(MAX_FINDINGS)
         names = list(self.names)
         weights = fnmatch.filter(names, "*.safetensors")
+        if len(weights) > MAX_WEIGHT_FILES:
+            self.findings = (_too_many("weight files", MAX_WEIGHT_FILES, len(weights)),)
+            return
         mistral = fnmatch.filter(weights, "consolidated*.safetensors") if consolidated else []
         ignored: dict[str, str] = {}
         vllm_index = VLLM_INDEX
@@ -167,9 +198,9 @@ class Checkpoint:
             others = [name for name in weights if name not in mistral]
             ignored |= dict.fromkeys(others, "vLLM loads consolidated*.safetensors where they exist")
             if others:
-                findings.append(_two_copies(mistral, others))
+                findings.add(_two_copies(mistral, others))
         self.indexes = tuple(fnmatch.filter(names, "*.safetensors.index.json"))
-        indexes = {name: index for name in self.indexes if (index := self._read_index(name, findings)) is not None}
+        indexes = self._read_indexes(findings)
         files = candidates
         if vllm_index in indexes:
             listed = set(indexes[vllm_index].values())
@@ -179,18 +210,19 @@ class Checkpoint:
         if weights:
             ignored |= dict.fromkeys(pickled_weights(names), "vLLM loads safetensors where they exist")
         else:
-            findings.append(_no_weights(self.folder, names))
+            findings.add(_no_weights(self.folder, names))
 
         adapters = fnmatch.filter(files, "adapter_*.safetensors")
         alone = len(files) == len(adapters)
         if adapters and not (alone and "config.json" not in names):  # an adapter's folder is refused as such
-            findings.append(_adapter(adapters[0], alone=alone))
+            findings.add(_adapter(adapters[0], alone=alone))
         if all(set(files).isdisjoint(index.values()) for index in indexes.values()):
             findings.extend(_missing_shards(files))
+        budget = HeaderBudget()
         headers = {
             name: Header(name, {}, {}, (_leaves(name, self.leaving[name]),), 0)
             if name in self.leaving
-            else self.header(name)
+            else self.header(name, budget)
             for name in files
         }
         for header in headers.values():
@@ -201,13 +233,34 @@ class Checkpoint:
         self.tensors = MappingProxyType(_merge(headers.values(), findings))
         for name, index in indexes.items():
             findings.extend(self._compare(name, index, headers, weights, indexes, vllm_index))
-        self.findings = tuple(findings)
+        self.findings = tuple(findings.close())
 
-    def header(self, name: str) -> Header:
-        """The header of one of the folder's safetensors files, one that vLLM would not load included."""
-        return read_header(self.path(name))
+    def header(self, name: str, budget: HeaderBudget | None = None) -> Header:
+        """The header of one of the folder's safetensors files, one that vLLM would not load included.
 
-    def _read_index(self, name: str, findings: list[Finding]) -> dict[str, str] | None:
+        Args:
+            budget: what the headers of the checkpoint may take together; one header's own limits hold without it.
+        """
+        return read_header(self.path(name), budget=budget)
+
+    def _read_indexes(self, findings: FindingLimit) -> dict[str, dict[str, str]]:
+        """The weight_maps of the indexes that can be used, vLLM's first; no more of them than a checkpoint has."""
+        found: dict[str, dict[str, str]] = {}
+        entries = 0
+        if len(self.indexes) > MAX_INDEXES:
+            findings.add(_too_many("indexes of weight files", MAX_INDEXES, len(self.indexes)))
+        known = (VLLM_INDEX, CONSOLIDATED_INDEX)
+        for name in sorted(self.indexes, key=lambda name: name not in known)[:MAX_INDEXES]:
+            index = self._read_index(name, findings)
+            entries += len(index or ())
+            if entries > ALL_MAX_TENSORS:
+                findings.add(_too_many("tensors in its indexes", ALL_MAX_TENSORS, entries))
+                break
+            if index is not None:
+                found[name] = index
+        return found
+
+    def _read_index(self, name: str, findings: FindingLimit) -> dict[str, str] | None:
         """The weight_map of an index, tensor name to file name; None, with findings, if it cannot be used."""
         try:
             index = self.read_json(name)
@@ -220,7 +273,7 @@ class Checkpoint:
             if "weight_map" in index:
                 message = "weight_map is not an object"
             found = ", ".join(shown_name(key, 40) for key in list(index)[:8]) or "an empty object"
-            findings.append(_mismatch(name, message, expected='"weight_map": {"tensor": "file", ...}', found=found))
+            findings.add(_mismatch(name, message, expected='"weight_map": {"tensor": "file", ...}', found=found))
             return None
         result: dict[str, str] = {}
         wrong: dict[str, list[str]] = defaultdict(list)
@@ -231,7 +284,7 @@ class Checkpoint:
             else:
                 wrong[shown(file)].append(tensor)
         for text, tensors in list(wrong.items())[:20]:
-            findings.append(
+            findings.add(
                 _mismatch(
                     name,
                     f"weight_map names something else than a file of the folder for {_count(tensors)}",
@@ -326,7 +379,7 @@ def _is_plain(name: str) -> bool:
     )
 
 
-def _merge(headers: Iterable[Header], findings: list[Finding]) -> dict[str, TensorInfo]:
+def _merge(headers: Iterable[Header], findings: FindingLimit) -> dict[str, TensorInfo]:
     """All tensors by name; tensors in two files are reported once per pair of files."""
     tensors: dict[str, TensorInfo] = {}
     twice: dict[tuple[str, str], list[str]] = defaultdict(list)
@@ -338,14 +391,8 @@ def _merge(headers: Iterable[Header], findings: list[Finding]) -> dict[str, Tens
                 first = tensors.setdefault(name, tensor)
                 if first is not tensor:
                     twice[first.file, tensor.file].append(name)
-        if len(tensors) > MAX_TENSORS:
-            message = "the files hold more tensors than any checkpoint needs"
-            findings.append(
-                Finding("bad-header", message, expected=f"at most {MAX_TENSORS:,}", fix="Check the folder.")
-            )
-            break
     for (first_file, second_file), names in list(twice.items())[:100]:
-        findings.append(
+        findings.add(
             Finding(
                 "duplicate-tensor",
                 f"two files hold {_count(names)}",
@@ -420,24 +467,38 @@ _SHARD = re.compile(r"(.*-)([0-9]{5})-of-([0-9]{5})\.safetensors")
 
 
 def _missing_shards(files: Iterable[str]) -> Iterable[Finding]:
-    """Findings for missing files of a series "...-00001-of-00004.safetensors"; used only if no index names the files."""
+    """Findings for missing files of a series "...-00001-of-00004.safetensors"; used only if no index names the files.
+
+    The length of a series is untrusted: the work is linear in the files that there are.
+    """
     series: dict[tuple[str, int], set[int]] = defaultdict(set)
     for name in files:
         match = _SHARD.fullmatch(name)
         if match:
             series[match[1], int(match[3])].add(int(match[2]))
     for (prefix, count), numbers in series.items():
-        missing = sorted(set(range(1, count + 1)) - numbers) if 0 not in numbers else []
+        missing = count - sum(1 <= number <= count for number in numbers) if 0 not in numbers else 0
         if missing:
-            listed = ", ".join(f"{prefix}{number:05d}-of-{count:05d}.safetensors" for number in missing[:5])
+            absent = (number for number in range(1, count + 1) if number not in numbers)
+            listed = ", ".join(f"{prefix}{number:05d}-of-{count:05d}.safetensors" for number in islice(absent, 5))
             yield Finding(
                 "index-mismatch",
-                f"{len(missing)} of {count} weight files are missing, by the numbers in the names of the others",
+                f"{missing} of {count} weight files are missing, by the numbers in the names of the others",
                 file=shown_name(listed, 1000),
                 expected=f"{count} files",
-                found=f"{count - len(missing)} files, and no index",
+                found=f"{count - missing} files, and no index",
                 fix="Finish the download, or copy the files from where the checkpoint was made.",
             )
+
+
+def _too_many(what: str, most: int, count: int) -> Finding:
+    return Finding(
+        "unreadable-file",
+        f"the checkpoint has more {what} than any real one, and not all of them are read",
+        expected=f"at most {most:,}",
+        found=f"{count:,}",
+        fix="Check that this is the right folder.",
+    )
 
 
 def _no_weights(folder: Path, names: list[str]) -> Finding:
@@ -481,16 +542,11 @@ def _no_weights(folder: Path, names: list[str]) -> Finding:
 
 def _weights_below(folder: Path, names: Iterable[str]) -> str:
     """A subfolder with safetensors files, or a snapshot of huggingface_hub's cache; "" if there is none."""
-    inside = [name for name in names if os.path.isdir(folder / name) and not os.path.islink(folder / name)][:50]
+    folders = (name for name in names if os.path.isdir(folder / name) and not os.path.islink(folder / name))
+    inside = list(islice(folders, 50))
     if "snapshots" in inside:
-        inside += [f"snapshots/{name}" for name in sorted(os.listdir(folder / "snapshots"))[:50]]
-    for name in inside:
-        try:
-            if any(entry.endswith(".safetensors") for entry in os.listdir(folder / name)):
-                return name
-        except OSError:
-            continue
-    return ""
+        inside += [f"snapshots/{name}" for name in sorted(listed(folder / "snapshots"))[:50]]
+    return next((name for name in inside if fnmatch.filter(listed(folder / name), "*.safetensors")), "")
 
 
 def _mismatch(

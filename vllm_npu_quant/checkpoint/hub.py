@@ -10,19 +10,24 @@ The hub is Hugging Face's, or ModelScope where ``VLLM_USE_MODELSCOPE`` is set, a
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import os
+import re
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
-from vllm_npu_quant.checkpoint.folder import Checkpoint, pickled_weights
-from vllm_npu_quant.checkpoint.json_files import json_limit, parse_json
-from vllm_npu_quant.checkpoint.safetensors_header import Header, header_length, parse_header
+from vllm_npu_quant.checkpoint.files import listed
+from vllm_npu_quant.checkpoint.folder import MAX_WEIGHT_FILES, Checkpoint, pickled_weights
+from vllm_npu_quant.checkpoint.json_files import CONFIG_MAX_BYTES, json_limit, parse_json
+from vllm_npu_quant.checkpoint.safetensors_header import Header, HeaderBudget, header_length, parse_header
+from vllm_npu_quant.checkpoint.text import shown
 from vllm_npu_quant.errors import Finding, NpuQuantError, Severity
 
 __all__ = ["RemoteCheckpoint", "find_local", "is_path", "open_checkpoint"]
@@ -31,11 +36,21 @@ __all__ = ["RemoteCheckpoint", "find_local", "is_path", "open_checkpoint"]
 FIRST = 256 * 1024
 #: Requests at a time.
 WORKERS = 8
-#: Seconds for the list of a model's files, and for a part of one.
+#: Seconds in which some bytes of an answer have to come: of the list of a model's files, and of a part of one.
 LIST_TIMEOUT = 10.0
 READ_TIMEOUT = 30.0
+#: Seconds for a whole answer, with one more for each ANSWER_RATE bytes; and for all headers of a model together.
+ANSWER_TIMEOUT = 60.0
+ANSWER_RATE = 1 << 19
+HEADERS_TIMEOUT = 600.0
 #: Seconds before a part of a file is asked for a second and last time.
 PAUSE = 1.0
+
+#: A commit, and the identity of a file's content, as hubs give them. Both become names in huggingface_hub's cache.
+_COMMIT = re.compile("[0-9a-f]{40}")
+_ETAG = re.compile("[0-9A-Za-z][0-9A-Za-z_-]{0,127}")
+
+_Answer = TypeVar("_Answer")
 
 
 def open_checkpoint(
@@ -167,7 +182,7 @@ def _open_cached(model: str, revision: str | None, download_dir: str | Path | No
     cached = _Cached(
         [folder for folder in folders if folder.name == folders[0].name]
     )  # a snapshot's name is its commit
-    names = {name for folder in cached.folders for name in os.listdir(folder) if not name.startswith(".")}
+    names = {name for folder in cached.folders for name in listed(folder) if not name.startswith(".")}
     cached.names = tuple(sorted(names))
     cached.read_headers()
     return cached
@@ -222,6 +237,9 @@ class RemoteCheckpoint(Checkpoint):
         self.download_dir = download_dir
         self.file_sizes: Mapping[str, int] = {}
         self._headers: dict[str, Header] = {}
+        self._budget = HeaderBudget()
+        #: When the headers have to be there, by ``time.monotonic``.
+        self._deadline = float("inf")
 
     def list_files(self) -> None:
         """Ask the hub for the names and sizes of the repository's own files, in one request.
@@ -235,14 +253,20 @@ class RemoteCheckpoint(Checkpoint):
             fix = "download the model while the hub can be reached, or give the path of a folder"
             raise _unreadable(self.repository, "the model is not in the local cache, and HF_HUB_OFFLINE is set", fix)
         with self._asking("its list of files"):
-            sizes = self._list()
+            sizes = self._within(ANSWER_TIMEOUT, self._list)
         self.file_sizes = {name: size for name, size in sizes.items() if "/" not in name and not name.startswith(".")}
         self.names = tuple(sorted(self.file_sizes))
 
     def read_headers(self, *, consolidated: bool = True) -> None:
         names = [name for name in self.names if name.endswith(".safetensors")]
+        if len(names) > MAX_WEIGHT_FILES:
+            super().read_headers(consolidated=consolidated)
+            return
+        self._budget = HeaderBudget()
+        self._deadline = time.monotonic() + HEADERS_TIMEOUT
         with ThreadPoolExecutor(WORKERS) as pool:
             self._headers = dict(zip(names, pool.map(self._fetch_header, names), strict=True))
+        self._deadline = float("inf")
         super().read_headers(consolidated=consolidated)
 
     def read_json(self, name: str) -> dict[str, Any]:
@@ -252,17 +276,23 @@ class RemoteCheckpoint(Checkpoint):
                 self.repository, f"{name} is larger than the limit of {limit:,} bytes", "check the repository"
             )
         with self._asking(name):
-            content = self._content(name)
+            content = self._within(ANSWER_TIMEOUT + limit / ANSWER_RATE, self._content, name)
         return parse_json(content, max_bytes=limit, file=name)
 
     def read(self, name: str, *, float32: bool = False) -> Any:
-        raise _unreadable(
+        raise self._no_values()
+
+    def blocks(self, name: str, elements: int) -> Iterator[Any]:
+        raise self._no_values()
+
+    def _no_values(self) -> NpuQuantError:
+        return _unreadable(
             self.repository,
             "only the headers of this model's weight files were read, no values",
             f"download the model first: {self.how_to_download} {self.repository}",
         )
 
-    def header(self, name: str) -> Header:
+    def header(self, name: str, budget: HeaderBudget | None = None) -> Header:
         return self._headers[name]
 
     def _fetch_header(self, name: str) -> Header:
@@ -270,25 +300,45 @@ class RemoteCheckpoint(Checkpoint):
         try:
             content = self._part(name, 0, min(FIRST, size))
             length = header_length(content, file=name, file_size=size) + 8
+            self._budget.take(name, nbytes=length)
             if length > len(content):
                 content += self._part(name, len(content), length)
             if length > len(content):
                 raise _unreadable(self.repository, f"the hub sent less of {name} than was asked for", "try again")
         except NpuQuantError as error:
             return Header(name, {}, {}, error.findings, size)
-        return parse_header(content, file=name, file_size=size)
+        return parse_header(content, file=name, file_size=size, budget=self._budget)
 
     def _part(self, name: str, start: int, stop: int) -> bytes:
         """Bytes start to stop of a file; asked for twice, since one lost answer of hundreds must not stop a server."""
         if stop <= start:
             return b""
+        seconds = ANSWER_TIMEOUT + (stop - start) / ANSWER_RATE
         try:
             with self._asking(name):
-                return self._range(name, start, stop)
+                return self._within(seconds, self._range, name, start, stop)
         except NpuQuantError:
             time.sleep(PAUSE)
         with self._asking(name):
-            return self._range(name, start, stop)
+            return self._within(seconds, self._range, name, start, stop)
+
+    def _within(self, seconds: float, ask: Callable[..., _Answer], *args: Any) -> _Answer:
+        """The result of a request, whose answer may come byte by byte without an end.
+
+        Raises:
+            TimeoutError: after this many seconds, or at the deadline. The thread of the request is left behind; it is a
+                daemon, so it does not keep the process from ending.
+        """
+        seconds = min(seconds, self._deadline - time.monotonic())
+        if seconds <= 0:
+            raise TimeoutError(f"the headers of all files took more than {HEADERS_TIMEOUT:.0f} s")
+        pool = ThreadPool(1)
+        try:
+            return pool.apply_async(ask, args).get(seconds)
+        except multiprocessing.TimeoutError:
+            raise TimeoutError(f"no complete answer in {seconds:.0f} s") from None
+        finally:
+            pool.close()
 
     @contextmanager
     def _asking(self, what: str) -> Iterator[None]:
@@ -304,9 +354,10 @@ class RemoteCheckpoint(Checkpoint):
 
     def _explained(self, what: str, error: Exception) -> NpuQuantError:
         kind = type(error).__name__
-        status = getattr(getattr(error, "response", None), "status_code", None)
+        response = getattr(error, "response", None)
+        status = getattr(response, "status_code", None)
         first = (str(error).strip() or kind).splitlines()[0][:200]
-        if kind == "GatedRepoError":
+        if getattr(response, "headers", {}).get("X-Error-Code") == "GatedRepo":
             fix = "accept the model's terms on the hub, and give a token: `hf auth login`, HF_TOKEN, or --hf-token of vLLM"
         elif kind in ("RepositoryNotFoundError", "HFValidationError", "RevisionNotFoundError") or status in (
             401,
@@ -319,6 +370,25 @@ class RemoteCheckpoint(Checkpoint):
         return _unreadable(self.repository, f"the hub did not give {what}", fix, f"{kind}: {first}")
 
     _endpoint_variable = ""
+
+    def _sizes(self, files: Any, name_key: str, size_key: str) -> dict[str, int]:
+        """Bytes of every file, from a hub's list of files.
+
+        Raises:
+            NpuQuantError: unreadable-file if it is not a list of names and sizes.
+        """
+        sizes = {}
+        for file in files if isinstance(files, list) else [files]:
+            name, size = (file.get(name_key), file.get(size_key)) if isinstance(file, dict) else (None, None)
+            if type(name) is not str or type(size) not in (int, type(None)) or (size or 0) < 0:
+                raise self._nonsense("its list of files", f"{shown(name)}: {shown(size)}")
+            sizes[name] = size or 0
+        return sizes
+
+    def _nonsense(self, what: str, found: str) -> NpuQuantError:
+        """The error for an answer of another form than a hub's."""
+        fix = f"check that {self._endpoint_variable} is the address of a hub"
+        return _unreadable(self.repository, f"the hub's answer for {what} has not the form that hubs give", fix, found)
 
     @abstractmethod
     def _list(self) -> dict[str, int]:
@@ -338,17 +408,29 @@ class _HuggingFace(RemoteCheckpoint):
     _endpoint_variable = "HF_ENDPOINT"
 
     def _list(self) -> dict[str, int]:
-        from huggingface_hub import HfApi
+        from huggingface_hub import constants
+        from huggingface_hub.utils import validate_repo_id
 
-        info = HfApi().model_info(
-            self.repository, revision=self.revision, files_metadata=True, timeout=LIST_TIMEOUT, token=self.token
-        )
-        self.revision = info.sha or self.revision
-        return {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
+        validate_repo_id(self.repository)
+        revision = f"/revision/{quote(self.revision, safe='')}" if self.revision is not None else ""
+        url = f"{constants.ENDPOINT}/api/models/{self.repository}{revision}?blobs=true"
+        content = self._get(url, {}, LIST_TIMEOUT, 0, CONFIG_MAX_BYTES + 1)
+        info = parse_json(content, file="the hub's list of files")
+        commit = info.get("sha")
+        if type(commit) is not str or not _COMMIT.fullmatch(commit):
+            raise self._nonsense("its list of files", f"sha: {shown(commit)}")
+        self.revision = commit
+        return self._sizes(info.get("siblings"), "rfilename", "size")
 
     def _content(self, name: str) -> bytes:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
+        # The library makes file names of its cache from both headers, as they are.
+        url = hf_hub_url(self.repository, name, revision=self.revision)
+        told = get_hf_file_metadata(url, token=self.token, timeout=LIST_TIMEOUT)
+        for pattern, value in ((_COMMIT, told.commit_hash), (_ETAG, told.etag)):
+            if value is None or not pattern.fullmatch(value):
+                raise self._nonsense(name, shown(value))
         path = hf_hub_download(
             self.repository, name, revision=self.revision, token=self.token, cache_dir=self.download_dir
         )
@@ -356,16 +438,21 @@ class _HuggingFace(RemoteCheckpoint):
 
     def _range(self, name: str, start: int, stop: int) -> bytes:
         from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, get_session
 
         url = hf_hub_url(self.repository, name, revision=self.revision)
-        headers = {**build_hf_headers(token=self.token), **_range_headers(start, stop)}
+        return self._get(url, _range_headers(start, stop), READ_TIMEOUT, start, stop)
+
+    def _get(self, url: str, headers: Mapping[str, str], timeout: float, start: int, stop: int) -> bytes:
+        """Bytes start to stop of an address."""
+        from huggingface_hub.utils import build_hf_headers, get_session
+
+        headers = {**build_hf_headers(token=self.token), **headers}
         session: Any = get_session()
         if hasattr(session, "stream"):  # httpx, huggingface_hub 1 and later
-            with session.stream("GET", url, headers=headers, follow_redirects=True, timeout=READ_TIMEOUT) as answer:
+            with session.stream("GET", url, headers=headers, follow_redirects=True, timeout=timeout) as answer:
                 answer.raise_for_status()
                 return _cut(answer.iter_bytes(1 << 16), answer.status_code, start, stop)
-        with session.get(url, headers=headers, stream=True, timeout=READ_TIMEOUT) as answer:
+        with session.get(url, headers=headers, stream=True, timeout=timeout) as answer:
             answer.raise_for_status()
             return _cut(answer.iter_content(1 << 16), answer.status_code, start, stop)
 
@@ -398,33 +485,34 @@ class _ModelScope(RemoteCheckpoint):
 
     def _list(self) -> dict[str, int]:
         query = {"Revision": self.revision, "Recursive": "False"}
-        answer = self._session.get(f"{self._url}/repo/files", params=query, timeout=LIST_TIMEOUT)
-        answer.raise_for_status()
-        found = answer.json()
-        data = found.get("Data") if isinstance(found, dict) else None
+        content = self._get("repo/files", query, {}, LIST_TIMEOUT, 0, CONFIG_MAX_BYTES + 1)
+        found = parse_json(content, file="the hub's list of files")
+        data = found.get("Data")
         files = data.get("Files") if isinstance(data, dict) else None
         if not isinstance(files, list):
-            message = found.get("Message") if isinstance(found, dict) else None
+            message = found.get("Message")
             raise _unreadable(
                 self.repository,
                 "the hub did not give its list of files",
                 "check the name and the revision; a private model needs a token",
                 str(message or "an answer without files")[:200],
             )
-        return {
-            str(file.get("Path")): int(file.get("Size") or 0)
-            for file in files
-            if isinstance(file, dict) and file.get("Type") != "tree"
-        }
+        kept = [file for file in files if not isinstance(file, dict) or file.get("Type") != "tree"]
+        return self._sizes(kept, "Path", "Size")
 
     def _content(self, name: str) -> bytes:
         return self._range(name, 0, self.file_sizes.get(name, 0))
 
     def _range(self, name: str, start: int, stop: int) -> bytes:
         query = {"Revision": self.revision, "FilePath": name}
-        headers = _range_headers(start, stop)
+        return self._get("repo", query, _range_headers(start, stop), READ_TIMEOUT, start, stop)
+
+    def _get(
+        self, path: str, query: Mapping[str, Any], headers: Mapping[str, str], timeout: float, start: int, stop: int
+    ) -> bytes:
+        """Bytes start to stop of an address below the model's."""
         with self._session.get(
-            f"{self._url}/repo", params=query, headers=headers, stream=True, timeout=READ_TIMEOUT
+            f"{self._url}/{path}", params=query, headers=headers, stream=True, timeout=timeout
         ) as answer:
             answer.raise_for_status()
             return _cut(answer.iter_content(1 << 16), answer.status_code, start, stop)

@@ -7,14 +7,15 @@ start of the data, and may have ``"__metadata__"``, an object of strings. The te
 overlaps or remaining bytes (https://github.com/huggingface/safetensors#format).
 
 Everything that the safetensors library rejects is rejected. In addition: duplicate names (the library takes the last),
-unknown fields, and implausible numbers of tensors or dimensions.
+unknown fields, and implausible numbers of tensors or dimensions, and names that no layer has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -27,8 +28,11 @@ __all__ = [
     "DTYPE_BITS",
     "HEADER_MAX_BYTES",
     "MAX_DIMS",
+    "MAX_NAME",
+    "MAX_PARTS",
     "MAX_TENSORS",
     "Header",
+    "HeaderBudget",
     "TensorInfo",
     "header_length",
     "parse_header",
@@ -66,8 +70,20 @@ DTYPE_BITS: Mapping[str, int] = MappingProxyType(
 #: Size limit of the header's JSON in bytes, that of the safetensors library.
 HEADER_MAX_BYTES = 100_000_000
 
-#: Limit on the tensors of one file. All 163 files of a quantized DeepSeek-R1 together hold 136,000.
+#: Limit on the tensors of one file.
 MAX_TENSORS = 250_000
+
+#: Limits on all headers of a checkpoint together. The largest known have 280,000 tensors (384 experts in 61 layers, three
+#: projections, up to four tensors each), and 45 MB of headers.
+ALL_HEADERS_MAX_BYTES = 200_000_000
+ALL_MAX_TENSORS = 1_200_000
+
+#: Limits on a tensor's name: characters, and components between dots. Real names have below 100, and below 15.
+MAX_NAME = 512
+MAX_PARTS = 32
+
+#: Limit on the values of one header's JSON: eight for each tensor.
+MAX_ITEMS = 8 * MAX_TENSORS
 
 #: Limit on a tensor's dimensions, that of NumPy 1.
 MAX_DIMS = 32
@@ -136,6 +152,37 @@ class Header:
     size: int
 
 
+@dataclass
+class HeaderBudget:
+    """The rest of the limits on all headers of one checkpoint. Several threads may read headers.
+
+    Attributes:
+        nbytes: bytes of JSON.
+        tensors: number of tensors.
+    """
+
+    nbytes: int = ALL_HEADERS_MAX_BYTES
+    tensors: int = ALL_MAX_TENSORS
+    _lock: Lock = field(default_factory=Lock, repr=False)
+
+    def take(self, file: str, *, nbytes: int = 0, tensors: int = 0) -> None:
+        """Note the part that the header of a file takes.
+
+        Raises:
+            NpuQuantError: bad-header if less is left.
+        """
+        with self._lock:
+            self.nbytes -= nbytes
+            self.tensors -= tensors
+            if self.nbytes >= 0 and self.tensors >= 0:
+                return
+        report = _Report(shown_name(file, 1000))
+        expected = f"at most {ALL_HEADERS_MAX_BYTES:,} bytes and {ALL_MAX_TENSORS:,} tensors"
+        message = "the headers of all weight files together are larger than those of any checkpoint"
+        report.say(message, expected=expected, fix="Check the folder.")
+        raise NpuQuantError(report)
+
+
 class _Report(list[Finding]):
     """Findings about one file; those beyond MAX_FINDINGS are counted."""
 
@@ -199,13 +246,14 @@ def header_length(prefix: bytes, *, file: str, file_size: int) -> int:
 
 
 @collector_paused()
-def parse_header(content: bytes, *, file: str, file_size: int) -> Header:
+def parse_header(content: bytes, *, file: str, file_size: int, budget: HeaderBudget | None = None) -> Header:
     """Check a header and list its tensors.
 
     Args:
         content: the start of the file, at least up to the end of the header.
         file: name of the file, for TensorInfo.file and messages.
         file_size: bytes of the whole file, which the tensors must cover exactly.
+        budget: that of the checkpoint, from which the tensors are taken.
 
     Returns:
         The tensors and all findings; faults of the file are not raised.
@@ -229,28 +277,35 @@ def parse_header(content: bytes, *, file: str, file_size: int) -> Header:
         message = "the file holds more tensors than any checkpoint needs"
         report.say(message, expected=f"at most {MAX_TENSORS:,}", found=f"{len(entries):,}")
         return Header(file, {}, metadata, report.done(), file_size)
+    try:
+        (budget or HeaderBudget()).take(file, tensors=len(entries))
+    except NpuQuantError as error:
+        return Header(file, {}, {}, error.findings, file_size)
     tensors, ranges, all_ranges = _tensors(entries, file, length + 8, report)
     _check_coverage(ranges, all_ranges, length + 8, file_size, report)
     return Header(file, tensors, metadata, report.done(), file_size)
 
 
-def read_header(path: str | Path, *, file: str = "") -> Header:
+def read_header(path: str | Path, *, file: str = "", budget: HeaderBudget | None = None) -> Header:
     """Check the header of a local file and list its tensors.
 
     Args:
         path: the file.
         file: name of the file in TensorInfo.file and messages; the last component of ``path`` if empty.
+        budget: that of the checkpoint, from which the header is taken.
 
     Returns:
         The tensors and all findings; a file that cannot be read is a finding (unreadable-file).
     """
     path = Path(path)
     file = file or path.name
+    budget = budget or HeaderBudget()
     size = 0
     try:
         with opened(path, file=file) as (stream, size):
             content = stream.read(_FIRST_READ)
             length = header_length(content, file=file, file_size=size)
+            budget.take(file, nbytes=length)
             while len(content) < length + 8:
                 more = stream.read(length + 8 - len(content))
                 if not more:  # the file was truncated in the meantime
@@ -259,14 +314,14 @@ def read_header(path: str | Path, *, file: str = "") -> Header:
                 content += more
     except NpuQuantError as error:
         return Header(file, {}, {}, error.findings, size)
-    return parse_header(content, file=file, file_size=size)
+    return parse_header(content, file=file, file_size=size, budget=budget)
 
 
 def _load(content: bytes, file: str) -> tuple[tuple[str, Any], ...]:
     """The pairs of the header's JSON object."""
     report = _Report(shown_name(file, 1000))
     try:
-        pairs = load_pairs(content, file=file)
+        pairs = load_pairs(content, file=file, max_items=MAX_ITEMS)
         if type(pairs) is tuple:
             return pairs
         report.say("the header is not a JSON object", expected='{"name": {...}, ...}', found=shown(pairs))
@@ -322,6 +377,15 @@ def _tensors(
         dtype: Any = fields.get("dtype")
         bits = DTYPE_BITS.get(dtype, 0) if type(dtype) is str else 0
         count = _count(fields.get("shape"))
+        if len(name) > MAX_NAME or name.count(".") >= MAX_PARTS:
+            report.say(
+                "the name of this tensor is longer than any real one",
+                layer=name[:60] + "...",
+                expected=f"at most {MAX_NAME} characters and {MAX_PARTS} components",
+                found=f"{len(name):,} characters, {name.count('.') + 1:,} components",
+                fix="Check where the file comes from.",
+            )
+            continue
         if len(pairs) != 3 or len(fields) != 3 or not bits or count is None or count * bits != (end - begin) * 8:
             _explain(name, pairs, fields, claimed, report)
             continue

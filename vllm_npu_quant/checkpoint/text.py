@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
-from itertools import islice
+
+from vllm_npu_quant.errors import nearest_names
 
 __all__ = ["looks_like", "near", "shown", "shown_name"]
 
@@ -56,5 +56,4 @@ def looks_like(prefix: bytes) -> tuple[str, str]:
 
 def near(name: str, names: Iterable[str]) -> tuple[str, ...]:
     """The names most similar to ``name``, best first, formatted for a message."""
-    close = difflib.get_close_matches(name[:255], list(islice(names, 2000)), n=3, cutoff=0.6)
-    return tuple(shown_name(other) for other in close)
+    return tuple(shown_name(other) for other in nearest_names(name, names))

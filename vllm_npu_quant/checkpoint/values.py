@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensor values as NumPy arrays, and conversion of the float formats that NumPy lacks."""
+"""Tensor values as NumPy arrays, read in parts, and conversion of the float formats that NumPy lacks."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -13,7 +15,10 @@ from vllm_npu_quant.checkpoint.safetensors_header import DTYPE_BITS, TensorInfo
 from vllm_npu_quant.checkpoint.text import shown_name
 from vllm_npu_quant.errors import Finding, NpuQuantError
 
-__all__ = ["NUMPY_DTYPES", "map_tensor", "to_float32"]
+__all__ = ["MAX_READ", "NUMPY_DTYPES", "read_blocks", "read_tensor", "to_float32"]
+
+#: Bytes of a tensor that are read at once. The largest known scales have 130 MB; weights are read in blocks.
+MAX_READ = 1 << 29
 
 #: NumPy dtype of the returned values, by safetensors dtype; little-endian like the format.
 NUMPY_DTYPES: dict[str, np.dtype] = {
@@ -45,8 +50,10 @@ _SMALL_FLOATS: dict[str, tuple[int, int, int]] = {
 }
 
 
-def map_tensor(path: Path, tensor: TensorInfo, file_size: int) -> np.ndarray:
-    """Map a tensor's values read-only into memory; only pages that are accessed are read.
+def read_tensor(path: Path, tensor: TensorInfo, file_size: int) -> np.ndarray:
+    """Read a tensor's values.
+
+    They are read, not mapped: a file that is cut off meanwhile would end the process.
 
     Args:
         path: the file.
@@ -54,36 +61,83 @@ def map_tensor(path: Path, tensor: TensorInfo, file_size: int) -> np.ndarray:
         file_size: bytes of the file when its header was read.
 
     Returns:
-        An array of dtype NUMPY_DTYPES[tensor.dtype] and shape tensor.shape. F4 and F6 are returned as packed bytes with a
-        correspondingly shorter last dimension, or as a vector of all bytes if that dimension does not fill whole bytes.
+        A read-only array of dtype NUMPY_DTYPES[tensor.dtype] and shape tensor.shape. F4 and F6 are returned as packed bytes
+        with a correspondingly shorter last dimension, or as a vector of all bytes if that dimension does not fill whole
+        bytes.
 
     Raises:
-        NpuQuantError: unreadable-file if the file is missing, its size has changed, or it ends too early.
+        NpuQuantError: unreadable-file if the file is missing, its size has changed, or it ends too early; operator-limit if
+            the tensor has more than MAX_READ bytes.
     """
+    if tensor.nbytes > MAX_READ:
+        raise _error(
+            tensor,
+            "the tensor is larger than any of its kind, and is not read",
+            f"at most {MAX_READ:,} bytes",
+            f"{tensor.nbytes:,} bytes",
+            "Check that the config and the weights belong together.",
+            code="operator-limit",
+        )
+    parts = list(_parts(path, tensor, file_size, max(tensor.nbytes, 1)))
     dtype = NUMPY_DTYPES[tensor.dtype]
     shape = tensor.shape
     bits = DTYPE_BITS[tensor.dtype]
     if bits < 8:
         whole = shape and shape[-1] * bits % 8 == 0
         shape = (*shape[:-1], shape[-1] * bits // 8) if whole else (tensor.nbytes,)
+    return np.frombuffer(parts[0] if parts else b"", dtype).reshape(shape)
+
+
+def read_blocks(path: Path, tensor: TensorInfo, file_size: int, elements: int) -> Iterator[np.ndarray]:
+    """Read a tensor's values in order, in read-only vectors of at most ``elements`` numbers.
+
+    Args:
+        path, tensor, file_size: as for ``read_tensor``.
+        elements: numbers of a block; of F4 and F6, bytes.
+
+    Raises:
+        NpuQuantError: as ``read_tensor``, whatever the tensor's size.
+    """
+    dtype = NUMPY_DTYPES[tensor.dtype]
+    for part in _parts(path, tensor, file_size, elements * dtype.itemsize):
+        yield np.frombuffer(part, dtype)
+
+
+def _parts(path: Path, tensor: TensorInfo, file_size: int, nbytes: int) -> Iterator[bytes]:
+    """The bytes of a tensor, in parts of ``nbytes`` and a rest."""
     with opened(path, file=tensor.file) as (stream, size):
         if size != file_size:
-            message = "the weight file has changed since the checkpoint was opened"
-            fix = "Wait until the download or export has finished, and start again."
-            raise _error(tensor, message, f"{file_size:,} bytes", f"{size:,} bytes", fix)
+            raise _changed(tensor, file_size, size)
         if tensor.end > size:
             message, fix = "the weight file ends before the end of this tensor", "Download the file again."
             raise _error(tensor, message, f"at least {tensor.end:,} bytes", f"{size:,} bytes", fix)
-        if tensor.nbytes == 0:  # an empty range cannot be mapped
-            values = np.empty(shape, dtype)
-            values.flags.writeable = False
-            return values
-        mapped = np.memmap(stream, np.uint8, "r", tensor.begin, (tensor.nbytes,))
-    return np.asarray(mapped).view(dtype).reshape(shape)
+        for begin in range(tensor.begin, tensor.end, nbytes):
+            wanted = min(nbytes, tensor.end - begin)
+            part = _read(stream.fileno(), begin, wanted)
+            if len(part) < wanted:
+                raise _changed(tensor, file_size, begin + len(part))
+            yield part
+
+
+def _read(descriptor: int, begin: int, nbytes: int) -> bytes:
+    """Bytes of a file from an offset; fewer where it ends. One call of the system gives at most 2 GiB."""
+    part = os.pread(descriptor, nbytes, begin)
+    while part and len(part) < nbytes:
+        more = os.pread(descriptor, nbytes - len(part), begin + len(part))
+        if not more:
+            break
+        part += more
+    return part
+
+
+def _changed(tensor: TensorInfo, before: int, now: int) -> NpuQuantError:
+    message = "the weight file has changed since the checkpoint was opened"
+    fix = "Wait until the download or export has finished, and start again."
+    return _error(tensor, message, f"{before:,} bytes", f"{now:,} bytes", fix)
 
 
 def to_float32(values: np.ndarray, tensor: TensorInfo) -> np.ndarray:
-    """Convert values of a float tensor, as returned by ``map_tensor``, to float32; exact except for F64.
+    """Convert values of a float tensor, as returned by ``read_tensor`` or ``read_blocks``, to float32; exact except for F64.
 
     Raises:
         ValueError: for integer, complex and 6-bit float dtypes.
@@ -127,6 +181,8 @@ def _table(dtype: str) -> np.ndarray:
     return values.astype(np.float32)
 
 
-def _error(tensor: TensorInfo, message: str, expected: str, found: str, fix: str) -> NpuQuantError:
+def _error(
+    tensor: TensorInfo, message: str, expected: str, found: str, fix: str, *, code: str = "unreadable-file"
+) -> NpuQuantError:
     layer, file = shown_name(tensor.name), shown_name(tensor.file)
-    return NpuQuantError([Finding("unreadable-file", message, layer, file, expected, found, fix=fix)])
+    return NpuQuantError([Finding(code, message, layer, file, expected, found, fix=fix)])

@@ -35,6 +35,8 @@ __all__ = [
 ]
 
 _KINDS = {"linear": "linear layer", "fused_moe": "experts' projection", "lm_head": "output head (lm_head)"}
+#: Rows of a table of layers; the layers of one depth are one to twenty rows. --json has all of them.
+MAX_ROWS = 4_000
 #: Units of a chip's numbers, in 10^12.
 _UNITS = {"bandwidth": "TB/s", "fp16": "TFLOPS", "int8": "TOPS"}
 _COLOURS = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.INFO: "cyan"}
@@ -91,7 +93,9 @@ def inspect_text(console: Console, overview: Overview, *, layers: bool) -> None:
         console.print(Text(text, style="bold red" if overview.errors else "yellow"), soft_wrap=True)
     if layers:
         console.print()
-        console.print(_layer_table(overview.layers))
+        console.print(_layer_table(overview.layers[:MAX_ROWS]))
+        if len(overview.layers) > MAX_ROWS:
+            console.print(f"... and {counted(len(overview.layers) - MAX_ROWS, 'more layer')}: --json lists all")
 
 
 def _overview_facts(console: Console, overview: Overview) -> None:

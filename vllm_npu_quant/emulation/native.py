@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import functools
 import hashlib
@@ -32,6 +33,7 @@ import torch
 
 from vllm_npu_quant import settings
 from vllm_npu_quant.emulation.numerics import INT8, dequantize_weight, int_matmul, quantize_rows, unpack_weight
+from vllm_npu_quant.errors import printable
 
 __all__ = [
     "DynamicQuant",
@@ -63,6 +65,8 @@ FLAGS: Final = (
     "-shared",
 )
 COMPILER_SECONDS: Final = 300
+#: The most characters of the reason for a failure.
+MAX_REASON: Final = 400
 #: Suffix of a source -> language, environment variable that names a compiler, and its usual names.
 _COMPILERS: Final = {".c": ("C", "CC", "gcc", "clang", "cc"), ".cpp": ("C++", "CXX", "g++", "clang++", "c++")}
 
@@ -90,7 +94,8 @@ _CONSTANTS: Final = struct.Struct("8q")
 def build(source: Path, flags: Sequence[str] = FLAGS) -> Path:
     """Compile a C or C++ file into a shared library in the user's cache, unless it is there.
 
-    The compiler is that of $CC or $CXX, or the first that is found.
+    The compiler is that of $CC or $CXX, or the first that is found. Its failure is remembered beside the library's place, for
+    this source, compiler, version, flags and CPU: compiling again would take seconds at every start and fail again.
 
     Returns:
         The library's path.
@@ -112,7 +117,11 @@ def build(source: Path, flags: Sequence[str] = FLAGS) -> Path:
     if not os.access(target.parent, os.W_OK):
         target = _own_folder() / name
     with _one_at_a_time(target.with_name(f"{source.stem}.lock")):
+        failure = target.with_suffix(settings.FAILED_BUILD)
         if not target.is_file():
+            if failure.is_file():
+                reason = failure.read_text(encoding="utf-8", errors="replace")[:MAX_REASON]
+                raise OSError(f"{reason} (as before; delete {failure} to try again)")
             _compile(compiler, source, flags, target)
     return target
 
@@ -128,19 +137,35 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
 
 
 def _compile(compiler: str, source: Path, flags: Sequence[str], target: Path) -> None:
-    descriptor, unfinished = tempfile.mkstemp(suffix=".so", dir=target.parent)
-    os.close(descriptor)
-    try:
+    # Compilers write their intermediate files to $TMPDIR, which may be full or closed where the cache is neither.
+    with tempfile.TemporaryDirectory(prefix="build-", dir=target.parent) as folder:
+        unfinished = Path(folder) / target.name
         # Libraries in the flags have to follow the source that uses them.
-        command = [compiler, str(source), "-o", unfinished, *flags]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILER_SECONDS, check=False)
-        if done.returncode:
-            raise OSError(f"{compiler}: {done.stderr.strip()[-2000:]}")
-        os.replace(unfinished, target)
-    except subprocess.TimeoutExpired as error:
-        raise OSError(f"{compiler} took more than {COMPILER_SECONDS} s") from error
-    finally:
-        Path(unfinished).unlink(missing_ok=True)
+        command = [compiler, str(source), "-o", str(unfinished), *flags]
+        environment = {**os.environ, "TMPDIR": folder}
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=COMPILER_SECONDS, check=False, env=environment
+            )
+        except subprocess.TimeoutExpired as error:
+            raise OSError(f"{compiler} took more than {COMPILER_SECONDS} s") from error
+        if done.returncode == 0:
+            os.replace(unfinished, target)
+            return
+    reason = f"{compiler}: {_first_error(done.stderr)}"
+    # A signal or a full disk is no property of the compiler.
+    if done.returncode > 0 and os.strerror(errno.ENOSPC) not in done.stderr:
+        target.with_suffix(settings.FAILED_BUILD).write_text(reason, encoding="utf-8")
+    raise OSError(reason)
+
+
+def _first_error(output: str) -> str:
+    """The first line of a compiler's output that names an error, else its first line."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    line = next(
+        (line for line in lines if "error" in line.lower()), lines[0] if lines else "it failed without a message"
+    )
+    return printable(line, MAX_REASON - 100)
 
 
 def _cpu() -> str:
@@ -156,7 +181,7 @@ def _cpu() -> str:
 def _folder() -> Path:
     """A folder that only this user can write, because the files in it are executed."""
     try:
-        folder = settings.cache_dir() / "native"
+        folder = settings.kernels_dir()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = folder.stat()
         if status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

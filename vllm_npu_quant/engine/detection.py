@@ -13,6 +13,7 @@ from vllm.logger import init_logger
 
 from vllm_npu_quant import settings
 from vllm_npu_quant.checkpoint import Checkpoint, is_path, open_checkpoint
+from vllm_npu_quant.checkpoint.json_files import check_depth
 from vllm_npu_quant.engine import platforms
 from vllm_npu_quant.errors import NpuQuantError, raise_findings
 from vllm_npu_quant.formats.declaration import Format, find_format, formats
@@ -95,7 +96,7 @@ def detect_quantization(args: Any) -> Detected:
 
     Raises:
         NpuQuantError: contradictory-evidence if a ModelSlim description contradicts config.json or the requested method;
-            unreadable-file for a folder that holds an adapter.
+            unreadable-file for a folder that holds an adapter, and if config.json is nested more deeply than vLLM can read.
     """
     _ACCESS[args.model] = _HubAccess(args.hf_token, args.download_dir, str(args.load_format))
     return _detect(args.model, args.revision, args.quantization)
@@ -137,6 +138,8 @@ def _detect(model: str, revision: str | None, asked: str | None) -> Detected:
     checkpoint = _list(model, revision)
     if checkpoint is None:
         return Detected(asked)
+    if checkpoint.has_values and "config.json" in checkpoint.names:
+        check_depth(checkpoint.path("config.json"), file="config.json")  # vLLM's parser has no limit
     beside = file_beside(checkpoint.names)
     try:
         detection = detect_files(checkpoint.names, checkpoint.read_json)

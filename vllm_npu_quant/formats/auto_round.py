@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ConfigDict, Field, StrictStr, field_validator, model_validator
 
 from vllm_npu_quant.errors import Finding, FindingLimit
-from vllm_npu_quant.formats.common import MAX_RULES, Bool, ConfigModel, Int
+from vllm_npu_quant.formats.common import MAX_RULES, Bool, ConfigModel, Int, Work
 from vllm_npu_quant.formats.declaration import Format, Sample
 from vllm_npu_quant.formats.described import Described, StoredTensor
 from vllm_npu_quant.formats.fp8 import fp8_spec, fp8_weight
@@ -179,17 +179,18 @@ def read(
         problems = [*islice(_problems(parsed, source), MAX_PROBLEMS), *patterns.findings]
         found.extend(problems)
         if not problems:
-            index_packed(described, tensors, _configured(parsed, patterns), found)
+            index_packed(described, tensors, _configured(parsed, patterns, Work(source)), found)
     described.findings = tuple(found.close())
     return described
 
 
-def _configured(config: AutoRoundConfig, patterns: PatternSet) -> Callable[[str], Configured]:
+def _configured(config: AutoRoundConfig, patterns: PatternSet, work: Work) -> Callable[[str], Configured]:
     base = config.base()
     spec = _spec(base, config)
     blocks = frozenset(config.block_name_to_quantize)
 
     def configured(layer: str) -> Configured:
+        work.spend((layer.count(".") + 1) * (len(layer) // 256 + 1))
         override = _named(layer, config.extra_config)
         if override is None:
             hit = patterns.first(layer)

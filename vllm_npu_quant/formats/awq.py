@@ -91,14 +91,14 @@ def read(
         problems = list(_problems(parsed, source))
         found.extend(problems)
         if not problems:
-            index_packed(described, tensors, _configured(parsed), found)
+            index_packed(described, tensors, _configured(parsed, source), found)
     described.findings = tuple(found.close())
     return described
 
 
-def _configured(config: AwqConfig) -> Callable[[str], Configured]:
+def _configured(config: AwqConfig, source: str) -> Callable[[str], Configured]:
     spec = config.spec()
-    names = ModuleNames(config.modules_to_not_convert or ())
+    names = ModuleNames(config.modules_to_not_convert or (), source)
 
     def configured(layer: str) -> Configured:
         explicit = names.match_components(layer)

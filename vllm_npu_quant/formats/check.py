@@ -75,12 +75,12 @@ class _Forms:
     Attributes:
         entry: the entry, held so that no other object gets its id.
         names: last name components of its tensors.
-        faultless: dtypes and shapes of these tensors that had no findings.
+        codes: dtypes and shapes of these tensors -> the codes of their findings.
     """
 
     entry: LayerEntry
     names: list[str]
-    faultless: set[tuple[tuple[str, tuple[int, ...]] | None, ...]] = field(default_factory=set)
+    codes: dict[tuple[tuple[str, tuple[int, ...]] | None, ...], list[str]] = field(default_factory=dict)
 
 
 def check_checkpoint(described: Described, checkpoint: StoredCheckpoint) -> list[Finding]:
@@ -100,14 +100,15 @@ def check_checkpoint(described: Described, checkpoint: StoredCheckpoint) -> list
             known = forms[id(entry)] = _Forms(entry, [tensor.name for tensor in stored_tensors_of(entry)])
         stored = [tensors.get(f"{layer}.{name}") for name in known.names]
         form = tuple([None if tensor is None else (tensor.dtype, tensor.shape) for tensor in stored])
-        if form in known.faultless:
+        codes = known.codes.get(form)
+        if codes is not None and all(found.is_full(code) for code in codes):
+            for code in codes:
+                found.skips(code)
             continue
-        near = found.wants("missing-tensor")
+        near = found.wants_names("missing-tensor")
         findings = check_layer(layer, entry, tensors, described.source, near=near)
-        for finding in findings:
-            found.add(finding)
-        if not findings:
-            known.faultless.add(form)
+        found.extend(findings)
+        known.codes[form] = [finding.code for finding in findings]
     return [*checkpoint.findings, *found.close()]
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, StrictBool, StrictInt, ValidationError, model_validator
 
 from vllm_npu_quant.checkpoint.text import shown, shown_name
-from vllm_npu_quant.errors import Finding, FindingLimit, Severity
+from vllm_npu_quant.errors import Finding, FindingLimit, NpuQuantError, Severity
 from vllm_npu_quant.formats.described import LayerEntry, StoredTensor
 from vllm_npu_quant.layouts.tables import LAYOUTS
 from vllm_npu_quant.spec import LayerSpec
@@ -23,6 +23,9 @@ _MAX_SHOWN = 20
 
 #: Last name components of layers that producers leave unquantized without listing them: heads and routers.
 FLOAT_BY_CONVENTION = frozenset({"lm_head", "gate", "shared_expert_gate", "router"})
+
+#: Steps of about 0.3 us that one config's rules may take. Lists of 100 names take 2,500,000 in the largest known models.
+MAX_STEPS = 10_000_000
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -57,6 +60,82 @@ class ConfigModel(BaseModel):
             return value
         optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
         return {key: one for key, one in value.items() if one is not None or key not in optional}
+
+
+class Work:
+    """The work that the rules of one config may take, counted in steps: the same on every host."""
+
+    def __init__(self, source: str, steps: int | None = None) -> None:
+        """
+        Args:
+            source: the config's file, for messages.
+            steps: the limit; MAX_STEPS if None.
+        """
+        self.source = source
+        self.left = MAX_STEPS if steps is None else steps
+
+    def spend(self, steps: int) -> None:
+        """Count some steps.
+
+        Raises:
+            NpuQuantError: bad-config if none are left.
+        """
+        self.left -= steps
+        if self.left < 0:
+            raise NpuQuantError(
+                [
+                    Finding(
+                        "bad-config",
+                        "matching the config's rules with the layers' names takes too much work",
+                        file=self.source,
+                        expected="rules and names as producers write them",
+                        fix="check where the config and the weight files come from",
+                    )
+                ]
+            )
+
+
+class ComponentRules:
+    """Rules that are successive whole components of layers' names: "mlp.gate" stands for "model.layers.0.mlp.gate".
+
+    A layer's name is split once for each of its modules that was not seen before, so the experts of a model take few steps.
+    """
+
+    _MAX_COMPONENTS = 32
+    _MAX_KNOWN = 1 << 16
+
+    def __init__(self, names: Iterable[str], work: Work) -> None:
+        self.names = frozenset(names)
+        lengths = {name.count(".") + 1 for name in self.names}
+        self._lengths = [length for length in sorted(lengths) if length <= self._MAX_COMPONENTS]
+        self._known: dict[str, bool] = {}
+        self._work = work
+
+    def match(self, layer: str) -> bool:
+        """Whether a rule equals successive components of a layer's name.
+
+        Raises:
+            NpuQuantError: bad-config if the rules take too much work.
+        """
+        if not self._lengths:
+            return False
+        new, module = [], layer
+        while module and module not in self._known:
+            self._work.spend(len(self._lengths) + len(module) // 64)
+            new.append(module)
+            module = module.rpartition(".")[0]
+        found = self._known.get(module, False)
+        for module in reversed(new):
+            found = found or self._ends(module)
+            if len(self._known) == self._MAX_KNOWN:
+                self._known.clear()
+            self._known[module] = found
+        return found
+
+    def _ends(self, module: str) -> bool:
+        """Whether a rule equals the last components of a module's name."""
+        parts = module.split(".")
+        return any(".".join(parts[-length:]) in self.names for length in self._lengths if length <= len(parts))
 
 
 #: Tensors beside a layer's weight that quantize the KV cache.

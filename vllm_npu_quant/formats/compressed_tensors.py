@@ -41,7 +41,7 @@ from vllm_npu_quant.formats.declaration import Format, Sample
 from vllm_npu_quant.formats.described import FLOAT_ENTRY, Described, LayerEntry, StoredTensor
 from vllm_npu_quant.formats.fp8 import fp8_spec, fp8_weight
 from vllm_npu_quant.formats.index import index_by_rules, is_embedding, stored_layers_of
-from vllm_npu_quant.formats.patterns import PatternSet
+from vllm_npu_quant.formats.patterns import MatchingTime, PatternSet
 from vllm_npu_quant.formats.resolve import variants
 from vllm_npu_quant.formats.samples import sample_tensors
 from vllm_npu_quant.formats.small_floats import MXFP4, MXFP8, NVFP4, block_float_spec
@@ -282,12 +282,15 @@ class Targets:
         self.names = {target: number for target, number in target_groups.items() if not target.startswith("re:")}
         expressions = sorted(target for target in target_groups if target.startswith("re:"))
         self.expression_groups = [target_groups[target] for target in expressions]
-        self.expressions = PatternSet([text[3:] for text in expressions], file=source, where="targets")
+        time_left = MatchingTime()
+        self.expressions = PatternSet(
+            [text[3:] for text in expressions], file=source, where="targets", time_left=time_left
+        )
         self.linear = next((self.names[name] for name in _linear_classes(self.names)), None)
         self.embedding = self.names.get("Embedding")
         self.ignored = frozenset(rule for rule in ignore if not rule.startswith("re:"))
         self.ignored_expressions = PatternSet(
-            [rule[3:] for rule in ignore if rule.startswith("re:")], file=source, where="ignore"
+            [rule[3:] for rule in ignore if rule.startswith("re:")], file=source, where="ignore", time_left=time_left
         )
         self.ignores_linear = bool(self.ignored & {"Linear", "Module"})
 

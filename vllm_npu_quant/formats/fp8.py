@@ -8,7 +8,7 @@ activations; ``modules_to_not_convert`` or ``ignored_layers``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,8 +22,10 @@ from vllm_npu_quant.formats.common import (
     KV_OUTPUTS,
     MAX_RULES,
     Bool,
+    ComponentRules,
     ConfigModel,
     Int,
+    Work,
     config_text,
     kv_cache_finding,
     kv_cache_tensors,
@@ -184,29 +186,17 @@ class ExcludedLayers:
             source, where: the file and the field to name in findings.
         """
         self.names = frozenset(rule for rule in rules if not rule.startswith("re:"))
-        self._lengths = {name.count(".") + 1 for name in self.names} & _RUN_LENGTHS
         expressions = [rule.removeprefix("re:") for rule in rules if rule.startswith("re:")]
         self.patterns = PatternSet(expressions, file=source, where=where)
+        self._components = ComponentRules(self.names, Work(source))
 
     def contains(self, layer: str) -> bool:
         """Whether a rule names exactly this layer, or a regular expression matches it."""
         return layer in self.names or self.patterns.any(layer)
 
     def covers(self, layer: str) -> bool:
-        """``contains``, or a rule names some of its components ("mlp", "layers.0"). The cost is independent of the rules."""
-        return self.contains(layer) or any(run in self.names for run in _component_runs(layer, self._lengths))
-
-
-#: The most components of a rule that is looked up within layer names; it bounds the work for one name.
-_RUN_LENGTHS = frozenset(range(1, 33))
-
-
-def _component_runs(name: str, lengths: Iterable[int]) -> Iterator[str]:
-    """The runs of neighbouring components of a dotted name: for "a.b.c" and a length of 2, "a.b" and "b.c"."""
-    parts = name.split(".")
-    for length in lengths:
-        for start in range(len(parts) - length + 1):
-            yield ".".join(parts[start : start + length])
+        """``contains``, or a rule names some of its components ("mlp", "layers.0")."""
+        return self.contains(layer) or self._components.match(layer)
 
 
 @dataclass

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, Field, StrictStr, model_validator
 
 from vllm_npu_quant.errors import Finding, FindingLimit, NpuQuantError
-from vllm_npu_quant.formats.common import FLOAT_BY_CONVENTION, MAX_RULES, Bool, ConfigModel, Int
+from vllm_npu_quant.formats.common import FLOAT_BY_CONVENTION, MAX_RULES, Bool, ConfigModel, Int, Work
 from vllm_npu_quant.formats.declaration import Format, Sample
 from vllm_npu_quant.formats.described import Described, StoredTensor
 from vllm_npu_quant.formats.experts import split_expert
@@ -54,6 +55,9 @@ _IN_ORDER: dict[Layout | str, Layout] = {
     Layout.GPTQ_ACT_ORDER: Layout.GPTQ,
     Layout.GPTQ_V2_ACT_ORDER: Layout.GPTQ_V2,
 }
+
+#: Entries of a g_idx that is read. The largest known layers have 53,248 inputs.
+_MAX_G_IDX = 1 << 20
 
 #: The same config in a file of its own, and the values that the two must agree on.
 _FILE = "quantize_config.json"
@@ -143,7 +147,8 @@ def read(
         found.extend(problems)
         if not problems:
             values = checkpoint if checkpoint is not None and checkpoint.has_values else None
-            index_packed(described, tensors, _configured(parsed, patterns), found, adjust=_without_order(values))
+            order = _without_order(values, source, found)
+            index_packed(described, tensors, _configured(parsed, patterns, source), found, adjust=order)
     if checkpoint is not None and source == "config.json" and _FILE in checkpoint.names:
         try:
             found.extend(compare_files(config, checkpoint.read_json(_FILE), (source, _FILE)))
@@ -153,13 +158,13 @@ def read(
     return described
 
 
-def _configured(config: GptqConfig, patterns: PatternSet) -> Callable[[str], Configured]:
+def _configured(config: GptqConfig, patterns: PatternSet, source: str) -> Callable[[str], Configured]:
     spec = config.spec()
     overrides = [
         None if key.startswith("-:") or (override.bits or 0) >= FLOAT_BITS else override
         for key, override in config.dynamic.items()
     ]
-    modules = ModuleNames(flat_names(config.modules_in_block_to_quantize or ()))
+    modules = ModuleNames(flat_names(config.modules_in_block_to_quantize or ()), source)
 
     def configured(layer: str) -> Configured:
         hit = patterns.first(layer)
@@ -178,9 +183,10 @@ def _configured(config: GptqConfig, patterns: PatternSet) -> Callable[[str], Con
 
 
 def _without_order(
-    checkpoint: Checkpoint | None,
+    checkpoint: Checkpoint | None, source: str, found: FindingLimit
 ) -> Callable[[str, LayerSpec, Mapping[str, StoredTensor]], LayerSpec]:
     """Remove activation order from layers whose g_idx is in order: many producers write desc_act true without reordering."""
+    work = Work(source)
 
     def adjust(layer: str, spec: LayerSpec, named: Mapping[str, StoredTensor]) -> LayerSpec:
         in_order = _IN_ORDER.get(spec.layout)
@@ -189,15 +195,41 @@ def _without_order(
             return spec
         if split_expert(layer) is not None:
             return spec  # all experts have one layout
-        try:
-            g_idx = checkpoint.read(f"{layer}.g_idx")
-        except NpuQuantError:
-            return spec  # the check of the files reports their problems
-        if g_idx.tolist() == [number // weight.group_size for number in range(g_idx.size)]:
+        entries = prod(named["g_idx"].shape)
+        if entries > _MAX_G_IDX:
+            found.add(_long_g_idx(layer, named["g_idx"].file, entries))
+            return spec
+        work.spend(entries // 8)
+        if _is_in_order(checkpoint, f"{layer}.g_idx", weight.group_size):
             return LayerSpec(spec.scheme, in_order, weight)
         return spec
 
     return adjust
+
+
+def _is_in_order(checkpoint: Checkpoint, name: str, group_size: int) -> bool:
+    """Whether a g_idx is 0, ..., 0, 1, ..., 1, ...; it is read up to the first difference."""
+    start = 0
+    try:
+        for block in checkpoint.blocks(name, 1 << 16):
+            if block.tolist() != [number // group_size for number in range(start, start + block.size)]:
+                return False
+            start += block.size
+    except NpuQuantError:
+        return False  # the check of the files reports their problems
+    return True
+
+
+def _long_g_idx(layer: str, file: str, entries: int) -> Finding:
+    return Finding(
+        "operator-limit",
+        "g_idx has more entries than any layer has inputs, and is not read",
+        layer=layer,
+        file=file,
+        expected=f"at most {_MAX_G_IDX:,}",
+        found=f"{entries:,}",
+        fix="check that the config and the weights belong together",
+    )
 
 
 def flat_names(names: Iterable[Any]) -> Iterator[str]:

@@ -234,6 +234,8 @@ class _Findings(FindingLimit):
 
     def report(self, code: str, message: str, *, file: str = "", **fields: Any) -> None:
         """Add a finding; the description is its file unless another one is named."""
+        if self.skips(code, fields.get("severity", Severity.ERROR)):
+            return
         self.add(Finding(code, message, file=file or self.source, **fields))
 
     def report_invalid(self, error: ValidationError) -> None:
@@ -249,7 +251,7 @@ class _Findings(FindingLimit):
 
     def near(self, code: str, name: str, names: Iterable[str]) -> tuple[str, ...]:
         """The nearest names, for a finding of this code that will be shown."""
-        return nearest_names(name, names) if self.wants(code) else ()
+        return nearest_names(name, names) if self.wants_names(code) else ()
 
     def close(self) -> list[Finding]:
         """All findings, those about types included."""

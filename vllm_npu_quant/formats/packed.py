@@ -44,9 +44,8 @@ FLOAT_BITS = 16
 #: The most unsupported parts of a config that are reported.
 MAX_PROBLEMS = 20
 
-#: Module names that are tried anywhere in a layer's name, and components of a layer's name that are combined.
+#: Module names that are tried anywhere in a layer's name.
 _MAX_PARTS = 100
-_MAX_COMPONENTS = 24
 
 #: Tensors that mark a layer as quantized, in case its qweight is missing.
 _MARKS = frozenset({"qweight", "qzeros", "scales", "g_idx", "weight_packed"})
@@ -105,9 +104,15 @@ class ModuleNames:
     latter, 100 are tried: real lists have a handful, and longer ones are lists of full names.
     """
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, names: Iterable[str], source: str = "") -> None:
+        """
+        Args:
+            names: the list.
+            source: the config's file, for messages.
+        """
+        self._work = common.Work(source)
         distinct = dict.fromkeys(filter(None, names))
-        self.whole = frozenset(stripped for name in distinct if (stripped := name.strip(".")))
+        self._whole = common.ComponentRules(filter(None, (name.strip(".") for name in distinct)), self._work)
         # Full names have the number of a layer among their components: they come last.
         parts = sorted(distinct, key=lambda name: any(map(str.isdigit, name.split("."))))
         self.parts = tuple(parts[:_MAX_PARTS])
@@ -117,16 +122,11 @@ class ModuleNames:
 
     def match_components(self, layer: str) -> bool:
         """Whether an entry equals successive whole components of a layer's name."""
-        components = layer.split(".")[:_MAX_COMPONENTS] if self.whole else []
-        length = len(components)
-        return any(
-            ".".join(components[start:stop]) in self.whole
-            for start in range(length)
-            for stop in range(start + 1, length + 1)
-        )
+        return self._whole.match(layer)
 
     def match_anywhere(self, layer: str) -> bool:
         """Whether one of ``parts`` is anywhere in a layer's name."""
+        self._work.spend(len(self.parts) // 4 + 1)
         return any(part in layer for part in self.parts)
 
 

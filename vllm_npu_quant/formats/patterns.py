@@ -11,8 +11,9 @@ agree about ``\\w``, ``\\s``, ``$`` and letter case.
 
 RE2 has no lookarounds. Recipes use them at the start ("^(?!.*visual).*_proj"), where they are conditions on the whole name,
 and sometimes further on (".*(?<!gate)_proj"). Such a pattern is cut at its lookarounds, and each part is matched on its own,
-at every place of the name where the parts may meet. Lookarounds in groups, beside a top-level "|", or at two places after
-the start are refused.
+at every place of the name where the parts may meet. Groups around lookarounds are opened, so that their alternatives become
+patterns of their own: "(?:(?!.*a).*x|y)z" is "(?!.*a).*xz" or "yz"; and "(?:(?!a).)*$", whose lookahead is tried at every
+place of the rest, is "(?!.*a).*$". Other lookarounds in repeated groups, and at two places after the start, are refused.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from __future__ import annotations
 import re
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +30,7 @@ import re2
 
 from vllm_npu_quant.errors import Finding, NpuQuantError
 
-__all__ = ["MAX_NAME", "MAX_PATTERN", "PatternSet"]
+__all__ = ["MAX_NAME", "MAX_PATTERN", "MatchingTime", "PatternSet"]
 
 #: Limits. Real patterns have below 200 characters, real names below 200, and a checkpoint below a hundred patterns.
 MAX_PATTERN = 4096
@@ -36,9 +38,11 @@ MAX_NAME = 1024
 MAX_TOTAL = 1 << 18
 MAX_LOOKAROUNDS = 256
 MAX_FINDINGS = 50
-#: CPU seconds of matching over the life of a set. 45,000 names against 60 patterns take 0.03 s; patterns that come near are
-#: written to overflow RE2's cache of states.
-MAX_SECONDS = 60.0
+#: Alternatives of one pattern with lookarounds.
+MAX_ALTERNATIVES = 32
+#: CPU seconds for the patterns of one config. 70,000 names, those of the largest known models, take 0.5 s where a pattern has
+#: a lookaround and 0.2 s where none has; patterns that take longer are written to overflow RE2's cache of states.
+MAX_SECONDS = 5.0
 
 #: RE2's memory for one pattern, and for all of a field: enough for MAX_TOTAL characters of plain names.
 _PATTERN_MEMORY = 1 << 20
@@ -52,6 +56,7 @@ _TOKEN = re.compile(
     | (?P<negation>\[\^?)(?P<items>\]?(?:\\.|[^\]\\])*)\]
     | \{(?P<low>[0-9]*)(?P<comma>,?)(?P<high>[0-9]*)\}
     | \(\?(?P<look><?[=!])
+    | \(\?(?P<head>P<\w+>|[a-zA-Z-]*:)
     | \(\?(?P<flags>[a-zA-Z]+)\)
     | .""",
     re.DOTALL | re.VERBOSE,
@@ -66,6 +71,22 @@ class _Refused(Exception):
         self.expected = expected
 
 
+class MatchingTime:
+    """CPU seconds that the patterns of one config have left: the work of RE2 cannot be counted otherwise."""
+
+    def __init__(self, seconds: float | None = None) -> None:
+        self.left = MAX_SECONDS if seconds is None else seconds
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Take off the time of the context."""
+        began = time.thread_time()
+        try:
+            yield
+        finally:
+            self.left -= time.thread_time() - began
+
+
 class PatternSet:
     """Patterns of one config field, tried on layer names all at once.
 
@@ -77,13 +98,22 @@ class PatternSet:
         findings: one for each pattern that is refused; it then matches nothing. After MAX_FINDINGS, nothing more is read.
     """
 
-    def __init__(self, patterns: Sequence[str], *, mode: str = "match", file: str = "", where: str = "pattern") -> None:
+    def __init__(
+        self,
+        patterns: Sequence[str],
+        *,
+        mode: str = "match",
+        file: str = "",
+        where: str = "pattern",
+        time_left: MatchingTime | None = None,
+    ) -> None:
         """
         Args:
             patterns: regular expressions in Python's syntax.
             mode: "match", "search" or "fullmatch".
             file: the file they come from, for messages.
             where: the config field they come from, for messages.
+            time_left: that of the config, if it has several sets.
         """
         if mode not in ("match", "search", "fullmatch"):
             raise ValueError(f"mode is {mode!r}; expected 'match', 'search' or 'fullmatch'")
@@ -91,7 +121,7 @@ class PatternSet:
         self.mode = mode
         self.file = file
         self.where = where
-        self._seconds = 0.0
+        self._time = time_left or MatchingTime()
         self._compile()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -118,13 +148,12 @@ class PatternSet:
         if len(name) > MAX_NAME or not (name.isascii() and name.isprintable()):
             raise NpuQuantError([self._bad_name(name)])
         text = name.encode()
-        began = time.thread_time()
-        found = [self._indexes[number] for number in self._set.Match(text) or ()]
-        if self._cut:
-            found = [index for index in found if index not in self._cut or self._cut[index].matches(text)]
-        self._seconds += time.thread_time() - began
-        if self._seconds > MAX_SECONDS:
+        if self._time.left < 0:
             raise NpuQuantError([self._too_slow()])
+        with self._time.running():
+            found = {self._indexes[number] for number in self._set.Match(text) or ()}
+            cut = [index for index in found if index in self._cut]
+            found.difference_update([index for index in cut if not any(one.matches(text) for one in self._cut[index])])
         return tuple(sorted(found))
 
     def first(self, name: str) -> int | None:
@@ -142,7 +171,8 @@ class PatternSet:
         together = kinds[self.mode](_options(_SET_MEMORY))
         self._set: re2.Set | None = None
         self._indexes: list[int] = []
-        self._cut: dict[int, _CutPattern] = {}
+        #: The alternatives of patterns with lookarounds.
+        self._cut: dict[int, list[_CutPattern]] = {}
         findings = []
         characters = lookarounds = 0
         for index, pattern in enumerate(self.patterns):
@@ -150,26 +180,34 @@ class PatternSet:
             if characters > MAX_TOTAL:
                 findings.append(self._refused(pattern, _too_large()))
                 break
+            if self._time.left < 0:
+                findings.append(self._too_slow())
+                break
             try:
-                parts = _parse(pattern)
-                lookarounds += len(parts.lookarounds)
-                if lookarounds > MAX_LOOKAROUNDS:
-                    raise _Refused("the patterns of this field have too many lookarounds", f"at most {MAX_LOOKAROUNDS}")
-                if parts.lookarounds:
-                    self._cut[index] = _CutPattern(parts, self.mode)
-                # Without its lookarounds, a pattern matches every name that it matches with them, and maybe more.
-                whole = parts.flags + "".join(f"(?:{piece})" for piece in parts.pieces)
-                _regex(whole)
+                with self._time.running():
+                    alternatives = _parse(pattern)
+                    lookarounds += sum(len(parts.lookarounds) for parts in alternatives)
+                    if lookarounds > MAX_LOOKAROUNDS:
+                        expected = f"at most {MAX_LOOKAROUNDS}"
+                        raise _Refused("the patterns of this field have too many lookarounds", expected)
+                    if any(parts.lookarounds for parts in alternatives):
+                        self._cut[index] = [_CutPattern(parts, self.mode) for parts in alternatives]
+                    wholes = [parts.whole for parts in alternatives]
+                    for whole in wholes:
+                        _regex(whole)
             except _Refused as refused:
+                self._cut.pop(index, None)
                 findings.append(self._refused(pattern, refused))
                 if len(findings) == MAX_FINDINGS:
                     break
                 continue
-            together.Add(whole.encode())
-            self._indexes.append(index)
+            for whole in wholes:
+                together.Add(whole.encode())
+                self._indexes.append(index)
         if self._indexes:
             try:
-                together.Compile()
+                with self._time.running():
+                    together.Compile()
                 self._set = together
             except re2.error:
                 findings.append(self._refused(self.patterns[self._indexes[0]], _too_large()))
@@ -201,7 +239,7 @@ class PatternSet:
             "bad-config",
             f"{self.where}: matching these patterns takes too much work",
             file=self.file,
-            expected=f"patterns that are matched in {MAX_SECONDS:.0f} s",
+            expected=f"all patterns of a config are compiled and matched in {MAX_SECONDS:.0f} s",
             found=f"{len(self.patterns)} patterns",
             fix="write the layer names out, or use simpler regular expressions",
         )
@@ -228,9 +266,14 @@ class _Parts:
     pieces: list[str] = field(default_factory=lambda: [""])
     lookarounds: list[tuple[str, str]] = field(default_factory=list)
 
+    @property
+    def whole(self) -> str:
+        """The pattern without its lookarounds, which matches every name that it matches with them, and maybe more."""
+        return self.flags + "".join(f"(?:{piece})" for piece in self.pieces)
 
-def _parse(pattern: str) -> _Parts:
-    """Check a pattern by Python's rules, and rewrite it."""
+
+def _parse(pattern: str) -> list[_Parts]:
+    """Check a pattern by Python's rules, and rewrite it. Several alternatives if it has lookarounds beside "|"."""
     if len(pattern) > MAX_PATTERN:
         raise _Refused("a pattern is longer than any real one", f"at most {MAX_PATTERN} characters")
     # Beyond ASCII, letter case differs, and re takes long to compile classes that have any.
@@ -242,33 +285,117 @@ def _parse(pattern: str) -> _Parts:
             re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise _Refused(f"not a regular expression: {str(error)[:120]}", "a regular expression") from None
-    parts = _Parts()
-    kind, current, depth, branches = "", "", 0, False
+    flags, tokens = "", []
+    position = 0
     for token in _TOKEN.finditer(pattern):
-        text = _rewritten(token)
-        look = token["look"]
         if token["flags"]:
-            if token.start() > len(parts.flags):
+            if token.start() > position:
                 raise _Refused("flags stand inside of a pattern", "flags at its start")
-            parts.flags += text
-            continue
-        if look:
-            if depth:
-                raise _Refused("a lookaround stands in a group", "lookarounds outside of groups")
-            parts.pieces[-1], current, kind = current, "", look
-        elif text == ")" and depth == 1 and kind:
-            if pattern[token.end() : token.end() + 1] in tuple("*+?{"):
-                raise _Refused("a lookaround is repeated", "lookarounds without repeats")
-            parts.lookarounds.append((kind, current))
-            parts.pieces.append("")
-            current, kind = "", ""
+            position = token.end()
+            flags += token.group()
         else:
-            branches |= text == "|" and depth == 0
-            current += text
-        depth += (text[0] == "(") - (text == ")")
-    parts.pieces[-1] = current
-    if parts.lookarounds and branches:
-        raise _Refused("a lookaround stands beside a top-level |", "a pattern for each alternative")
+            tokens.append(_rewritten(token))
+    if not any(text.startswith(_LOOKS) for text in tokens):
+        return [_Parts(flags, ["".join(tokens)])]
+    return [_cut(flags, alternative) for alternative in _opened(tokens)]
+
+
+#: The tokens that begin a lookaround, and those that begin a group whose brackets mean nothing else.
+_LOOKS = ("(?=", "(?!", "(?<=", "(?<!")
+_PLAIN_GROUP = re.compile(r"\((\?:|\?P<\w+>)?")
+
+
+def _opened(tokens: list[str]) -> list[list[str]]:
+    """The alternatives of a pattern with lookarounds, none of which stands in a group any more."""
+    alternatives: list[list[str]] = [[]]
+    finished: list[list[str]] = []
+    at = 0
+    while at < len(tokens):
+        text = tokens[at]
+        if text == "|":
+            finished += alternatives
+            alternatives = [[]]
+        elif text[0] == "(":
+            end = _end_of(tokens, at)
+            inside = tokens[at + 1 : end]
+            if not text.startswith(_LOOKS) and any(inner.startswith(_LOOKS) for inner in inside):
+                opened, end = _open_group(text, inside, tokens, end)
+            else:
+                if any(inner.startswith(_LOOKS) for inner in inside):
+                    raise _Refused("a lookaround stands in another one", "lookarounds outside of lookarounds")
+                opened = [tokens[at : end + 1]]
+            alternatives = [[*before, *after] for before in alternatives for after in opened]
+            at = end
+        else:
+            for alternative in alternatives:
+                alternative.append(text)
+        if len(alternatives) + len(finished) > MAX_ALTERNATIVES:
+            raise _Refused("a pattern with lookarounds has too many alternatives", f"at most {MAX_ALTERNATIVES}")
+        at += 1
+    return finished + alternatives
+
+
+def _open_group(head: str, inside: list[str], tokens: list[str], end: int) -> tuple[list[list[str]], int]:
+    """The alternatives of a group that holds lookarounds, and the index of its last token.
+
+    In "(?:(?!a).)*$", the text "a" begins nowhere in the rest of the name: "(?!.*a).*$".
+
+    Args:
+        head: its first token.
+        inside: the tokens between its brackets.
+        tokens: those of the pattern.
+        end: the index of its last bracket.
+    """
+    if end + 1 < len(tokens) and tokens[end + 1][0] in "*+?{":
+        looked_for = inside[1:-2]
+        if (
+            [inside[0], *inside[-2:]] == ["(?!", ")", "."]
+            and _end_of(inside, 0) == len(inside) - 2
+            and not any(inner.startswith(_LOOKS) for inner in looked_for)
+            and tokens[end + 1] in ("*", "+")
+            and tokens[end + 2 :] in (["$"], [r"\z"])
+            and not _matches_at_end("".join(looked_for))
+        ):
+            return [["(?!", ".", "*", "(?:", *looked_for, ")", ")", "."]], end
+        raise _Refused("a lookaround stands in a repeated group", "lookarounds outside of repeated groups")
+    if not _PLAIN_GROUP.fullmatch(head):
+        raise _Refused("a lookaround stands in a group with flags", "flags at the start of a pattern")
+    return [["(?:)", *alternative, "(?:)"] for alternative in _opened(inside)], end
+
+
+def _matches_at_end(text: str) -> bool:
+    """Whether a pattern without lookarounds matches at the end of some name."""
+    regex = _regex(text)
+    return any(regex.match(name, len(name)) for name in (b"", b"a", b"."))
+
+
+def _end_of(tokens: list[str], start: int) -> int:
+    """The index of the bracket that ends a group."""
+    depth = 0
+    for at in range(start, len(tokens)):
+        depth += (tokens[at][0] == "(") - (tokens[at] == ")")
+        if not depth:
+            return at
+    raise _Refused("a group does not end")
+
+
+def _cut(flags: str, tokens: list[str]) -> _Parts:
+    """A pattern whose lookarounds stand in no group, cut at them."""
+    parts = _Parts(flags)
+    at = 0
+    while at < len(tokens):
+        if tokens[at] == "(?:)":  # keeps the texts of an opened group and of its neighbours from forming one token
+            parts.pieces[-1] += tokens[at] if parts.pieces[-1] else ""
+        elif tokens[at].startswith(_LOOKS):
+            end = _end_of(tokens, at)
+            if end + 1 < len(tokens) and tokens[end + 1][0] in "*+?{":
+                raise _Refused("a lookaround is repeated", "lookarounds without repeats")
+            parts.lookarounds.append((tokens[at][2:], "".join(tokens[at + 1 : end])))
+            parts.pieces.append("")
+            at = end
+        else:
+            parts.pieces[-1] += tokens[at]
+        at += 1
     return parts
 
 
@@ -321,14 +448,15 @@ class _CutPattern:
     def __init__(self, parts: _Parts, mode: str) -> None:
         anywhere = f"{parts.flags}(?s:.*)"
         end = r"\z" if mode == "fullmatch" else ""
-        self._last = _regex(f"{parts.flags}(?:{parts.pieces[-1]}){end}")
+        start = anywhere if mode == "search" and not parts.lookarounds else parts.flags
+        self._last = _regex(f"{start}(?:{parts.pieces[-1]}){end}")
         #: The piece before the place; None if the last piece begins at the start.
         self._before: Any = None
         #: Conditions at the start and at the place: whether they look behind, whether they must hold, what they look for.
         self._at_start: list[tuple[bool, bool, Any]] = []
         self._at_place: list[tuple[bool, bool, Any]] = []
         for number, (piece, (kind, text)) in enumerate(zip(parts.pieces, parts.lookarounds, strict=False)):
-            anchored = piece in ("^", r"\A") and self._before is None
+            anchored = piece.replace("(?:)", "") in ("^", r"\A") and self._before is None
             search = mode == "search" and number == 0 and not anchored
             if search or (piece and not anchored):
                 if self._before is not None:

@@ -288,6 +288,7 @@ def _findings(found: Doctor) -> Iterator[Finding]:
     yield from _settings()
     yield from _builds(found)
     yield from _others(found)
+    yield from _kernels()
     if found.device.nodes and not found.device.cann:
         yield _warning(
             "NPUs are there, and CANN was not found",
@@ -426,6 +427,22 @@ def _others(found: Doctor) -> Iterator[Finding]:
             expected="one",
             found=", ".join(sorted(platforms)),
             fix=f"name the one you mean: VLLM_PLUGINS=ascend,{OUR_NAME}",
+        )
+
+
+def _kernels() -> Iterator[Finding]:
+    """Findings about kernels of the emulation that a compiler refused: each start takes torch's instead."""
+    try:
+        failures = sorted(settings.kernels_dir().glob(f"*{settings.FAILED_BUILD}"))[:10]
+    except (OSError, RuntimeError):
+        return
+    for file in failures:
+        yield _warning(
+            "kernels of the emulated operators could not be compiled here, so they go through torch, which is slow; "
+            "this is remembered, and not tried again",
+            expected="a C and a C++ compiler with OpenMP",
+            found=_text(file)[:400],
+            fix=f"install or repair the compiler, and delete {file}; another compiler or version is tried without that",
         )
 
 

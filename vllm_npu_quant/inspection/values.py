@@ -17,6 +17,7 @@ from vllm_npu_quant.formats.described import LayerEntry
 from vllm_npu_quant.inspection.layers import Layer
 from vllm_npu_quant.inspection.model import Model
 from vllm_npu_quant.layouts.tables import LAYOUTS, Role, tensors_of
+from vllm_npu_quant.serving.cost import MAX_INPUTS
 from vllm_npu_quant.serving.decide import float_name
 from vllm_npu_quant.spec import Granularity, Layout, WeightSpec
 
@@ -60,10 +61,11 @@ def value_findings(
                 found.add(finding)
             own = requantized & {layer, _any_expert(layer)}
             loss = _requantization(checkpoint, layer, entry) if own and entry is not None else None
-        except NpuQuantError as error:  # the file is damaged or has changed
-            for finding in error.findings:
-                found.add(finding)
-            break
+        except NpuQuantError as error:
+            found.extend(error.findings)
+            if "unreadable-file" in error.codes:  # the file is damaged or has changed
+                break
+            continue
         if loss is not None:
             losses.append((loss, layer))
         if progress is not None:
@@ -88,7 +90,9 @@ def _layer_values(
         if roles.get(last) is Role.SCALE:
             yield from _scale_values(checkpoint, layer, tensor)
         elif roles.get(last) is Role.ZERO:
-            if symmetric.get(layer, symmetric.get(_any_expert(layer), False)) and np.any(checkpoint.read(tensor.name)):
+            if symmetric.get(layer, symmetric.get(_any_expert(layer), False)) and any(
+                np.any(block) for block in checkpoint.blocks(tensor.name, BLOCK)
+            ):
                 yield _bad(
                     layer,
                     tensor,
@@ -113,22 +117,25 @@ def _layer_values(
 
 
 def _scale_values(checkpoint: Checkpoint, layer: str, tensor: TensorInfo) -> Iterator[Finding]:
-    if tensor.dtype == "I64":  # float32 bits widened to int64
-        stored = np.asarray(checkpoint.read(tensor.name))
-        values = (stored & 0xFFFFFFFF).astype(np.uint32).view(np.float32)
-    elif tensor.dtype in FLOAT_DTYPES or tensor.dtype in _FLOAT_SCALES:
-        values = _as_float32(checkpoint, tensor)
-    else:
+    if tensor.dtype != "I64" and tensor.dtype not in FLOAT_DTYPES and tensor.dtype not in _FLOAT_SCALES:
         return
-    broken = int(np.count_nonzero(~np.isfinite(values)))
-    zeros = int(np.count_nonzero(values == 0))
+    smallest = 2.0**-14 if tensor.dtype == "F16" else 2.0**-126
+    broken = zeros = tiny = 0
+    for block in checkpoint.blocks(tensor.name, BLOCK):
+        if tensor.dtype == "I64":  # float32 bits widened to int64
+            values = (block & 0xFFFFFFFF).astype(np.uint32).view(np.float32)
+        else:
+            values = to_float32(block, _as_scale(tensor))
+        broken += int(np.count_nonzero(~np.isfinite(values)))
+        zeros += int(np.count_nonzero(values == 0))
+        tiny += int(np.count_nonzero((np.abs(values) < smallest) & (values != 0)))
     if broken:
         yield _bad(
             layer,
             tensor,
             "scales that are no numbers: the layer's output would be NaN",
             "finite scales",
-            f"{broken:,} of {values.size:,} are NaN or infinite",
+            f"{broken:,} of {tensor.numel:,} are NaN or infinite",
             "download the file again, or re-export the checkpoint",
         )
     if zeros:
@@ -137,19 +144,17 @@ def _scale_values(checkpoint: Checkpoint, layer: str, tensor: TensorInfo) -> Ite
             tensor,
             "scales that are 0: what they belong to is lost",
             "scales other than 0",
-            f"{zeros:,} of {values.size:,}",
+            f"{zeros:,} of {tensor.numel:,}",
             "check that these outputs are 0 in the model, too, or re-export the checkpoint",
             severity=Severity.WARNING,
         )
-    smallest = 2.0**-14 if tensor.dtype == "F16" else 2.0**-126
-    tiny = int(np.count_nonzero((np.abs(values) < smallest) & (values != 0)))
     if tiny and tensor.dtype not in _FLOAT_SCALES:
         yield _bad(
             layer,
             tensor,
             f"scales below the normal numbers of {tensor.dtype}, which have lost digits",
             f"at least {smallest:.3g}",
-            f"{tiny:,} of {values.size:,}",
+            f"{tiny:,} of {tensor.numel:,}",
             "store the scales as float32, or quantize with larger groups",
             severity=Severity.WARNING,
         )
@@ -159,8 +164,8 @@ def _integers(checkpoint: Checkpoint, layer: str, tensor: TensorInfo, entry: Lay
     weight = entry.spec.weight
     if weight is None or weight.bits != 4 or entry.spec.layout not in _BYTES:
         return
-    values = checkpoint.read(tensor.name)
-    low, high = int(values.min()), int(values.max())
+    ranges = [(int(block.min()), int(block.max())) for block in checkpoint.blocks(tensor.name, BLOCK)]
+    low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
     if low < -8 or high > 7:
         yield _bad(
             layer,
@@ -174,10 +179,8 @@ def _integers(checkpoint: Checkpoint, layer: str, tensor: TensorInfo, entry: Lay
 
 def _not_finite(checkpoint: Checkpoint, tensor: TensorInfo) -> int:
     """Number of NaN and infinite values of a float tensor, counted without conversion."""
-    stored = checkpoint.read(tensor.name).reshape(-1)
     count = 0
-    for start in range(0, stored.size, BLOCK):
-        block = stored[start : start + BLOCK]
+    for block in checkpoint.blocks(tensor.name, BLOCK):
         if tensor.dtype == "BF16":
             count += int(np.count_nonzero((block & 0x7F80) == 0x7F80))
         elif tensor.dtype.startswith("F8_E4M3"):
@@ -216,17 +219,19 @@ def _requantization(checkpoint: Checkpoint, layer: str, entry: LayerEntry) -> fl
         return None
     names = [tensor.name for tensor in tensors_of(entry.spec, entry.tensors)]
     tensors = {name: checkpoint.tensors[f"{layer}.{name}"] for name in names}
-    weight, scales = tensors[names[0]], _scales(checkpoint, tensors)
-    codes = checkpoint.read(weight.name)
-    outputs, columns = weight.shape
+    weight = tensors[names[0]]
+    columns = weight.shape[1]
     dtype, inputs = ("F4", 2 * columns) if spec.bits == 4 else ("F8_E4M3", columns)
-    step = max(BLOCK // max(inputs, 1), 1)
+    if not 0 < inputs <= MAX_INPUTS:
+        return None  # the operators' limits say so
+    scales = _scales(checkpoint, tensors)
     error = norm = 0.0
-    for start in range(0, outputs, step):
-        block = codes[start : start + step]
-        stop = start + block.shape[0]
+    start = 0
+    for block in checkpoint.blocks(weight.name, max(BLOCK // inputs, 1) * columns):
+        stop = start + block.size // columns
         values = to_float32(block, TensorInfo("", dtype, (stop - start, inputs), "", 0, block.size))
-        rows = values * _row_scales(scales, spec, start, stop, inputs)
+        rows = values.reshape(-1, inputs) * _row_scales(scales, spec, start, stop, inputs)
+        start = stop
         if not np.isfinite(rows).all():
             return None  # reported as a bad value
         largest = np.abs(rows).max(axis=1, keepdims=True)
@@ -237,10 +242,14 @@ def _requantization(checkpoint: Checkpoint, layer: str, entry: LayerEntry) -> fl
     return (error / norm) ** 0.5 if norm else 0.0
 
 
+def _as_scale(tensor: TensorInfo) -> TensorInfo:
+    """A scale whose U8 are power-of-two scales."""
+    return tensor._replace(dtype="F8_E8M0") if tensor.dtype == "U8" else tensor
+
+
 def _as_float32(checkpoint: Checkpoint, tensor: TensorInfo) -> np.ndarray:
-    """A scale as float32; U8 holds power-of-two scales."""
-    codes = checkpoint.read(tensor.name)
-    return to_float32(codes, tensor._replace(dtype="F8_E8M0") if tensor.dtype == "U8" else tensor)
+    """A scale as float32."""
+    return to_float32(checkpoint.read(tensor.name), _as_scale(tensor))
 
 
 def _scales(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo]) -> np.ndarray:
