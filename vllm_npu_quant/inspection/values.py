@@ -13,6 +13,7 @@ from vllm_npu_quant.formats.common import FLOAT_DTYPES
 from vllm_npu_quant.formats.described import LayerEntry
 from vllm_npu_quant.inspection.layers import Layer
 from vllm_npu_quant.inspection.model import Model
+from vllm_npu_quant.inspection.value_rules import ValueRules
 from vllm_npu_quant.layouts.tables import LAYOUTS, Role
 from vllm_npu_quant.spec import Granularity, Layout, NumberKind, WeightSpec
 
@@ -46,12 +47,19 @@ def value_findings(
     by_layer: dict[str, list[TensorInfo]] = {}
     for name, tensor in checkpoint.tensors.items():
         by_layer.setdefault(name.rpartition(".")[0], []).append(tensor)
+    rules = ValueRules(described.source)
     losses: list[tuple[float, str]] = []
     for done, (layer, tensors) in enumerate(by_layer.items()):
         entry = entries.get(layer)
         try:
             for finding in _layer_values(checkpoint, layer, tensors, entry, symmetric):
                 found.add(finding)
+            if entry is not None and not entry.spec.is_float:
+                rules.layer(checkpoint, layer, entry)
+            else:
+                for tensor in tensors:
+                    if tensor.dtype in FLOAT_DTYPES:
+                        rules.floats(checkpoint, tensor)
             loss = None if layer in floats else _requantization(checkpoint, layer, entry)
         except NpuQuantError as error:  # the file is damaged or has changed
             for finding in error.findings:
@@ -61,6 +69,7 @@ def value_findings(
             losses.append((loss, layer))
         if progress is not None:
             progress(layer, done + 1, len(by_layer))
+    found.extend(rules.findings())
     if losses:
         found.add(_losses(losses, described.source))
     return found.close()
