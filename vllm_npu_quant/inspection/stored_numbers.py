@@ -84,6 +84,8 @@ class StoredNumbers:
             if info is not None and fits and spec.loaded:
                 self._tensors[spec.name] = spec, info
         self._weight = self._tensors.get(specs[0].name) if specs else None
+        # How the layouts of extensions store their integers, the tables do not tell.
+        self._known = isinstance(entry.spec.layout, Layout)
 
     @property
     def file(self) -> str:
@@ -103,11 +105,15 @@ class StoredNumbers:
     @cached_property
     def inputs(self) -> int:
         """K; 0 if the weight does not say it."""
+        whole = self._elements(Axis.IN)
         for name in ("weight_shape", "g_idx", "weight_g_idx"):  # the last words of a packed weight may not be full
             if name in self._tensors:
                 _, info = self._tensors[name]
-                return int(self._checkpoint.read(info.name)[-1]) if name == "weight_shape" else info.numel
-        return self._elements(Axis.IN)
+                said = info.numel
+                if name == "weight_shape":
+                    said = int(self._checkpoint.read(info.name).reshape(-1)[-1])
+                return said if 0 < said <= whole else whole
+        return whole
 
     @cached_property
     def outputs(self) -> int:
@@ -128,7 +134,7 @@ class StoredNumbers:
 
     @cached_property
     def _packed_zeros(self) -> tuple[TensorSpec, TensorInfo] | None:
-        for spec, info in self._tensors.values():
+        for spec, info in self._tensors.values() if self._known else ():
             axes = {dim.axis for dim in spec.dims}
             if info.dtype == "I32" and axes & _OUTPUTS and axes & {Axis.GROUP, Axis.ALL_GROUPS}:
                 return spec, info
@@ -141,7 +147,7 @@ class StoredNumbers:
         if weight is None or weight.kind is not NumberKind.INT or not 2 <= weight.bits <= 8 or self._weight is None:
             return None
         spec, info = self._weight
-        if info.dtype not in ("I8", "I32") or len(spec.dims) != 2 or not self.outputs * self.inputs:
+        if info.dtype not in ("I8", "I32") or len(spec.dims) != 2 or not self.outputs * self.inputs or not self._known:
             return None
         summary = _Summary(spec, weight.bits, self.outputs, self.inputs, with_sums="quant_bias" in self._tensors)
         return summary.of(self._checkpoint.read(info.name))
@@ -264,7 +270,7 @@ def _fields(block: np.ndarray, spec: TensorSpec, bits: int, length: int) -> Iter
 
 
 def _places(block: np.ndarray, axis: int, dim: Dim, bits: int) -> Iterator[np.ndarray]:
-    """What lies at each place of the words in its lowest bits, uint8."""
+    """The words shifted to the right, so that the integers of one place after the other are the lowest bits; uint8."""
     width = 8 * block.itemsize
     if dim.pack * bits == width:
         parts = block.view(np.uint8).reshape(*block.shape, block.itemsize)

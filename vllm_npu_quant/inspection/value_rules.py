@@ -36,11 +36,12 @@ _AFTER_NORM = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"})
 _SPARSE = frozenset({"W8A8S"})
 
 _REEXPORT = "download the file again, or re-export the checkpoint"
+_DTYPE = "re-export the checkpoint; the header's dtype has to be the one that the values were written in"
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a rule found in one layer.
+    """The result of a rule that is broken in one layer.
 
     Attributes:
         message: what the tensor holds; the same for all layers. expected, found: of this layer.
@@ -109,7 +110,7 @@ def scale_level(numbers: StoredNumbers) -> Problem | None:
         "scales of a size that no model's weights have: the bytes may be those of another float format",
         "weights between 1e-12 and 64 for the median scale",
         f"{level:.3g}",
-        "re-export the checkpoint; the header's dtype has to be the one that the values were written in",
+        _DTYPE,
         size=abs(np.log2(level)) if level else 0.0,
     )
 
@@ -367,7 +368,7 @@ LAYER_RULES: tuple[Callable[[StoredNumbers], Problem | None], ...] = (
 
 @dataclass
 class _Norm:
-    """What is kept of a norm's weight: its size, largest magnitude and median, and how its values lie."""
+    """A summary of a norm's weight; ``positive`` and ``near_two`` are the shares of values above 0 and in [1.5, 2)."""
 
     info: TensorInfo
     largest: float
@@ -427,7 +428,7 @@ class ValueRules:
             near_two = float(np.mean((values >= 1.5) & (values < 2)))
             positive = float(np.mean(values > 0))
             self._norms[parent] = _Norm(tensor, largest, float(np.median(values)), positive, near_two)
-        elif last == "weight" and (unlikely := _exponents(values)) is not None:
+        elif last == "weight" and (unlikely := _exponents(values, tensor.dtype)) is not None:
             self._add(parent, tensor.file, unlikely)
 
     def findings(self) -> Iterator[Finding]:
@@ -488,12 +489,12 @@ class ValueRules:
                     f"the norms' weights have the numbers that {other} has when it is read as {dtype}",
                     f"weights around 1, in {dtype}",
                     f"a median of {norm.median:.4g} here, and the like in all {len(norms):,} norms",
-                    "re-export the checkpoint; the header's dtype has to be the one that the values were written in",
+                    _DTYPE,
                 )
                 self._add(name, norm.info.file, problem)
 
     def _too_large_inputs(self) -> None:
-        """What a norm gives is at most sqrt(K) times its largest weight. Seen: static ranges of 0.08 to 0.32 of that."""
+        """The output of a norm is at most sqrt(K) times its largest weight. Seen: static ranges of 0.08 to 0.32 of that."""
         for layer, (scale, _, inputs, file) in self._inputs.items():
             block, _, rest = layer.rpartition(".layers.")
             number = rest.partition(".")[0]
@@ -551,21 +552,22 @@ def _sample(checkpoint: Checkpoint, tensor: TensorInfo) -> np.ndarray:
     return values[np.isfinite(values)]
 
 
-def _exponents(values: np.ndarray) -> Problem | None:
+def _exponents(values: np.ndarray, dtype: str) -> Problem | None:
     """Seen: the binary logarithms of a matrix's magnitudes deviate by 1.5 to 1.9. Those of bfloat16 read as float16 deviate
-    by 0.2, and those of float16 read as bfloat16 by 13."""
+    by 0.2, and 97 % or more lie between 0.5 and 2.5; those of float16 read as bfloat16 deviate by 13."""
     magnitudes = np.abs(values[values != 0])
     if not magnitudes.size:
         return Problem("weight holds 0 everywhere", "different numbers", "0") if values.size else None
     if values.size < 1024 or np.unique(magnitudes[:1024]).size <= 16:
         return None
     spread = float(np.log2(magnitudes).std())
-    if 0.5 <= spread <= 6:
+    narrow = dtype == "F16" and spread < 0.5 and np.mean((magnitudes >= 0.5) & (magnitudes < 2.5)) > 0.9
+    if not narrow and not (dtype == "BF16" and spread > 6):
         return None
     return Problem(
-        "weight holds magnitudes that are spread as no matrix's are: the bytes may be those of another float format",
+        f"weight holds magnitudes that are spread as no matrix's are, and as those of another 16-bit float read as {dtype}",
         "a deviation of 0.5 to 6 in binary orders of magnitude",
         f"{spread:.2f}",
-        "re-export the checkpoint; the header's dtype has to be the one that the values were written in",
+        _DTYPE,
         size=spread,
     )
