@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server of a quantized model: many requests at once, broken bodies, clients that hang up, memory over hundreds of requests,
-SIGTERM while it loads, a worker that is killed, and a weight file that is cut before it is read."""
+"""A server of a quantized model: many requests at once, broken bodies, clients that hang up, memory over hundreds of
+requests, SIGTERM while it loads, a worker that is killed, and a weight file that is cut before it is read."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ BROKEN: dict[str, bytes] = {
     "another model": json.dumps(body_of("a", model="other")).encode(),
     "negative length": json.dumps(body_of("a", max_tokens=-1)).encode(),
     "text for a number": json.dumps(body_of("a", max_tokens="many")).encode(),
-    "tokens out of the vocabulary": json.dumps(body_of("a", prompt=[10**9])).encode(),
+    "tokens out of the vocabulary": json.dumps(body_of("") | {"prompt": [10**9]}).encode(),
     "longer than the model": json.dumps(body_of("a " * 3000)).encode(),
     "a deep prompt": b'{"model": "tiny", "prompt": ' + b"[" * 2000 + b"]" * 2000 + b"}",
 }
