@@ -495,20 +495,18 @@ class ValueRules:
 
     def _too_large_inputs(self) -> None:
         """The output of a norm is at most sqrt(K) times its largest weight. Seen: static ranges of 0.08 to 0.32 of that."""
+        largest: dict[tuple[str, int], float] = {}
+        for name, norm in self._norms.items():
+            place = _block_of(name), norm.info.numel
+            largest[place] = max(norm.largest, largest.get(place, 0.0))
         for layer, (scale, _, inputs, file) in self._inputs.items():
-            block, _, rest = layer.rpartition(".layers.")
-            number = rest.partition(".")[0]
-            if layer.rpartition(".")[2] not in _AFTER_NORM or not number.isdigit():
+            block = _block_of(layer)
+            # Without it, the block's norms may come after the projections.
+            if layer.rpartition(".")[2] not in _AFTER_NORM or f"{block}.input_layernorm" not in self._norms:
                 continue
-            prefix = f"{block}.layers.{number}."
-            if f"{prefix}input_layernorm" not in self._norms:
+            if (block, inputs) not in largest:
                 continue
-            largest = max(
-                norm.largest
-                for name, norm in self._norms.items()
-                if name.startswith(prefix) and norm.info.numel == inputs
-            )
-            bound, reach = inputs**0.5 * (1 + largest), 128 * scale
+            bound, reach = inputs**0.5 * (1 + largest[block, inputs]), 128 * scale
             if reach > 4 * bound:
                 problem = Problem(
                     "a static input scale for inputs that the norm before the layer cannot give",
@@ -538,6 +536,13 @@ class ValueRules:
                             severity=Severity.ERROR,
                         )
                         self._add(layer, file, problem)
+
+
+def _block_of(layer: str) -> str:
+    """The decoder block of a layer ("model.layers.3"); "" if it is in none."""
+    parent, dot, rest = layer.rpartition(".layers.")
+    number = rest.partition(".")[0]
+    return f"{parent}{dot}{number}" if dot and number.isdigit() else ""
 
 
 def _sample(checkpoint: Checkpoint, tensor: TensorInfo) -> np.ndarray:
