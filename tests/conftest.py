@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import pytest
@@ -17,6 +18,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # The reference for what runs here must not depend on what a developer has set.
 for name in ("VLLM_PLUGINS", *(name for name in os.environ if name.startswith("VLLM_NPU_QUANT"))):
     os.environ.pop(name, None)
+
+# Hosts differ in speed, and other work may run on them. Hosts with a chip may be without Hypothesis.
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import settings
+
+    settings.register_profile("any host", deadline=None)
+    settings.load_profile("any host")
 
 #: Two-rank engine runs take 20 to 30 s each. One or two for each kind of sharding run by default, all with --all-ranks.
 DEFAULT_TWO_RANKS = (
