@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Answers", "Delivery", "ask"]
+from vllm_npu_quant.formats.floats import float_tensor
+
+__all__ = ["Answers", "Delivery", "ask", "own_method"]
 
 #: After so many weights that ``load_weights`` refuses, the rest is not asked for.
 _MOST_REFUSALS = 32
@@ -128,10 +130,11 @@ class _Numbers:
         for name in names:
             shape, first = self.shapes[name], self.first[name]
             if len(shape) != 2:
-                yield name, self.numbers[first].expand(shape)
+                weight = self.numbers[first].expand(shape)
             else:
                 line = self.numbers[first : first + shape[self.dim]].unsqueeze(1 - self.dim)
-                yield f"{name}.weight", line.expand(shape)
+                weight = line.expand(shape)
+            yield float_tensor(name, shape), weight
 
     def read(self, received: torch.Tensor) -> tuple[str, torch.Tensor | None, str]:
         """The weight that a received tensor is, the order of its rows (or columns), and what else was done to it.
@@ -153,7 +156,10 @@ class _Numbers:
         if received.stride(other) != 0 and not bool((received == line.unsqueeze(other)).all()):
             return name, None, "its rows and columns are mixed"
         order = line.to(torch.int64) - self.first[name]
-        if not bool((order + self.first[name] == line).all()) or not 0 <= int(order.min()) <= int(order.max()) < shape[self.dim]:
+        if (
+            not bool((order + self.first[name] == line).all())
+            or not 0 <= int(order.min()) <= int(order.max()) < shape[self.dim]
+        ):
             return name, None, "its values are changed, or joined with those of other weights"
         same = len(order) == shape[self.dim] and bool((order == torch.arange(len(order))).all())
         return name, None if same else order, ""
@@ -166,7 +172,7 @@ def _hand(model: nn.Module, numbers: _Numbers) -> dict[str, str]:
         Layer -> the error it raised.
     """
     refused: dict[str, str] = {}
-    left = numbers.names
+    left, last = numbers.names, ""
     while left and len(refused) < _MOST_REFUSALS:
         taken: list[str] = []
 
@@ -178,12 +184,18 @@ def _hand(model: nn.Module, numbers: _Numbers) -> dict[str, str]:
         # A model class may raise anything for a weight that it does not know, or if it misses others at the end.
         try:
             model.load_weights(weights())
-        except Exception as error:  # noqa: BLE001
-            refused[taken[-1] if taken else left[0]] = f"{type(error).__name__}: {error}"
+        except Exception as error:
+            last = f"{type(error).__name__}: {error}"
+            refused[taken[-1] if taken else left[0]] = last
             left = left[max(len(taken), 1) :]
         else:
-            break
-    return refused
+            return refused
+    return dict.fromkeys(left, last) | refused
+
+
+def own_method(module: nn.Module) -> Any:
+    """The quantization method of a module; None where it only passes on attributes of a module that is left out."""
+    return vars(module).get("quant_method")
 
 
 #: Notes what a parameter of a module receives: (module, weight, the loader's other arguments).
@@ -198,7 +210,7 @@ def _float_parameters(model: nn.Module, dtype: torch.dtype, note: _Note) -> Iter
     try:
         for name, module in model.named_modules():
             held = dict(module.named_parameters(recurse=False))
-            shapes = getattr(getattr(module, "quant_method", None), "float_shapes", None)
+            shapes = getattr(own_method(module), "float_shapes", None)
             floats = shapes(module) if shapes is not None else {}
             before.append((module, held))
             load = partial(_load, note, name)

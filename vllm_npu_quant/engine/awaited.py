@@ -8,7 +8,7 @@ float weights, to the loaders of their parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -20,12 +20,13 @@ from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 
-from vllm_npu_quant.engine.ask import Answers, Delivery, ask
+from vllm_npu_quant.checkpoint.text import shown, shown_name
+from vllm_npu_quant.engine.ask import Answers, Delivery, ask, own_method
 from vllm_npu_quant.engine.linear import CHECKPOINT_BIAS, NpuQuantLinearMethod, shard_numbers
 from vllm_npu_quant.engine.moe import NpuQuantMoEMethod
 from vllm_npu_quant.engine.stored import Rows
 from vllm_npu_quant.errors import Finding, NpuQuantError, raise_findings
-from vllm_npu_quant.formats.described import Described
+from vllm_npu_quant.formats.described import FUSED_FLOAT, Described
 from vllm_npu_quant.formats.experts import split_expert
 from vllm_npu_quant.spec import LayerKind
 
@@ -40,23 +41,28 @@ logger = init_logger("vllm.npu_quant.awaited")
 class _Awaited:
     """The place of a method that is chosen when the model is built. ``error`` says why it was not known before."""
 
-    def __init__(self, error: NpuQuantError, tid2eid: Any = None) -> None:
+    def __init__(self, error: NpuQuantError) -> None:
         self.error = error
-        self.tid2eid = tid2eid
+        self.layer: nn.Module | None = None
         self.arguments: dict[str, Any] = {}
-        self.device: torch.device | None = None
+        self.device = torch.device("cpu")
 
-    def _keep(self, arguments: dict[str, Any]) -> None:
-        self.arguments, self.device = arguments, torch.get_default_device()
+    def _keep(self, layer: nn.Module, **arguments: Any) -> None:
+        self.layer, self.arguments, self.device = layer, arguments, torch.get_default_device()
 
     def create(self, layer: nn.Module, method: Any) -> None:
         """Give the layer the parameters of its method."""
-        with torch.device(self.device or "cpu"):
+        with self.device:
             method.create_weights(layer, **self.arguments)
         if hasattr(layer, "update_param_tp_status"):
             layer.update_param_tp_status()
 
-    def float_shapes(self, layer: nn.Module) -> dict[str, tuple[int, ...]]:
+    def settle(self, config: NpuQuantConfig, name: str, layer: Any, deliveries: list[Delivery]) -> None:
+        """Give the layer the method of the checkpoint layers that fill it.
+
+        Raises:
+            NpuQuantError: undescribed-layer if none does; or as ``get_quant_method``.
+        """
         raise NotImplementedError
 
     def named(self, name: str) -> NpuQuantError:
@@ -64,8 +70,9 @@ class _Awaited:
         return NpuQuantError(replace(finding, layer=name) for finding in self.error.findings)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Raise the error: a loader that reads weights without ``load_weights`` leaves the layer as it is."""
-        raise self.error
+        """Raise the error, unless the layer is left out of the model, as the head of an embedding model is."""
+        if layer is self.layer:
+            raise self.error
 
 
 @register_weight_loader_v2_supported_method
@@ -83,14 +90,13 @@ class AwaitedLinear(_Awaited, LinearMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         self._keep(
-            {
-                "input_size_per_partition": input_size_per_partition,
-                "output_partition_sizes": output_partition_sizes,
-                "input_size": input_size,
-                "output_size": output_size,
-                "params_dtype": params_dtype,
-                **extra_weight_attrs,
-            }
+            layer,
+            input_size_per_partition=input_size_per_partition,
+            output_partition_sizes=output_partition_sizes,
+            input_size=input_size,
+            output_size=output_size,
+            params_dtype=params_dtype,
+            **extra_weight_attrs,
         )
         # Model classes look at a weight's dtype, and tie lm_head's to the embedding's.
         shape = self.float_shapes(layer)["weight"]
@@ -98,9 +104,19 @@ class AwaitedLinear(_Awaited, LinearMethodBase):
         self.weight = weight
         layer.register_parameter("weight", weight)
 
-    def is_tied(self, layer: nn.Module) -> bool:
-        """Whether the model put another layer's weight in the place of this one's."""
-        return getattr(layer, "weight", None) is not self.weight
+    def settle(self, config: NpuQuantConfig, name: str, layer: Any, deliveries: list[Delivery]) -> None:
+        if getattr(layer, "weight", None) is not self.weight:  # tied: the weight is the embedding's
+            layer.quant_method = UnquantizedEmbeddingMethod()
+            return
+        fills = _fills(deliveries)
+        if not fills:
+            raise self.named(name)
+        resolved = config.require_resolver(name).resolve_as(name, fills)
+        kind = LayerKind.LM_HEAD if isinstance(layer, ParallelLMHead) else LayerKind.LINEAR
+        method = config.linear_method(layer, resolved, kind) or UnquantizedEmbeddingMethod()
+        del layer.weight
+        self.create(layer, method)
+        layer.quant_method = method
 
     def float_shapes(self, layer: nn.Module) -> dict[str, tuple[int, ...]]:
         rows, columns = sum(self.arguments["output_partition_sizes"]), self.arguments["input_size_per_partition"]
@@ -115,7 +131,8 @@ class AwaitedExperts(_Awaited, FusedMoEMethodBase):
 
     def __init__(self, layer: Any, error: NpuQuantError, tid2eid: Any) -> None:
         FusedMoEMethodBase.__init__(self, layer.moe_config)
-        _Awaited.__init__(self, error, tid2eid)
+        _Awaited.__init__(self, error)
+        self.tid2eid = tid2eid
 
     def create_weights(
         self,
@@ -127,14 +144,27 @@ class AwaitedExperts(_Awaited, FusedMoEMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         self._keep(
-            {
-                "num_experts": num_experts,
-                "hidden_size": hidden_size,
-                "intermediate_size_per_partition": intermediate_size_per_partition,
-                "params_dtype": params_dtype,
-                **extra_weight_attrs,
-            }
+            layer,
+            num_experts=num_experts,
+            hidden_size=hidden_size,
+            intermediate_size_per_partition=intermediate_size_per_partition,
+            params_dtype=params_dtype,
+            **extra_weight_attrs,
         )
+
+    def settle(self, config: NpuQuantConfig, name: str, layer: Any, deliveries: list[Delivery]) -> None:
+        resolver = config.require_resolver(name)
+        experts, described = _experts_of(deliveries), resolver.described
+        entry = described.find_experts(experts)
+        if entry is None and deliveries and not any(_scheme(described, each.layer) for each in deliveries):
+            entry = FUSED_FLOAT
+        if entry is None:
+            raise self.named(name)
+        method = config.experts_method(layer, resolver.resolve_experts_as(name, experts, entry), self.tid2eid)
+        self.create(layer, method)
+        layer._replace_quant_method(method)
+        if hasattr(layer, "base_quant_method"):  # before vLLM 0.27
+            layer.base_quant_method = method
 
     def float_shapes(self, layer: nn.Module) -> dict[str, tuple[int, ...]]:
         names = ("num_experts", "hidden_size", "intermediate_size_per_partition")
@@ -149,21 +179,18 @@ class AwaitedExperts(_Awaited, FusedMoEMethodBase):
         return None
 
 
-#: A checkpoint layer -> the modules that it fills, and how.
-_Targets = dict[str, list[tuple[nn.Module, Delivery]]]
-
-
-@dataclass(frozen=True)
+@dataclass
 class Diverted:
     """Tensors that go past a model's ``load_weights``, to the loaders of their parameters.
 
     Attributes:
-        layers: checkpoint layers all of whose tensors do.
-        biases: those whose bias does: the model classes know it by another name than ``CHECKPOINT_BIAS``, or not at all.
+        targets: checkpoint layer -> the modules that it fills, and how. Its bias always goes past: the model classes know it
+            by another name than ``CHECKPOINT_BIAS``, or not at all.
+        whole: the layers all of whose tensors go past.
     """
 
-    layers: _Targets = field(default_factory=dict)
-    biases: _Targets = field(default_factory=dict)
+    targets: dict[str, list[tuple[nn.Module, Delivery]]] = field(default_factory=dict)
+    whole: set[str] = field(default_factory=set)
 
     @contextmanager
     def around(self, model: nn.Module) -> Iterator[None]:
@@ -178,10 +205,11 @@ class Diverted:
     def _others(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in weights:
             layer, _, last = name.rpartition(".")
-            targets, param_name = self.layers.get(layer, []), last
-            if last == "bias":
-                targets, param_name = self.biases.get(layer, []), CHECKPOINT_BIAS
-            taken = [(param, how) for module, how in targets if (param := getattr(module, param_name, None)) is not None]
+            param_name = CHECKPOINT_BIAS if last == "bias" else last
+            targets = self.targets.get(layer, []) if last == "bias" or layer in self.whole else []
+            taken = [
+                (param, how) for module, how in targets if (param := getattr(module, param_name, None)) is not None
+            ]
             for param, how in taken:
                 param.weight_loader(param, tensor, *how.args, **how.kwargs)
             if not taken:
@@ -201,30 +229,43 @@ def settle(config: NpuQuantConfig, model: nn.Module) -> Diverted:
     diverted = Diverted()
     for name, module in model.named_modules():
         deliveries = answers.deliveries.get(name, [])
-        awaited = getattr(module, "quant_method", None)
+        before = own_method(module)
         try:
-            if isinstance(awaited, _Awaited):
-                _give_method(config, name, module, awaited, deliveries)
+            if isinstance(before, _Awaited):
+                before.settle(config, name, module, deliveries)
             raise_findings(_unfit(config, name, module, deliveries))
-            method = getattr(module, "quant_method", None)
-            for delivery in deliveries if isinstance(method, NpuQuantLinearMethod) else []:
-                target = (module, delivery)
-                diverted.biases.setdefault(delivery.layer, []).append(target)
-                if delivery.rows is not None:
-                    rows = Rows(delivery.rows, config.float_shapes[delivery.layer][0])
-                    method.take_rows(_shard_of(delivery), rows)
-                if delivery.rows is not None or method is not awaited:
-                    diverted.layers.setdefault(delivery.layer, []).append(target)
+            method = own_method(module)
+            if isinstance(method, NpuQuantLinearMethod):
+                _divert(config, module, method, deliveries, diverted, whole=method is not before)
         except NpuQuantError as error:
             findings += error.findings
     raise_findings(findings)
     return diverted
 
 
+def _divert(
+    config: NpuQuantConfig,
+    layer: nn.Module,
+    method: NpuQuantLinearMethod,
+    deliveries: Iterable[Delivery],
+    diverted: Diverted,
+    *,
+    whole: bool,
+) -> None:
+    """Note what fills a quantized Linear layer. ``whole``: its tensors go past ``load_weights``, reordered or not."""
+    for delivery in deliveries:
+        diverted.targets.setdefault(delivery.layer, []).append((layer, delivery))
+        if delivery.rows is not None:
+            rows = Rows(delivery.rows, config.float_shapes[delivery.layer][0])
+            method.take_rows(_shard_of(delivery), rows)
+        if whole or delivery.rows is not None:
+            diverted.whole.add(delivery.layer)
+
+
 def _unfit(config: NpuQuantConfig, name: str, module: nn.Module, deliveries: Iterable[Delivery]) -> list[Finding]:
     """Findings for quantized weights that the model changes, or gives to a module that takes none."""
     described = config.require_resolver(name).described
-    method = getattr(module, "quant_method", None)
+    method = own_method(module)
     findings = []
     for delivery in deliveries:
         scheme = _scheme(described, delivery.layer)
@@ -265,36 +306,8 @@ def _tell_refused(config: NpuQuantConfig, answers: Answers) -> None:
     described = config.require_resolver("").described
     layers = [layer for layer in answers.refused if _scheme(described, layer)]
     if layers:
-        message = "The model could not be asked where %s and %d other layers go, which are loaded by their names alone: %s"
-        logger.warning(message, layers[0], len(layers) - 1, answers.refused[layers[0]])
-
-
-def _give_method(
-    config: NpuQuantConfig, name: str, layer: Any, awaited: _Awaited, deliveries: list[Delivery]
-) -> None:
-    """Give an awaiting layer the method of the checkpoint layers that fill it."""
-    resolver = config.require_resolver(name)
-    if isinstance(awaited, AwaitedExperts):
-        experts = _experts_of(deliveries)
-        entry = resolver.described.find_experts(experts) if experts else None
-        if entry is None:
-            raise awaited.named(name)
-        method = config.experts_method(layer, resolver.resolve_experts_as(name, experts, entry), awaited.tid2eid)
-        awaited.create(layer, method)
-        layer._replace_quant_method(method)
-        if hasattr(layer, "base_quant_method"):  # before vLLM 0.27
-            layer.base_quant_method = method
-    elif awaited.is_tied(layer):
-        layer.quant_method = UnquantizedEmbeddingMethod()
-    else:
-        fills = _fills(deliveries)
-        if not fills:
-            raise awaited.named(name)
-        kind = LayerKind.LM_HEAD if isinstance(layer, ParallelLMHead) else LayerKind.LINEAR
-        method = config.linear_method(layer, resolver.resolve_as(name, fills), kind) or UnquantizedEmbeddingMethod()
-        del layer.weight
-        awaited.create(layer, method)
-        layer.quant_method = method
+        message = "The model could not be asked about %s (of %d layers), which are loaded by their names alone: %s"
+        logger.warning(message, shown_name(layers[0]), len(layers), shown(answers.refused[layers[0]], 300))
 
 
 def _experts_of(deliveries: Iterable[Delivery]) -> str:

@@ -35,7 +35,8 @@ __all__ = ["check_loaded", "with_check"]
 def with_check(load_model: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     """Wrap ``BaseModelLoader.load_model`` to ask each model where its weights go, and to run ``check_loaded`` once.
 
-    The model is asked between building and loading, and checked before its layers are prepared. If the operators are emulated, their kernels are built before a model is loaded.
+    The model is asked between building and loading, and checked before its layers are prepared. If the operators are
+    emulated, their kernels are built before a model is loaded.
     """
 
     def checking(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> nn.Module:
