@@ -10,6 +10,7 @@ of numbers that a stride of 0 repeats.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -50,10 +51,10 @@ class Delivery:
 
 @dataclass
 class Answers:
-    """What a model's ``load_weights`` does with a checkpoint's weights.
+    """The ways of a checkpoint's weights through a model's ``load_weights``.
 
     Attributes:
-        deliveries: name of a module -> what its parameters receive.
+        deliveries: name of a module -> the weights that its parameters receive.
         refused: checkpoint layer -> the error that its weight raised.
     """
 
@@ -123,7 +124,7 @@ class _Numbers:
             self.first[name] = total
             total += shape[dim] if len(shape) == 2 else 1
         self.numbers = torch.arange(total, dtype=torch.float32 if total < _EXACT else torch.float64)
-        self.firsts = torch.tensor(list(self.first.values()))
+        self.firsts = list(self.first.values())
 
     def weights(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """The weights with their tensor names. They share one storage."""
@@ -143,10 +144,10 @@ class _Numbers:
         """
         if received.dtype != self.numbers.dtype or received.device.type != "cpu":
             return "", None, f"it is converted to {received.dtype} on {received.device.type}"
-        if received.numel() == 0 or float(received.flatten()[0]) < 1:
+        number = float(received[(0,) * received.dim()]) if received.numel() else 0.0
+        if not 1 <= number < len(self.numbers):
             return "", None, "its values are replaced"
-        first = received[(0,) * received.dim()].to(torch.int64)
-        name = self.names[int(torch.searchsorted(self.firsts, first, right=True)) - 1]
+        name = self.names[bisect_right(self.firsts, number) - 1]
         shape, other = self.shapes[name], 1 - self.dim
         if len(shape) != 2:
             return name, None, ""
