@@ -73,24 +73,25 @@ def ask(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Answers:
     """
     answers = Answers()
     rows = _Numbers(shapes, 0)
+    touched: dict[str, tuple[int, ...]] = {}
 
     def note_rows(module: str, weight: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         layer, order, change = rows.read(weight)
+        if len(shapes.get(layer, ())) == 2 and not change and not rows.is_untouched(layer, weight):
+            touched[layer] = shapes[layer]
         answers.deliveries.setdefault(module, []).append(Delivery(layer, args, kwargs, order, change))
 
     with _float_parameters(model, rows.numbers.dtype, note_rows):
         answers.refused = _hand(model, rows)
-    found = [delivery for deliveries in answers.deliveries.values() for delivery in deliveries]
-    reordered = {each.layer: shapes[each.layer] for each in found if each.rows is not None}
-    if reordered:
-        _check_columns(model, reordered, answers)
-    delivered = {delivery.layer for delivery in found}
+    if touched:
+        _check_columns(model, touched, answers)
+    delivered = {each.layer for deliveries in answers.deliveries.values() for each in deliveries}
     answers.refused = {layer: error for layer, error in answers.refused.items() if layer not in delivered}
     return answers
 
 
 def _check_columns(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], answers: Answers) -> None:
-    """Note a change for those weights whose rows are reordered and whose columns are, too."""
+    """Note a change for those of these weights whose columns do not stay in their order."""
     columns = _Numbers(shapes, 1)
     kept: set[str] = set()
     moved: set[str] = set()
@@ -136,6 +137,15 @@ class _Numbers:
                 line = self.numbers[first : first + shape[self.dim]].unsqueeze(1 - self.dim)
                 weight = line.expand(shape)
             yield float_tensor(name, shape), weight
+
+    def is_untouched(self, name: str, received: torch.Tensor) -> bool:
+        """Whether a tensor is the very one that was handed over, or another view of all of it."""
+        handed = next(weight for _, weight in self.weights([name]))
+        return (received.data_ptr(), received.shape, received.stride()) == (
+            handed.data_ptr(),
+            handed.shape,
+            handed.stride(),
+        )
 
     def read(self, received: torch.Tensor) -> tuple[str, torch.Tensor | None, str]:
         """The weight that a received tensor is, the order of its rows (or columns), and what else was done to it.

@@ -91,6 +91,14 @@ INTERNALS = (
         ("self", "vllm_config"),
     ),
     Internal(
+        "vllm.model_executor.model_loader.base_loader:BaseModelLoader.load_weights",
+        Kind.USES,
+        "engine.loading",
+        "is called by load_model when the model is built; replaced on a loader object, to ask the model before",
+        _VLLM,
+        ("self", "model"),
+    ),
+    Internal(
         "vllm.envs:environment_variables",
         Kind.EXTENDS,
         "engine.environment:declare_settings",
@@ -143,6 +151,22 @@ INTERNALS = (
         "holds the slot of each expert on this rank, -1 for the others",
         f"{_VLLM}; RoutedExperts is FusedMoE before 0.27",
         attributes=("_expert_map",),
+    ),
+    Internal(
+        f"{_EXPERTS}._replace_quant_method",
+        Kind.USES,
+        "engine.awaited",
+        "gives experts their method when the model is built",
+        f"{_VLLM}; RoutedExperts is FusedMoE before 0.27, which keeps the first one as base_quant_method",
+        ("self",),
+    ),
+    Internal(
+        "vllm.model_executor.layers.linear:LinearBase.update_param_tp_status",
+        Kind.USES,
+        "engine.awaited",
+        "gives parameters that are made when the model is built the layer's rank",
+        _VLLM,
+        ("self",),
     ),
     Internal(
         "torch.utils._python_dispatch:TorchDispatchMode",
