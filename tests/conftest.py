@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 
 import pytest
 
@@ -11,6 +12,9 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# vLLM has torch compile what ranks log-probabilities; without a C++ compiler it has to run as it is.
+if not shutil.which(os.environ.get("CXX") or "g++"):
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 # Several processes share the cores: threads that wait for each other only slow them.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
