@@ -46,7 +46,7 @@ def received(layout: Layout, numbers: Numbers, order: torch.Tensor, *, symmetric
     for name, tensor in tensors.items():
         value = torch.from_numpy(np.ascontiguousarray(stored[name]))
         values[name] = receiver.receive(tensor, value, origin).to(getattr(torch, tensor.load_dtype))
-    return receiver.canonical(values)
+    return receiver.canonical(values, spec)
 
 
 @given(layers())

@@ -36,8 +36,10 @@ def float_shapes(described: Described, tensors: Mapping[str, StoredTensor]) -> d
         if len(shape) > 1:
             shapes[layer] = same.setdefault(shape, shape)
     for experts in sorted(described.fused_floats):
-        for name in _FUSED_EXPERTS:
-            shapes[f"{experts}.{name}"] = tuple(tensors[f"{experts}.{name}"].shape)
+        # Other names of stacked experts, such as input_linear, are layers of their own.
+        for tensor in (f"{experts}.{name}" for name in _FUSED_EXPERTS):
+            if tensor in tensors:
+                shapes[tensor] = tuple(tensors[tensor].shape)
     return shapes
 
 
