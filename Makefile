@@ -23,7 +23,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 QUIET := $(shell test -t 2 || echo --quiet --quiet)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz conformance chip traces lint bench doors ascend-env ascend-contract clean
+.PHONY: help demo test fuzz conformance chip traces lint bench doors hosts soak ascend-env ascend-contract clean
 
 help:
 	@echo "make demo    install into $(VENV) and generate text from a W8A8 checkpoint"
@@ -33,6 +33,8 @@ help:
 	@echo "make chip    on an Ascend host, with its own python: the same cases on the real kernels"
 	@echo "make lint    ruff and mypy"
 	@echo "make doors   the tests of other versions of vLLM, each in an environment of its own"
+	@echo "make hosts   the tests that compare numbers, as on other CPUs than this one"
+	@echo "make soak    a server under load, memory over hundreds of requests, processes that are killed"
 	@echo "make bench   speed: engine, operators, dispatch; tables, JSON and a plot in build/bench"
 	@echo "make bench-accuracy   perplexity of a W8A8 checkpoint against its bfloat16 original"
 	@echo "make ascend-env       environments with the released vllm-ascend, its vLLM and torch_npu, without an NPU"
@@ -83,6 +85,13 @@ ascend-contract: $(STAMPS)/test
 # make doors VERSION=0.31.0 runs one version. All take 15 minutes on an idle machine; DOORS_ARGS=--quick takes 7.
 doors: $(STAMPS)/test
 	$(BIN)/python -m tests.versions.doors $(DOORS_ARGS) $(VERSION)
+
+# make hosts HOST=avx2 runs one of those that tests/versions/hosts.py names.
+hosts: $(STAMPS)/test
+	$(BIN)/python -m tests.versions.hosts $(HOST)
+
+soak: $(STAMPS)/test
+	$(BIN)/python -m pytest tests/e2e/test_load.py $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 
 import pytest
 
@@ -10,6 +12,9 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# vLLM has torch compile what ranks log-probabilities; without a C++ compiler it has to run as it is.
+if not shutil.which(os.environ.get("CXX") or "g++"):
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 # Several processes share the cores: threads that wait for each other only slow them.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,6 +22,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # The reference for what runs here must not depend on what a developer has set.
 for name in ("VLLM_PLUGINS", *(name for name in os.environ if name.startswith("VLLM_NPU_QUANT"))):
     os.environ.pop(name, None)
+
+# Hosts differ in speed, and other work may run on them. Hosts with a chip may be without Hypothesis.
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import settings
+
+    settings.register_profile("any host", deadline=None)
+    settings.load_profile("any host")
 
 #: Two-rank engine runs take 20 to 30 s each. One or two for each kind of sharding run by default, all with --all-ranks.
 DEFAULT_TWO_RANKS = (

@@ -64,6 +64,9 @@ CODES: dict[str, str] = {
     "cannot-shard": "The layer cannot be split for the requested tensor- or expert-parallel size. The finding names the "
     "dimension that cannot be split and the sizes that work.",
     "bad-value": "A tensor holds values that the scheme does not allow, such as a nonzero zero point in a symmetric scheme.",
+    "unlikely-value": "A tensor holds values that can be computed with, and that no known producer writes, such as negative "
+    "scales or integers that use a small part of their range. The finding names the layer and the numbers. Compare the "
+    "checkpoint with its float model (``compare``), or re-export it.",
     "not-filled": "A part of a quantized layer's parameters received no data while the model was loaded. The finding names "
     "the parameter and the part.",
     "operator-limit": "A shape or dtype is outside the limits given in the NPU operator's documentation, or a tensor is so "

@@ -110,6 +110,7 @@ def test_two_ranks(kind: str, tmp_path: Path) -> None:
         (folder.name, sum(held.values())) for folder, held in zip(folders, first, strict=True)
     ]
     for folder, mine, others in zip(folders, first, second, strict=True):
+        assert mine.keys() == others.keys()
         # The results of row-parallel layers are summed: a term that does not depend on the input is added on the first rank,
         # and on another only if its share of the rounding is not 0.
         once = {

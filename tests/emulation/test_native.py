@@ -6,7 +6,9 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -328,6 +330,32 @@ def test_a_library_is_built_once_for_a_source_and_its_flags(monkeypatch: pytest.
     with pytest.raises(OSError, match="error"):
         native.build(source)
     assert len(list(tmp_path.glob("*.so"))) == 2
+
+
+@built
+def test_two_processes_that_start_together_compile_once(tmp_path: Path) -> None:
+    """As two servers do on a cold cache, or the workers of one."""
+    compiler = shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    slow = tmp_path / "slow"
+    slow.write_text(
+        f'#!/bin/sh\ncase "$*" in *-o*) echo x >> {tmp_path}/compiled; sleep 2;; esac\nexec {compiler} "$@"\n'
+    )
+    slow.chmod(0o700)
+    source = tmp_path / "small.c"
+    source.write_text("int answer(void) { return 42; }\n")
+    code = f"""
+import ctypes, pathlib
+from vllm_npu_quant.emulation import native
+found = native.build(pathlib.Path({str(source)!r}))
+print(found, ctypes.CDLL(str(found)).answer())
+"""
+    env = {"CC": str(slow), "VLLM_NPU_QUANT_CACHE": str(tmp_path / "cache")}
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: python(code, **env), range(2))
+    assert first.stdout == second.stdout, first.stderr + second.stderr
+    assert first.stdout.endswith(".so 42\n")
+    assert (tmp_path / "compiled").read_text() == "x\n"
+    assert [path.suffix for path in (tmp_path / "cache" / "native").iterdir() if path.suffix != ".lock"] == [".so"]
 
 
 SHORT_LIVED_THREADS = """

@@ -10,9 +10,15 @@ from tests.fixtures_index import fixture
 from tests.plugin.hosts import Host, ascend_host, plain_vllm
 from vllm_npu_quant.engine.patches import INTERNALS
 
-_NAMES = """
-OURS = ["modelslim", "npu_awq", "npu_gptq", "npu_auto_round", "npu_compressed_tensors", "npu_fp8"]
+ALL = {
+    *("modelslim", "npu_awq", "npu_gptq", "npu_auto_round", "npu_compressed_tensors", "npu_fp8", "npu_modelopt"),
+    *("npu_w8a8", "npu_w8a16", "npu_w4a16"),
+}
 
+_NAMES = f"""
+OURS = {sorted(ALL)}
+"""
+_NAMES += """
 def state():
     import torch
     from vllm.model_executor.custom_op import op_registry_oot
@@ -92,7 +98,6 @@ print(json.dumps({"gone": answer, "whole": state()}))
 
 _STATE = "print(json.dumps(state()))"
 
-ALL = {"modelslim", "npu_awq", "npu_gptq", "npu_auto_round", "npu_compressed_tensors", "npu_fp8"}
 CHECKPOINTS = ("msmodelslim-qwen3-w8a8-dynamic", "awq-qwen3-autoawq-g128", "source-tiny-qwen3")
 
 

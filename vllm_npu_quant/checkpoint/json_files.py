@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Strict reading of untrusted JSON files: bounded size, depth and number of values; no duplicate keys, no NaN.
+"""Strict reading of untrusted JSON files: bounded size, depth and number of values; no duplicate keys.
 
 The JSON files of a checkpoint decide how its weights are read, so files that parsers read differently are rejected. Every
 error is an NpuQuantError that names the file and a fix.
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, TypeAlias
 
 from vllm_npu_quant.checkpoint.files import opened
 from vllm_npu_quant.checkpoint.text import looks_like, shown, shown_name
@@ -103,8 +103,9 @@ def read_json(
         file: name of the file in messages; ``path`` if empty.
 
     Raises:
-        NpuQuantError: unreadable-file if the file is missing, too large, nested too deeply, not UTF-8, not JSON (NaN and
-            Infinity are not) or not an object; bad-config if an object has a duplicate key.
+        NpuQuantError: unreadable-file if the file is missing, too large, nested too deeply, not UTF-8, not JSON or not an
+            object; bad-config if an object has a duplicate key. NaN and Infinity are read as Python reads them: published
+            config.json files have them (Mamba2's time_step_limit).
     """
     file = shown_name(file or str(path), 1000)
     with opened(Path(path), file=file) as (stream, size):
@@ -266,10 +267,6 @@ def _path(keys: _Keys) -> list[str]:
     return path[::-1]
 
 
-def _no_constant(text: str) -> NoReturn:
-    raise _NotJsonError(f"{text} is not a JSON number")
-
-
 def _finite(text: str) -> float:
     value = float(text)
     if math.isinf(value):
@@ -281,12 +278,10 @@ def _integer(text: str) -> int | float:
     return -0.0 if text == "-0" else int(text)
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=tuple, parse_constant=_no_constant, parse_float=_finite)
+_DECODER = json.JSONDecoder(object_pairs_hook=tuple, parse_float=_finite)
 
 #: For files with "-0", which Python alone parses as an integer. Slower, since it calls a Python function per integer.
-_DECODER_MINUS_ZERO = json.JSONDecoder(
-    object_pairs_hook=tuple, parse_constant=_no_constant, parse_float=_finite, parse_int=_integer
-)
+_DECODER_MINUS_ZERO = json.JSONDecoder(object_pairs_hook=tuple, parse_float=_finite, parse_int=_integer)
 
 
 def _unreadable(file: str, message: str, *, expected: str = "", found: str = "", fix: str = "") -> NpuQuantError:

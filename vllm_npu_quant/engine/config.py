@@ -22,6 +22,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm_npu_quant import settings
 from vllm_npu_quant.checkpoint import Checkpoint
 from vllm_npu_quant.engine import platforms
+from vllm_npu_quant.engine.awaited import AwaitedExperts, AwaitedLinear
 from vllm_npu_quant.engine.dequantized import DequantizedLinearMethod
 from vllm_npu_quant.engine.detection import names_vllm_ascend, open_model_checkpoint
 from vllm_npu_quant.engine.linear import CHECKPOINT_BIAS, NpuQuantLinearMethod
@@ -30,8 +31,9 @@ from vllm_npu_quant.formats.check import check_checkpoint, check_expert_biases, 
 from vllm_npu_quant.formats.declaration import Format, find_format, formats, require_format
 from vllm_npu_quant.formats.described import Described
 from vllm_npu_quant.formats.detect import Detection
+from vllm_npu_quant.formats.floats import float_shapes
 from vllm_npu_quant.formats.open import describe_checkpoint, detect_checkpoint
-from vllm_npu_quant.formats.resolve import LayerResolver, ResolvedLayer
+from vllm_npu_quant.formats.resolve import LayerResolver, ResolvedExperts, ResolvedLayer
 from vllm_npu_quant.serving.decide import Host, Served, decide, float_experts, requantized_findings
 from vllm_npu_quant.spec import LayerKind, LayerSpec
 
@@ -76,6 +78,10 @@ class NpuQuantConfig(QuantizationConfig):
         self.raw: dict[str, Any] = dict(config or {})
         self.described: Described | None = None
         self.resolver: LayerResolver | None = None
+        # Layer -> the shape of its float weight.
+        self.float_shapes: dict[str, tuple[int, ...]] = {}
+        # Whether layers that the checkpoint's names do not tell may wait until the model is built.
+        self.awaits = False
         self.tied_embeddings = False
         self.hidden_layers: int | None = None
         self.host = Host()
@@ -200,6 +206,7 @@ class NpuQuantConfig(QuantizationConfig):
                 logger.info("%s", finding.render())
         raise_findings(findings)
         self.resolver = LayerResolver(described, self.packed_modules_mapping)
+        self.float_shapes = float_shapes(described, checkpoint.tensors)
         self.quant_description = {f"{name}.bias": "FLOAT" for name in described.norm_biases}
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
@@ -235,6 +242,17 @@ class NpuQuantConfig(QuantizationConfig):
         Raises:
             NpuQuantError: for a layer that the config does not describe, or that no method class serves.
         """
+        try:
+            return self._method_by_name(layer, prefix, tid2eid)
+        except NpuQuantError as error:
+            if not self.awaits or {finding.code for finding in error.findings} != {"undescribed-layer"}:
+                raise
+            if platforms.is_moe(layer):
+                return AwaitedExperts(layer, error, tid2eid)
+            return AwaitedLinear(error)
+
+    def _method_by_name(self, layer: nn.Module, prefix: str, tid2eid: Any) -> QuantizeMethodBase | None:
+        """The method of the checkpoint layers that the layer's name tells."""
         if isinstance(layer, LinearBase):
             return self._linear(layer, prefix, LayerKind.LINEAR)
         if isinstance(layer, ParallelLMHead):
@@ -247,18 +265,26 @@ class NpuQuantConfig(QuantizationConfig):
         return None
 
     def _linear(self, layer: nn.Module, prefix: str, kind: LayerKind) -> QuantizeMethodBase | None:
-        resolver = self._resolver(prefix)
+        resolver = self.require_resolver(prefix)
         resolver.packed = self.packed_modules_mapping
-        resolved = resolver.resolve(prefix)
+        return self.linear_method(layer, resolver.resolve(prefix), kind)
+
+    def linear_method(self, layer: nn.Module, resolved: ResolvedLayer, kind: LayerKind) -> QuantizeMethodBase | None:
+        """The method of a Linear layer or lm_head that these checkpoint layers fill; None for a float lm_head.
+
+        Raises:
+            NpuQuantError: unsupported-scheme for a layer that no method class serves, or whose bias would be lost.
+        """
+        source = self.require_resolver(resolved.prefix).described.source
         if resolved.spec.is_float:
             if "bias" in resolved.listed_tensors() and not getattr(layer, "has_bias", True):
-                raise NpuQuantError([_lost_bias(resolved, resolver.described.source)])
+                raise NpuQuantError([_lost_bias(resolved, source)])
             return platforms.unquantized_linear() if kind is LayerKind.LINEAR else None
-        served = self._decide(kind, resolved.spec, prefix)
+        served = self._decide(kind, resolved.spec, resolved.prefix)
         if served.spec.activation is not None and served.spec.activation.bits == 4:
             self.quant_description[INT4_ACTIVATIONS] = "W4A4_DYNAMIC"
         method = DequantizedLinearMethod if served.needs_float else NpuQuantLinearMethod
-        return method(resolved, served, resolver.described.source)
+        return method(resolved, served, source)
 
     def _decide(self, kind: LayerKind, spec: LayerSpec, prefix: str) -> Served:
         """Decide how a stored layer is served. The host is checked once, before the first quantized layer.
@@ -277,12 +303,12 @@ class NpuQuantConfig(QuantizationConfig):
         return served
 
     def _lm_head(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        if not self._resolver(prefix).describes(prefix) and self.tied_embeddings:
+        if not self.require_resolver(prefix).describes(prefix) and self.tied_embeddings:
             return None
         return self._linear(layer, prefix, LayerKind.LM_HEAD)
 
     def _check_embedding(self, prefix: str) -> None:
-        resolver = self._resolver(prefix)
+        resolver = self.require_resolver(prefix)
         if not resolver.describes(prefix):
             return
         resolved = resolver.resolve(prefix)
@@ -301,20 +327,33 @@ class NpuQuantConfig(QuantizationConfig):
                 ]
             )
 
-    def _experts(self, layer: nn.Module, prefix: str, tid2eid: Any) -> QuantizeMethodBase | None:
-        resolver = self._resolver(prefix)
-        resolved = resolver.resolve_experts(prefix)
+    def _experts(self, layer: nn.Module, prefix: str, tid2eid: Any) -> QuantizeMethodBase:
+        return self.experts_method(layer, self.require_resolver(prefix).resolve_experts(prefix), tid2eid)
+
+    def experts_method(self, layer: nn.Module, resolved: ResolvedExperts, tid2eid: Any) -> QuantizeMethodBase:
+        """The method of the routed experts of a MoE layer that these checkpoint layers fill.
+
+        Raises:
+            NpuQuantError: unsupported-scheme, wrong-shape or cannot-shard for experts that cannot be served.
+        """
         specs = [resolved.w13.spec, resolved.w2.spec]
         if all(spec.is_float for spec in specs) and not platforms.float_experts_crash(layer):
             return platforms.unquantized_moe(layer, tid2eid)
         from vllm_npu_quant.engine.moe import NpuQuantMoEMethod
 
         w13, w2 = (
-            float_experts(spec) if spec.is_float else self._decide(LayerKind.FUSED_MOE, spec, prefix) for spec in specs
+            float_experts(spec) if spec.is_float else self._decide(LayerKind.FUSED_MOE, spec, resolved.prefix)
+            for spec in specs
         )
-        return NpuQuantMoEMethod(layer, resolved, (w13, w2), resolver.described.source, tid2eid)
+        source = self.require_resolver(resolved.prefix).described.source
+        return NpuQuantMoEMethod(layer, resolved, (w13, w2), source, tid2eid)
 
-    def _resolver(self, prefix: str) -> LayerResolver:
+    def require_resolver(self, prefix: str) -> LayerResolver:
+        """The resolver of layer names.
+
+        Raises:
+            NpuQuantError: unreadable-file if the checkpoint was not read.
+        """
         if self.resolver is None:
             raise NpuQuantError(
                 [

@@ -33,7 +33,7 @@ from vllm.model_executor.parameter import (
 
 from vllm_npu_quant.engine import platforms
 from vllm_npu_quant.engine.coverage import Box, WriteWitness
-from vllm_npu_quant.engine.stored import Origin, Receiver, refusal
+from vllm_npu_quant.engine.stored import Origin, Receiver, Rows, refusal
 from vllm_npu_quant.errors import Finding, raise_findings
 from vllm_npu_quant.formats.resolve import ResolvedLayer
 from vllm_npu_quant.layouts import load_object
@@ -44,7 +44,7 @@ from vllm_npu_quant.serving.decide import Served
 from vllm_npu_quant.serving.shards import rank_part
 from vllm_npu_quant.spec import LayerKind
 
-__all__ = ["CHECKPOINT_BIAS", "NpuQuantLinearMethod"]
+__all__ = ["CHECKPOINT_BIAS", "NpuQuantLinearMethod", "shard_numbers"]
 
 #: Name under which a quantized layer's own bias is loaded. The checkpoint's name, "bias", belongs to vLLM, which creates
 #: that parameter only for model classes that have a bias.
@@ -52,6 +52,15 @@ CHECKPOINT_BIAS = "checkpoint_bias"
 
 #: vLLM's names of shards, as numbers.
 _SHARD_NUMBERS: dict[Any, int] = {"q": 0, "k": 1, "v": 2, "index_q": 3, "index_k": 4}
+
+
+def shard_numbers(shard: Any) -> tuple[Any, ...]:
+    """The numbers of the shards that a loader of vLLM is told to fill; empty if it is told none, and fills all.
+
+    A name that is not known stays as it is.
+    """
+    ids = () if shard is None else shard if isinstance(shard, tuple) else (shard,)
+    return tuple(_SHARD_NUMBERS.get(each, each) for each in ids)
 
 
 @register_weight_loader_v2_supported_method
@@ -70,6 +79,8 @@ class NpuQuantLinearMethod(LinearMethodBase):
         self.source = source
         self.row = served.require_row(layer=resolved.prefix, file=source)
         self.method: NpuLinearMethod = load_object(self.row.method)()
+        #: Shard -> the checkpoint layer's rows that fill it, where the model class takes them in another order.
+        self.rows: dict[Any, Rows] = {}
         # vllm-ascend looks here for its own scheme object.
         self.quant_method = None
 
@@ -173,8 +184,7 @@ class NpuQuantLinearMethod(LinearMethodBase):
                 layers of different specs are loaded as one.
         """
         count = len(self.partitions)
-        ids = range(count) if shard is None else shard if isinstance(shard, tuple) else (shard,)
-        numbers: list[Any] = [_SHARD_NUMBERS.get(each, each) for each in ids]
+        numbers = range(count) if shard is None else shard_numbers(shard)
         if any(number not in range(count) for number in numbers):
             message, fix = "vLLM loads a shard that its layer does not have", "export this layer as float"
             raise refusal("undescribed-layer", message, f"a shard from 0 to {count - 1}", str(shard), fix)
@@ -186,7 +196,25 @@ class NpuQuantLinearMethod(LinearMethodBase):
         name = self.resolved.prefix if len(owners) > 1 else next(iter(owners.values()))
         whole, repeats = sum(self.outputs[number] for number in numbers), self.repeats
         outputs = tuple(whole // times for times in range(1, repeats + 1) if repeats % times == whole % times == 0)
-        return Origin(name, specs.pop(), outputs, "" if shard is None else str(shard))
+        return Origin(name, specs.pop(), outputs, "" if shard is None else str(shard), self.rows.get(shard))
+
+    def take_rows(self, shard: Any, rows: Rows) -> None:
+        """Fill a shard (None for all) by these rows of its checkpoint layer, in this order, from now on.
+
+        Raises:
+            NpuQuantError: wrong-shape if the shard has another number of rows; or as ``_origin``.
+        """
+        with self.receiver.naming("its rows could not be reordered"):
+            outputs = self._origin(shard).outputs
+            if len(rows.order) not in outputs:
+                message, found = "the model loads another number of rows than the layer has", str(len(rows.order))
+                fix = "check that config.json and the weights are of the same model"
+                raise refusal("wrong-shape", message, " or ".join(map(str, outputs)), found, fix)
+        self.rows[shard] = rows
+
+    def float_shapes(self, layer: nn.Module) -> dict[str, tuple[int, ...]]:
+        """The parameters that the layer would have as a float one, with their shapes on this rank."""
+        return {"weight": (sum(self.partitions), self.receiver.part.sizes.inputs)}
 
     def _vocabulary_loader(self, layer: nn.Module, tensor: TensorSpec, load: Callable[..., Any]) -> Callable[..., Any]:
         """vLLM's loader for one rank's part of a vocabulary, which pads the first dimension, for any output dimension."""

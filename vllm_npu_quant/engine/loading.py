@@ -8,16 +8,20 @@ silently drops a bias that no parameter takes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from vllm_npu_quant import settings
 from vllm_npu_quant.engine import platforms
+from vllm_npu_quant.engine.awaited import settle
 from vllm_npu_quant.engine.config import NpuQuantConfig
 from vllm_npu_quant.engine.norm import NormBiasMethod
 from vllm_npu_quant.engine.routers import checked_before_weights
@@ -31,9 +35,10 @@ __all__ = ["check_loaded", "with_check"]
 
 
 def with_check(load_model: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """Wrap ``BaseModelLoader.load_model`` to run ``check_loaded`` once per model, before the layers are prepared.
+    """Wrap ``BaseModelLoader.load_model`` to ask each model where its weights go, and to run ``check_loaded`` once.
 
-    If the operators are emulated, their kernels are built before a model is loaded.
+    The model is asked between building and loading, and checked before its layers are prepared. If the operators are
+    emulated, their kernels are built before a model is loaded.
     """
 
     def checking(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> nn.Module:
@@ -44,6 +49,10 @@ def with_check(load_model: Callable[..., nn.Module]) -> Callable[..., nn.Module]
             from vllm_npu_quant import emulation
 
             emulation.build_kernels()
+        with _asked(self, config, vllm_config):
+            return checked(self, config, vllm_config, *args, **kwargs)
+
+    def checked(self: Any, config: NpuQuantConfig, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> nn.Module:
         if vllm_config.load_config.load_format in UNWITNESSED_LOADS:
             return load_model(self, vllm_config, *args, **kwargs)
         # vLLM's own check expects every parameter of a quantized layer in the checkpoint. It stays if the user enabled it.
@@ -58,6 +67,27 @@ def with_check(load_model: Callable[..., nn.Module]) -> Callable[..., nn.Module]
         return model
 
     return checking
+
+
+@contextmanager
+def _asked(loader: Any, config: NpuQuantConfig, vllm_config: VllmConfig) -> Iterator[None]:
+    """Ask the model that a loader loads in this context, and load it by its answers."""
+    load_weights = loader.load_weights
+
+    def load(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        config.awaits = False
+        with set_current_vllm_config(vllm_config):
+            settle(config, model).install(model)
+        record_metadata_for_reloading(model)  # layers may have got other parameters
+        load_weights(model, *args, **kwargs)
+
+    config.awaits = True
+    loader.load_weights = load
+    try:
+        yield
+    finally:
+        config.awaits = False
+        del loader.load_weights
 
 
 def check_loaded(config: NpuQuantConfig, model: nn.Module, loaded: set[str] | None, quantized: bool = True) -> None:

@@ -343,6 +343,11 @@ class NpuQuantMoEMethod(FusedMoEMethodBase):
             product.register(layer, num_experts, parallel.ep_size, lambda *which: self._loader(layer, *which))
         self.key = _register(layer, self.prefix)
 
+    def float_shapes(self, layer: nn.Module) -> dict[str, tuple[int, ...]]:
+        """The parameters that the experts would have as float ones, with their shapes on this rank."""
+        experts, hidden, inner = layer.local_num_experts, self.hidden_size, self.inner_size
+        return {"w13_weight": (experts, 2 * inner, hidden), "w2_weight": (experts, hidden, inner)}
+
     def _loader(self, layer: nn.Module, product: _Product, name: str) -> Callable[..., bool | None]:
         """The loader that vLLM calls for each expert's tensor, with the argument names of vLLM's own."""
 

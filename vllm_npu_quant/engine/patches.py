@@ -204,6 +204,22 @@ INTERNALS = (
         attributes=("_expert_map",),
     ),
     Internal(
+        f"{_EXPERTS}._replace_quant_method",
+        Kind.USES,
+        "engine.awaited",
+        "gives experts their method when the model is built",
+        f"{_VLLM}; RoutedExperts is FusedMoE before 0.27, which keeps the first one as base_quant_method",
+        ("self",),
+    ),
+    Internal(
+        "vllm.model_executor.layers.linear:LinearBase.update_param_tp_status",
+        Kind.USES,
+        "engine.awaited",
+        "gives parameters that are made when the model is built the layer's rank",
+        _VLLM,
+        ("self",),
+    ),
+    Internal(
         "torch.utils._python_dispatch:TorchDispatchMode",
         Kind.USES,
         "engine.coverage",

@@ -21,6 +21,7 @@ from vllm.logger import init_logger
 from vllm_npu_quant.engine.coverage import Box, Coverage
 from vllm_npu_quant.errors import Finding, NpuQuantError
 from vllm_npu_quant.layouts import load_object
+from vllm_npu_quant.layouts.bits import take_packed
 from vllm_npu_quant.layouts.canonical import CanonicalLinear
 from vllm_npu_quant.layouts.modelslim import decode_int64_scale
 from vllm_npu_quant.layouts.tables import (
@@ -36,7 +37,7 @@ from vllm_npu_quant.layouts.tables import (
 from vllm_npu_quant.serving.shards import RankPart
 from vllm_npu_quant.spec import Granularity, LayerSpec, TransformSpec
 
-__all__ = ["TORCH_DTYPES", "UNWITNESSED_LOADS", "Origin", "Receiver", "load_is_checked", "refusal"]
+__all__ = ["TORCH_DTYPES", "UNWITNESSED_LOADS", "Origin", "Receiver", "Rows", "load_is_checked", "refusal"]
 
 logger = init_logger("vllm.npu_quant.stored")
 
@@ -75,6 +76,19 @@ def refusal(code: str, message: str, expected: str = "", found: str = "", fix: s
     return NpuQuantError([Finding(code, message, expected=expected, found=found, fix=fix)])
 
 
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The rows of a checkpoint layer that fill a layer of the model, where the model class reorders or divides them.
+
+    Attributes:
+        order: their numbers in the checkpoint layer, int64 on the CPU.
+        whole: the number of rows of the checkpoint layer.
+    """
+
+    order: torch.Tensor
+    whole: int
+
+
 @dataclass(frozen=True)
 class Origin:
     """The checkpoint layer that a stored tensor comes from.
@@ -85,12 +99,14 @@ class Origin:
         outputs: the allowed numbers of outputs over all ranks, the largest first: one, unless vLLM's loader decides whether
             ranks cut or repeat a shard.
         shard: for messages, the shard of vLLM's layer that it fills; empty if it fills all of it.
+        rows: the rows that fill it, if not all in their own order.
     """
 
     name: str
     spec: LayerSpec
     outputs: tuple[int, ...]
     shard: str = ""
+    rows: Rows | None = None
 
 
 @dataclass(frozen=True)
@@ -199,11 +215,13 @@ class Receiver:
             origin: that checkpoint layer.
 
         Returns:
-            The tensor with the dimensions ``tensor.as_loaded()`` of the whole checkpoint layer, its groups those of this
-            rank, in a dtype that the parameter holds exactly; an empty one of that shape while tensors are counted.
+            The tensor with the dimensions ``tensor.as_loaded()`` of the whole checkpoint layer, or of the rows of it that
+            the model takes, its groups those of this rank, in a dtype that the parameter holds exactly; an empty one of that
+            shape while tensors are counted.
 
         Raises:
-            NpuQuantError: wrong-dtype; wrong-shape; or from ``rearrange``.
+            NpuQuantError: wrong-dtype; wrong-shape; unsupported-scheme for rows that cannot be taken out of words; or from
+                ``rearrange``.
         """
         dtype = _NAMES.get(stored.dtype, str(stored.dtype))
         if dtype not in tensor.dtypes:
@@ -213,7 +231,8 @@ class Receiver:
                 fix = f"send weights that are quantized as the served ones are ({self.part.spec.scheme})"
             raise refusal("wrong-dtype", message, " or ".join(tensor.dtypes), dtype, fix)
         found = tuple(stored.shape)
-        candidates = [_sizes(origin.spec, outputs, self.part.sizes.all_inputs) for outputs in origin.outputs]
+        allowed = origin.outputs if origin.rows is None else (origin.rows.whole,)
+        candidates = [_sizes(origin.spec, outputs, self.part.sizes.all_inputs) for outputs in allowed]
         sizes = next((sizes for sizes in candidates if _fits(found, tensor.shape(sizes))), None)
         if sizes is None:
             raise _wrong_shape(tensor, candidates, found, origin)
@@ -238,6 +257,8 @@ class Receiver:
             sizes = fitted
         if (adapted is not stored or sizes is not whole) and not _fits(tuple(adapted.shape), kept.shape(sizes)):
             raise _wrong_shape(kept, [sizes], tuple(adapted.shape), origin)
+        if origin.rows is not None:
+            adapted = _take_rows(kept, adapted, origin.rows)
         # A tensor may carry the id of its fused shard, which a conversion loses.
         if adapted is not stored and hasattr(stored, "shard_id"):
             adapted.shard_id = stored.shard_id  # type: ignore[attr-defined]
@@ -390,6 +411,24 @@ def _fits(stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     return len(stored) <= len(wanted) and all(
         a in (b, ANY_LENGTH) for a, b in zip(wanted, stored + missing, strict=True)
     )
+
+
+def _take_rows(tensor: TensorSpec, whole: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """These rows of a loaded tensor, in this order. What has no rows stays as it is.
+
+    Raises:
+        NpuQuantError: unsupported-scheme if rows are packed, and it is not known how.
+    """
+    axis = tensor.axis_of(Axis.OUT)
+    if axis is None:
+        return whole
+    dim, order = tensor.dims[axis], rows.order.to(whole.device)
+    if dim.pack == 1:
+        return whole.index_select(axis, order)
+    if not dim.places or dim.words > 1 or len(order) % dim.pack:
+        message = f"the model class reorders this layer's rows, of which {tensor.name} packs {dim.pack} into a word"
+        raise refusal("unsupported-scheme", message, fix="export this layer as float")
+    return take_packed(whole, axis, order, dim.places)
 
 
 def _wrong_shape(tensor: TensorSpec, sizes: list[LayerSizes], found: tuple[int, ...], origin: Origin) -> NpuQuantError:

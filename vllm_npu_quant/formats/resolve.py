@@ -198,12 +198,32 @@ class LayerResolver:
         if missing:
             raise NpuQuantError([self._undescribed(prefix, missing, partly=len(missing) < len(wanted))])
         hits = [hit for hit in found if hit is not None]
+        family = FUSED_FAMILIES.get(prefix.rpartition(".")[2], {})
+        return self._joined(prefix, hits, tuple(family.get(name.rpartition(".")[2], 1) for name in wanted))
+
+    def resolve_as(self, prefix: str, fills: Mapping[str, int]) -> ResolvedLayer:
+        """The layer that these checkpoint layers fill.
+
+        Args:
+            prefix: its name in vLLM's model.
+            fills: names of checkpoint layers, in row order -> how many of vLLM's shards each fills; a single one fills all.
+
+        Raises:
+            NpuQuantError: undescribed-layer if there is none, or the config describes not all; fused-shards-disagree.
+        """
+        found = [(name, self.described.find(name)) for name in fills]
+        missing = [name for name, entry in found if entry is None]
+        if missing or not fills:
+            raise NpuQuantError([self._undescribed(prefix, missing or [prefix], partly=bool(fills))])
+        hits = [(name, entry) for name, entry in found if entry is not None]
+        return self._joined(prefix, hits, tuple(fills.values()))
+
+    def _joined(self, prefix: str, hits: Sequence[tuple[str, LayerEntry]], fills: tuple[int, ...]) -> ResolvedLayer:
+        """One layer that several checkpoint layers fill."""
         spec = joint_spec([entry.spec for _, entry in hits])
         if spec is None:
             raise NpuQuantError([self._disagree(prefix, [(name, entry.spec) for name, entry in hits])])
         names, entries = zip(*hits, strict=True)
-        family = FUSED_FAMILIES.get(prefix.rpartition(".")[2], {})
-        fills = tuple(family.get(name.rpartition(".")[2], 1) for name in wanted)
         return ResolvedLayer(prefix, spec, names, entries, fills)
 
     def describes(self, prefix: str) -> bool:
@@ -223,7 +243,14 @@ class LayerResolver:
             others = filter(None, map(self.described.find_experts, self.described.layer_names()))
             names = sorted({entry.names[0] for entry in others if entry.count}) or ["gate_proj", "w1"]
             raise NpuQuantError([self._undescribed(prefix, [f"{prefix}.0.{name}" for name in names], partly=False)])
-        name, entry = hit
+        return self.resolve_experts_as(prefix, *hit)
+
+    def resolve_experts_as(self, prefix: str, name: str, entry: ExpertsEntry) -> ResolvedExperts:
+        """The experts ``prefix`` that the checkpoint's experts ``name`` fill.
+
+        Raises:
+            NpuQuantError: fused-shards-disagree if gate and up differ.
+        """
         if entry.gate.spec != entry.up.spec:
             schemes = [
                 (f"{name}.*.{part}", part_entry.spec)

@@ -10,10 +10,10 @@ from vllm_npu_quant.checkpoint import Checkpoint, TensorInfo
 from vllm_npu_quant.formats.common import FLOAT_DTYPES
 from vllm_npu_quant.formats.declaration import find_format
 from vllm_npu_quant.formats.described import Described, ExpertsEntry, LayerEntry, StoredTensor
+from vllm_npu_quant.formats.floats import float_shape
 from vllm_npu_quant.formats.index import is_embedding
 from vllm_npu_quant.formats.stacked import STACKED_TENSORS, expert_parts
 from vllm_npu_quant.inspection.model import Model
-from vllm_npu_quant.layouts.tables import Axis, tensors_of
 from vllm_npu_quant.serving import dispatch
 from vllm_npu_quant.serving.decide import Host, Served, decide
 from vllm_npu_quant.spec import FLOAT, LayerKind, LayerSpec, Layout
@@ -242,15 +242,8 @@ def _parts(name: str, tensors: Mapping[str, TensorInfo]) -> tuple[Mapping[str, S
 
 def _sizes(layer: str, entry: LayerEntry, tensors: Mapping[str, StoredTensor]) -> tuple[int, int]:
     """N and K of the stored weight; zeros if it is missing or does not have the dimensions of its layout."""
-    if entry.spec.is_float:
-        weight = tensors.get(layer + ".weight")
-        return (weight.shape[0], weight.shape[1]) if weight is not None and len(weight.shape) == 2 else (0, 0)
-    wanted = tensors_of(entry.spec, entry.tensors)[0]
-    weight = tensors.get(f"{layer}.{wanted.name}")
-    if weight is None or len(weight.shape) != len(wanted.dims):
-        return 0, 0
-    lengths = {dim.axis: dim.elements(length) for dim, length in zip(wanted.dims, weight.shape, strict=True)}
-    return lengths.get(Axis.OUT, 0), lengths.get(Axis.IN, 0)
+    shape = float_shape(layer, entry, tensors)
+    return (shape[0], shape[1]) if len(shape) == 2 else (0, 0)
 
 
 def _why_float(name: str, described: Described) -> str:

@@ -16,6 +16,7 @@ from vllm_npu_quant.formats.common import FLOAT_DTYPES
 from vllm_npu_quant.formats.described import LayerEntry
 from vllm_npu_quant.inspection.layers import Layer
 from vllm_npu_quant.inspection.model import Model
+from vllm_npu_quant.inspection.value_rules import ValueRules
 from vllm_npu_quant.layouts.tables import LAYOUTS, Role, tensors_of
 from vllm_npu_quant.serving.cost import MAX_INPUTS
 from vllm_npu_quant.serving.decide import float_name
@@ -53,12 +54,19 @@ def value_findings(
     by_layer: dict[str, list[TensorInfo]] = {}
     for name, tensor in checkpoint.tensors.items():
         by_layer.setdefault(name.rpartition(".")[0], []).append(tensor)
+    rules = ValueRules(described.source)
     losses: list[tuple[float, str]] = []
     for done, (layer, tensors) in enumerate(by_layer.items()):
         entry = entries.get(layer)
         try:
             for finding in _layer_values(checkpoint, layer, tensors, entry, symmetric):
                 found.add(finding)
+            if entry is not None and not entry.spec.is_float:
+                rules.layer(checkpoint, layer, entry)
+            else:
+                for tensor in tensors:
+                    if tensor.dtype in FLOAT_DTYPES:
+                        rules.floats(checkpoint, tensor)
             own = requantized & {layer, _any_expert(layer)}
             loss = _requantization(checkpoint, layer, entry) if own and entry is not None else None
         except NpuQuantError as error:
@@ -70,6 +78,7 @@ def value_findings(
             losses.append((loss, layer))
         if progress is not None:
             progress(layer, done + 1, len(by_layer))
+    found.extend(rules.findings())
     if losses:
         found.add(_losses(losses, described.source))
     return found.close()

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Integers packed into int32 words, lowest bits first, as GPTQ and dense compressed-tensors store them."""
+"""Integers packed into words: lowest bits first, as GPTQ and dense compressed-tensors store them, or in another order."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import gcd
 
 import torch
 
-__all__ = ["bytes_of", "pack", "unpack"]
+__all__ = ["bytes_of", "pack", "take_packed", "unpack"]
 
 
 def bytes_of(words: torch.Tensor) -> torch.Tensor:
@@ -64,3 +65,30 @@ def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
             words[:, word + 1] |= stream[:, i] >> (32 - shift)
     words &= 0xFFFFFFFF
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32).flatten(0, 1)
+
+
+def take_packed(words: torch.Tensor, dim: int, order: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
+    """Numbers out of words that hold several of them along one dimension, packed like before, without unpacking all.
+
+    Args:
+        words: integers of any width.
+        dim: the dimension along which ``len(places)`` numbers share a word.
+        order: int64 [n], the wanted numbers; n is a multiple of ``len(places)``.
+        places: the place of each number in its word, counted from the lowest bits.
+
+    Returns:
+        The words of the wanted numbers in this order.
+    """
+    count = len(places)
+    bits = 8 * words.element_size() // count
+    mask = (1 << bits) - 1
+    shifts = bits * torch.tensor(places, dtype=words.dtype, device=words.device)
+    along = [-1 if axis == dim else 1 for axis in range(words.dim())]
+    taken = torch.zeros_like(words.narrow(dim, 0, 1)).repeat_interleave(len(order) // count, dim)
+    for number in range(count):
+        wanted = order[number::count]
+        held = words.index_select(dim, wanted // count)
+        # The shift to the right keeps the sign; the mask takes it off.
+        values = (held >> shifts[wanted % count].view(along)) & mask
+        taken |= values << int(shifts[number])
+    return taken

@@ -123,12 +123,15 @@ class Dim:
         pack: elements of that axis per stored element; PER_WORD for 32 // bits, DENSE for a dense bit stream.
         size: the size of a FIXED dimension.
         words: stored elements that together hold ``pack`` elements of the axis: 3 words for 32 integers of 3 bits.
+        places: the place in a word, from the lowest bits, of each of the ``pack`` elements; empty if it is not needed.
+            Along OUT it is needed for model classes that reorder rows.
     """
 
     axis: Axis
     pack: int = 1
     size: int = 1
     words: int = 1
+    places: tuple[int, ...] = ()
 
     def length(self, sizes: LayerSizes) -> int:
         """Length of the dimension for a layer of these sizes."""
@@ -151,6 +154,8 @@ class Dim:
 OUT, IN, GROUP, SHARD, ONE = (Dim(axis) for axis in (Axis.OUT, Axis.IN, Axis.GROUP, Axis.SHARD, Axis.FIXED))
 ROWS = Dim(Axis.ROWS)
 LEFT, RIGHT, ANY = (Dim(axis) for axis in (Axis.LEFT, Axis.RIGHT, Axis.ANY))
+#: Two rows in a byte, the even one in the low bits.
+PAIRS = Dim(Axis.OUT, 2, places=(0, 1))
 
 #: ``Dim.pack`` of 32 // bits integers per int32; ``tensors_of`` replaces it by the number.
 PER_WORD = 0
@@ -479,10 +484,10 @@ def _gptq(groups: Axis, v2: bool) -> LayoutRow:
 LAYOUTS: dict[Layout | str, LayoutRow] = {
     Layout.FLOAT: LayoutRow((), ""),
     Layout.MODELSLIM_INT: _modelslim((OUT, IN)),
-    Layout.MODELSLIM_PACKED_N: _modelslim((Dim(Axis.OUT, 2), IN)),
+    Layout.MODELSLIM_PACKED_N: _modelslim((PAIRS, IN)),
     Layout.MODELSLIM_PACKED_K: _modelslim((OUT, Dim(Axis.IN, 2))),
     Layout.MODELSLIM_TWO_LEVEL: _modelslim((OUT, IN), two_level=True),
-    Layout.MODELSLIM_TWO_LEVEL_PACKED: _modelslim((Dim(Axis.OUT, 2), IN), two_level=True),
+    Layout.MODELSLIM_TWO_LEVEL_PACKED: _modelslim((PAIRS, IN), two_level=True),
     Layout.MODELSLIM_STATIC: LayoutRow(_MODELSLIM_STATIC, _MODELSLIM + "static_to_canonical"),
     Layout.CT_INT: LayoutRow(_CT_WEIGHT, _CT + "int_to_canonical"),
     Layout.CT_STATIC: LayoutRow(
@@ -511,7 +516,7 @@ LAYOUTS: dict[Layout | str, LayoutRow] = {
     Layout.ROUNDED_PAIRS: _rounded(packed=True),
     Layout.AWQ_GEMM: LayoutRow(
         (
-            TensorSpec("qweight", ("I32",), (IN, Dim(Axis.OUT, 8)), "int32"),
+            TensorSpec("qweight", ("I32",), (IN, Dim(Axis.OUT, 8, places=(0, 4, 1, 5, 2, 6, 3, 7))), "int32"),
             _scale("scales", dims=(GROUP, OUT)),
             TensorSpec("qzeros", ("I32",), (GROUP, Dim(Axis.OUT, 8)), "uint8", True, (GROUP, OUT), _AWQ + "zeros"),
             BIAS,
