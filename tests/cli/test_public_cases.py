@@ -14,8 +14,6 @@ from vllm_npu_quant.inspection import check
 
 #: What is neither an error nor a warning, with the format that is found.
 LOADS = {
-    "fp8-modelopt-config": "modelopt",
-    "fp8-modelopt-file-only": "modelopt",
     "ms-mindie-format": "modelslim",
     "ms-mindie-group-minus-one": "modelslim",
     "ms-group-size-text": "modelslim",
@@ -33,9 +31,55 @@ LOADS = {
     "ar-bits16-default": "auto-round",
     "ar-method-autoround": "auto-round",
     "folder-leftover-layers": "compressed-tensors",
+    "ar-qwen3vl": "auto-round",
+    "awq-deepseek-mha": "awq",
+    "awq-glm4v": "awq",
+    "awq-gptbigcode": "awq",
+    "awq-minimax-m25": "awq",
+    "awq-mixed-float-down": "awq",
+    "awq-phi3-fused": "awq",
+    "awq-qwen25-omni": "awq",
+    "awq-qwen2vl-visual": "awq",
+    "awq-qwen3-seqcls": "awq",
+    "awq-seed-oss": "awq",
+    "ct-embedding-untied": "compressed-tensors",
+    "ct-gemma4-k-eq-v": "compressed-tensors",
+    "ct-gemma4-mixed": "compressed-tensors",
+    "ct-llama4-fp8-fused": "compressed-tensors",
+    "ct-qwen3next-nonuniform": "compressed-tensors",
+    "ct-qwen3vl-awq-asym": "compressed-tensors",
+    "ct-whisper": "compressed-tensors",
+    "fp8-deepseek-v32": "fp8",
+    "fp8-glm4-fused-tensor": "fp8",
+    "fp8-k-exaone": "fp8",
+    "fp8-minimax-m2": "fp8",
+    "fp8-mixtral-static": "fp8",
+    "fp8-qwen35-moe": "fp8",
+    "fp8-qwen3moe-official": "fp8",
+    "fp8-qwen3vlmoe-fused": "fp8",
+    "gptq-dynamic-layers": "gptq",
+    "gptq-glm4-fused": "gptq",
+    "gptq-hunyuan-moe": "gptq",
+    "gptq-llama-zero-bias": "gptq",
+    "gptq-moe-int4-int8-mix": "gptq",
+    "gptq-neox-interleaved": "gptq",
+    "gptq-opt": "gptq",
+    "gptq-qwen1-w2": "gptq",
+    "gptq-qwen2moe-expert-bias": "gptq",
+    "gptq-qwen3-embedding": "gptq",
+    "gptq-qwen3next-int8": "gptq",
+    "gptq-qwen3vl-dynamic": "gptq",
+    "gptq-qwen3vl-optimum": "gptq",
+    "gptq-tied-stored-head": "gptq",
+    "ms-glm4-fused-static": "modelslim",
+    "ms-kimi-k25": "modelslim",
+    "ms-neox-interleaved": "modelslim",
+    "ms-qwen35-moe": "modelslim",
+    "ms-qwen3vl": "modelslim",
+    "ms-relabelled-w8a16": "modelslim",
 }
 
-#: The severity and code of the one error or warning, and a part of what it says.
+#: The severity and code of an error or warning, and a part of what it says; there is no error beside a warning.
 TOLD = {
     "ms-leftover-fp8": ("warning", "contradictory-evidence", "remove quantization_config ('fp8') from config.json"),
     "ms-saved-into-float-folder": (
@@ -53,6 +97,47 @@ TOLD = {
     "gptq-marlin-format": ("error", "unsupported-scheme", "marlin"),
     "other-bnb4": ("error", "unsupported-scheme", "bitsandbytes"),
     "other-gptoss-mxfp4": ("error", "unsupported-scheme", "MXFP4"),
+    "ct-24-sparse": ("error", "unsupported-scheme", "sparse weights (sparsity_config) are not decompressed"),
+    "ct-gptoss-expert-bias": (
+        "error",
+        "unsupported-scheme",
+        "quantized experts are served without a bias (2 MoE layers have one)",
+    ),
+    "ct-nemotron-no-gate": (
+        "error",
+        "unsupported-scheme",
+        "experts without a gate projection, whose activation is relu squared, a",
+    ),
+    "ct-qwen35-z-float": (
+        "error",
+        "fused-shards-disagree",
+        "vLLM runs these layers as one, and the checkpoint quantizes them diffe",
+    ),
+    "ct-qwen3moe-kv-fp8": (
+        "warning",
+        "kv-cache-not-quantized",
+        "the weights are served; the KV cache stays in the model's dtype and it",
+    ),
+    "ms-fa-quant": (
+        "warning",
+        "kv-cache-not-quantized",
+        "the weights are served; attention and its caches stay in the model's d",
+    ),
+    "ms-mtp-not-described": (
+        "warning",
+        "unexpected-tensor",
+        "the description does not list this tensor, which is loaded as it is",
+    ),
+    "fp8-modelopt-config": (
+        "warning",
+        "kv-cache-not-quantized",
+        "the weights are served; the KV cache stays in the model's dtype",
+    ),
+    "fp8-modelopt-file-only": (
+        "warning",
+        "kv-cache-not-quantized",
+        "the weights are served; the KV cache stays in the model's dtype",
+    ),
 }
 
 
@@ -76,7 +161,8 @@ def test_is_told(name: str, folders: Path) -> None:
     severity, code, words = TOLD[name]
     report = check(folders / name)
     told = [finding for finding in report.findings if finding.severity.value != "info"]
-    assert [(finding.severity.value, finding.code) for finding in told] == [(severity, code)]
-    assert words in told[0].render()
-    assert told[0].fix
+    meant = [finding for finding in told if (finding.severity.value, finding.code) == (severity, code)]
+    assert meant, report.findings
+    assert words in meant[0].render()
+    assert meant[0].fix or severity == "warning"
     assert report.passed() == (severity == "warning")
