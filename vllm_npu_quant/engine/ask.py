@@ -124,7 +124,8 @@ class _Numbers:
         for name, shape in shapes.items():
             self.first[name] = total
             total += shape[dim] if len(shape) == 2 else 1
-        self.numbers = torch.arange(total, dtype=torch.float32 if total < _EXACT else torch.float64)
+        dtype = torch.float32 if total < _EXACT else torch.float64
+        self.numbers = torch.arange(total, dtype=dtype, device="cpu")
         self.firsts = list(self.first.values())
 
     def weights(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -172,7 +173,7 @@ class _Numbers:
             or not 0 <= int(order.min()) <= int(order.max()) < shape[self.dim]
         ):
             return name, None, "its values are changed, or joined with those of other weights"
-        same = len(order) == shape[self.dim] and bool((order == torch.arange(len(order))).all())
+        same = len(order) == shape[self.dim] and bool((order == torch.arange(len(order), device="cpu")).all())
         return name, None if same else order, ""
 
 

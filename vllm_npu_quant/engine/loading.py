@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info, record_metadata_for_reloading
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from vllm_npu_quant import settings
@@ -78,7 +78,8 @@ def _asked(loader: Any, config: NpuQuantConfig, vllm_config: VllmConfig) -> Iter
         config.awaits = False
         with set_current_vllm_config(vllm_config):
             settle(config, model).install(model)
-        record_metadata_for_reloading(model)  # layers may have got other parameters
+        with get_layerwise_info(model).restore_device:
+            record_metadata_for_reloading(model)  # layers may have got other parameters
         load_weights(model, *args, **kwargs)
 
     config.awaits = True

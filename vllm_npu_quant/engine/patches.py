@@ -134,6 +134,14 @@ INTERNALS = (
         ("model", "model_config"),
     ),
     Internal(
+        f"{_LAYERWISE}:record_metadata_for_reloading",
+        Kind.USES,
+        "engine.loading",
+        "notes the parameters of a model that can be loaded again, after layers have got others",
+        _VLLM,
+        ("model",),
+    ),
+    Internal(
         f"{_LAYERWISE}:get_layerwise_info",
         Kind.USES,
         "engine.reloading",
