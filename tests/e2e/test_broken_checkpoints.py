@@ -191,8 +191,8 @@ CASES: dict[str, tuple[str, Damage, list[Expected]]] = {
     ),
     "group size below zero": (
         STATIC,
-        lambda c: c.description.update(group_size=-1),
-        [("bad-config", "group_size", DESCRIPTION, "", "-1", "")],
+        lambda c: c.description.update(group_size=-2),  # -1 is MindIE's word for no groups
+        [("bad-config", "group_size", DESCRIPTION, "", "-2", "")],
     ),
     "description nested deeply": (
         STATIC,
