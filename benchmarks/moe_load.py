@@ -78,7 +78,7 @@ def load(
     for product in products:
         if only not in product.name:
             continue
-        product.register(layer, experts, lambda *_: None)
+        product.register(layer, experts, 1, lambda *_: None)
         for tensor in product.tensors:
             param = getattr(layer, f"{product.name}_{tensor.name}").data
             if param.dtype == torch.int64:

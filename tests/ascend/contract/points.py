@@ -14,6 +14,7 @@ import inspect
 import json
 import pickle
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -521,7 +522,7 @@ def test_12_kv_b_proj_of_mla_is_float_in_memory(host: World, monkeypatch: pytest
     quant = config.quant_config
     down = "model.layers.0.mlp.down_proj"
     resolve = quant.resolver.resolve
-    quant.resolver.resolve = lambda prefix: resolve(down if prefix == name else prefix)
+    quant.resolver.resolve = lambda prefix: replace(resolve(down), prefix=name) if prefix == name else resolve(prefix)
     monkeypatch.setattr(ours, "_uses_mla", lambda: True)
     weight = awq_weight(down)
     with host.current(config):
