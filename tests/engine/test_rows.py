@@ -45,7 +45,11 @@ def received(layout: Layout, numbers: Numbers, order: torch.Tensor, *, symmetric
     values = {}
     for name, tensor in tensors.items():
         value = torch.from_numpy(np.ascontiguousarray(stored[name]))
+        receiver.expect(counting=True)
+        counted = receiver.receive(tensor, value, origin)
+        receiver.expect()
         values[name] = receiver.receive(tensor, value, origin).to(getattr(torch, tensor.load_dtype))
+        assert (counted.device.type, counted.shape) == ("meta", values[name].shape)
     return receiver.canonical(values, spec)
 
 

@@ -243,7 +243,7 @@ class Receiver:
         if self._counting:
             # Only the number of elements matters, and conversions would be counted as well.
             shape = kept.shape(fitted)
-            return torch.empty([b if a == ANY_LENGTH else a for a, b in zip(shape, found, strict=False)], device="meta")
+            return torch.empty([found[i] if a == ANY_LENGTH else a for i, a in enumerate(shape)], device="meta")
         adapted = stored.reshape(tensor.shape(sizes)) if len(found) < len(tensor.dims) else stored
         if adapted.dtype == torch.int64 and tensor.load_dtype == "float32":
             adapted = decode_int64_scale(adapted)
