@@ -77,6 +77,10 @@ def test_options(tmp_path: Path) -> None:
     some = run(source, quantization="npu_w8a16", hf_overrides=options)
     every = run(source, quantization="npu_w8a16")
     assert (every.methods["WeightOnlyLinear"], some.methods["WeightOnlyLinear"]) == (8, 6)
+    with engine(source, quantization="npu_w8a16", hf_overrides=options) as llm:
+        llm.collective_rpc("reload_weights")
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(source)})
+        assert same(measure(llm), some)
     unknown = {"quantization_config": {"quant_method": "npu_w8a16", "group_size": 64}}
     with pytest.raises(NpuQuantError, match="group_size"):
         run(source, quantization="npu_w8a16", hf_overrides=unknown)

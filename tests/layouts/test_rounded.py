@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_npu_quant.errors import NpuQuantError
 from vllm_npu_quant.layouts import load_object
 from vllm_npu_quant.layouts.tables import LAYOUTS, tensors_of
 from vllm_npu_quant.spec import Granularity, LayerSpec, Layout, WeightSpec
@@ -54,3 +55,11 @@ def test_int4_per_group(size: tuple[int, int]) -> None:
         assert np.array_equal(canonical.weight.scale[:, start // 64].numpy(), scale[:, 0])
         integers = canonical.weight.values[:, start : start + 64].numpy()
         assert np.array_equal(integers, np.clip(np.rint(part / scale), -8, 7))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_has_no_integer(value: float) -> None:
+    stored, spec = weight_of(5, 64, torch.float32), LayerSpec("W8A16", Layout.ROUNDED, WeightSpec(8))
+    stored[3, 7] = value
+    with pytest.raises(NpuQuantError, match="bad-value"):
+        received(spec, stored)

@@ -101,7 +101,7 @@ class NpuQuantConfig(QuantizationConfig):
         """Omit config.json's part from copies and pickles of a config that was read: it may be a whole description."""
         state = dict(self.__dict__)
         if self.resolver is not None:
-            state |= {"raw": {}, "is_read_copy": True}
+            state |= {"raw": self.raw if self.declaration.rounds else {}, "is_read_copy": True}
         return _restore, (self.declaration.name, state)
 
     def get_name(self) -> str:
@@ -175,7 +175,12 @@ class NpuQuantConfig(QuantizationConfig):
         """The options of a method that rounds float weights; vLLM's own part of them is taken over."""
         online, self.online_quantization_config = getattr(self, "online_quantization_config", None), None
         ignore = [*(self.raw.get("ignore") or ()), *(online.args.ignore if online is not None else ())]
-        return {**self.raw, "ignore": ignore}
+        self.raw = {**self.raw, "ignore": ignore}
+        return self.raw
+
+    def for_other_weights(self) -> NpuQuantConfig:
+        """A config that has read nothing yet, for weights that are loaded into the engine of this one."""
+        return type(self)(self.raw if self.declaration.rounds else None)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Read the checkpoint's quantization, and check its files against it before any weight is read.

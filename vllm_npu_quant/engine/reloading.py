@@ -10,7 +10,7 @@ layers. Therefore the tensors in use are saved when a reload begins, and put bac
     load_weights    any number of calls, with the tensors in any order
     finish          check that no quantized layer lacks a tensor; vLLM's own finish; drop the saved tensors
 
-A checkpoint on disk is compared with the one that is served before the first step.
+Another checkpoint on disk is compared with the one that is served before the first step.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def _lacking(model: nn.Module) -> list[Finding]:
 
 
 def with_source_check(reload_weights: Callable[..., None]) -> Callable[..., None]:
-    """Wrap ``GPUModelRunner.reload_weights`` to compare a checkpoint on disk with the served one before anything changes."""
+    """Wrap ``GPUModelRunner.reload_weights`` to compare another checkpoint with the served one before anything changes."""
 
     def reloading(
         self: Any,
@@ -192,13 +192,10 @@ def with_source_check(reload_weights: Callable[..., None]) -> Callable[..., None
         **kwargs: Any,
     ) -> None:
         config = self.vllm_config.quant_config
-        if isinstance(config, NpuQuantConfig) and weights_iterator is None and config.described is not None:
-            model_config = self.vllm_config.model_config
-            sent = type(config)()
-            if weights_path is None:
-                sent.maybe_update_config(model_config.model, model_config.hf_config, model_config.revision)
-            else:
-                sent.maybe_update_config(weights_path, model_config.hf_config)
+        other = None if weights_iterator is not None else weights_path
+        if other is not None and isinstance(config, NpuQuantConfig) and config.described is not None:
+            sent = config.for_other_weights()
+            sent.maybe_update_config(other, self.vllm_config.model_config.hf_config)
             if sent.described is not None:
                 raise_findings(differences(config.described, sent.described))
         reload_weights(self, weights_iterator, weights_path, *args, **kwargs)

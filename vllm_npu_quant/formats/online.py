@@ -40,7 +40,7 @@ _FLOAT_LAYERS = frozenset(
 
 
 class _Options(BaseModel):
-    """The options. Fields of vLLM's own are accepted and ignored."""
+    """The options; unknown ones are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -92,7 +92,8 @@ def _read(
                 return None
             if weight.dtype not in FLOAT_DTYPES or len(weight.shape) != 2 or _stays_float(layer):
                 return FLOAT_ENTRY
-            if targets.match(layer)[1] is Match.IGNORED or weight.shape[1] % 2:
+            unpaired = spec.layout is Layout.ROUNDED_PAIRS and weight.shape[1] % 2
+            if unpaired or targets.match(layer)[1] is Match.IGNORED:
                 return FLOAT_ENTRY
             rounded.append(layer)
             return LayerEntry(spec, frozenset(named) & {"bias"})
@@ -145,7 +146,7 @@ def _format(name: str, title: str) -> Format:
         method_name=f"npu_{name}",
         quant_methods=frozenset({f"npu-{name}"}),
         rounds=True,
-        float_reason="it is a head, a router or an embedding, or ignored",
+        float_reason="it is a head, a router or an embedding, has an odd number of inputs, or is ignored",
         samples=partial(_samples, name),
     )
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch.nn import functional as F
 
+from vllm_npu_quant.errors import Finding, NpuQuantError
 from vllm_npu_quant.layouts.canonical import CanonicalLinear, CanonicalWeight
 from vllm_npu_quant.layouts.int4 import pack_pairs, row_blocks, unpack_pairs
 from vllm_npu_quant.layouts.tables import group_size_of, stored_weight
@@ -23,7 +24,11 @@ __all__ = ["integers", "packed_integers", "packed_to_canonical", "scales", "to_c
 
 
 def scales(stored: torch.Tensor, spec: LayerSpec, outputs: int) -> torch.Tensor:
-    """The scales of a stored weight: [N, K] in any float dtype to float32 [N, G]."""
+    """The scales of a stored weight: [N, K] in any float dtype to float32 [N, G].
+
+    Raises:
+        NpuQuantError: bad-value for weights that are not finite.
+    """
     bits, size = stored_weight(spec).bits, group_size_of(spec)
     largest = []
     for start, stop in row_blocks(*stored.shape):
@@ -34,7 +39,13 @@ def scales(stored: torch.Tensor, spec: LayerSpec, outputs: int) -> torch.Tensor:
             largest.append(rows.amax(dim=2))
         else:
             largest.append(rows.amax(dim=1, keepdim=True))
-    scale = (torch.cat(largest) / ((1 << (bits - 1)) - 1)).clamp_min_(torch.finfo(torch.float32).tiny)
+    reach = torch.cat(largest)
+    if not bool(torch.isfinite(reach).all()):
+        message, fix = "the weight holds NaN or infinity, which have no integer", "check the weights that are loaded"
+        raise NpuQuantError(
+            [Finding("bad-value", message, expected="finite numbers", found="NaN or infinity", fix=fix)]
+        )
+    scale = (reach / ((1 << (bits - 1)) - 1)).clamp_min_(torch.finfo(torch.float32).tiny)
     return scale if bits == 8 else scale.to(torch.bfloat16).to(torch.float32)
 
 
